@@ -1,0 +1,27 @@
+"""Node schemas on hosts of different ages: fields that an older host does not know are left out."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from comfy_api.latest import io
+
+# Only these may be missing, so that a misspelt field still raises TypeError.
+NEWER_FIELDS = frozenset(
+    {"accept_all_inputs", "advanced", "essentials_category", "has_intermediate_output", "is_dev_only", "search_aliases"}
+)
+
+
+def _make(factory: Callable, *args, **fields) -> Any:
+    missing = NEWER_FIELDS - inspect.signature(factory).parameters.keys()
+    return factory(*args, **{name: value for name, value in fields.items() if name not in missing})
+
+
+def schema(**fields) -> io.Schema:
+    """Make an io.Schema, without the NEWER_FIELDS that this host does not know. Raises TypeError for other names."""
+    return _make(io.Schema, **fields)
+
+
+def node_input(io_type: type, name: str, **fields) -> io.Input:
+    """Make io_type.Input(name, **fields) in the same way: node_input(io.Int, "steps", default=20, advanced=True)."""
+    return _make(io_type.Input, name, **fields)
