@@ -1,0 +1,284 @@
+"""The PixArt diffusion transformer: alpha and Sigma, every trained size, any picture size."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .config import LATENT_DOWNSCALE, PixArtConfig
+from .layers import (
+    Attention,
+    CaptionEmbedder,
+    CrossAttention,
+    Mlp,
+    PatchEmbed,
+    ScalarEmbedder,
+    SelfAttention,
+    attend,
+    make_table,
+    modulate,
+    position_grid,
+    read_table,
+    tile_rows,
+)
+
+RECOMPUTED_KEYS = ("pos_embed",)  # in original files; depends on the picture's size, so never loaded
+OPTIONAL_KEYS = ("y_embedder.y_embedding",)  # absent from diffusers files; see PixArt.has_null_caption
+POSITION_CACHE_SIZE = 8
+
+
+class BlockInputs(NamedTuple):
+    """What every block of one forward pass shares.
+
+    modulation: (B, 6, D). caption: (B, L, D), projected. caption_bias: (B, 1, 1, L) additive, or None.
+    grid: (rows, columns) of tokens. attention: see `layers.attend`.
+    """
+
+    modulation: torch.Tensor
+    caption: torch.Tensor
+    caption_bias: torch.Tensor | None
+    grid: tuple[int, int]
+    attention: Attention
+
+
+class PixArtBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward under adaLN-single modulation.
+
+    Source: PixArt-alpha, arXiv 2310.00426, section 2.3.
+    """
+
+    def __init__(self, config: PixArtConfig, *, compress=False, operations=nn, dtype=None, device=None):
+        super().__init__()
+        factory = {"operations": operations, "dtype": dtype, "device": device}
+        width = config.hidden_size
+        self.scale_shift_table = make_table(6, width, **factory)
+        self.attn = SelfAttention(config, compress, **factory)
+        self.cross_attn = CrossAttention(config, **factory)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio), width, **factory)
+
+    def forward(self, x, inputs: BlockInputs):
+        """x: (B, N, D). Returns (B, N, D)."""
+        rows = inputs.modulation + read_table(self.scale_shift_table, x)  # (B, 6, D)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = rows.chunk(6, dim=1)  # (B, 1, D)
+        attended = self.attn(modulate(x, shift_attn, scale_attn), inputs.grid, inputs.attention)
+        x = torch.addcmul(x, gate_attn, attended)
+        # The caption is read from the raw stream: no norm, no modulation, no gate.
+        x = x + self.cross_attn(x, inputs.caption, inputs.caption_bias, inputs.attention)
+        return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
+
+
+class FinalLayer(nn.Module):
+    """Modulates by the timestep and projects every token to its patch."""
+
+    def __init__(self, config: PixArtConfig, *, operations=nn, dtype=None, device=None):
+        super().__init__()
+        self.scale_shift_table = make_table(
+            2, config.hidden_size, operations=operations, dtype=dtype, device=device
+        )
+        self.linear = operations.Linear(
+            config.hidden_size, config.patch_size**2 * config.out_channels, dtype=dtype, device=device
+        )
+
+    def forward(self, x, condition):
+        """x: (B, N, D). condition: (B, D). Returns (B, N, patch_size**2 * C_out), the channel fastest."""
+        rows = read_table(self.scale_shift_table, x) + condition.unsqueeze(1)  # (B, 2, D)
+        shift, scale = rows.chunk(2, dim=1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class PixArt(nn.Module):
+    """PixArt-alpha and PixArt-Sigma in one class; `config` says which.
+
+    operations: where Linear, Conv2d, LayerNorm (and, optionally, Table) come from; a host passes its own.
+    attention: function like `layers.attend`; PyTorch's scaled dot-product attention by default.
+    Parameter names are the original checkpoints' keys. A file's `pos_embed` is ignored (the grid is computed for
+    the picture at hand); `y_embedder.y_embedding` may be missing, which `has_null_caption` tells.
+    Source: PixArt-alpha, arXiv 2310.00426; PixArt-Sigma, arXiv 2403.04692.
+    """
+
+    def __init__(self, config: PixArtConfig, *, operations=nn, attention=None, dtype=None, device=None):
+        super().__init__()
+        factory = {"operations": operations, "dtype": dtype, "device": device}
+        width = config.hidden_size
+        self.config = config
+        self.attention = attention or attend
+        self.has_null_caption = True
+        self.x_embedder = PatchEmbed(config, **factory)
+        self.t_embedder = ScalarEmbedder(width, **factory)
+        if config.micro_condition:
+            self.csize_embedder = ScalarEmbedder(width // 3, **factory)
+            self.ar_embedder = ScalarEmbedder(width // 3, **factory)
+        self.t_block = nn.Sequential(nn.SiLU(), operations.Linear(width, 6 * width, dtype=dtype, device=device))
+        self.y_embedder = CaptionEmbedder(config, **factory)
+        compressed = config.kv_compress_layers if config.kv_compress_ratio > 1 else ()
+        self.blocks = nn.ModuleList(
+            PixArtBlock(config, compress=index in compressed, **factory) for index in range(config.depth)
+        )
+        self.final_layer = FinalLayer(config, **factory)
+        self._positions: dict[tuple, torch.Tensor] = {}
+        self.register_load_state_dict_pre_hook(_accept_original_keys)
+
+    def forward(
+        self,
+        latent,
+        timestep,
+        caption,
+        caption_mask=None,
+        resolution=None,
+        aspect_ratio=None,
+        control=None,
+    ):
+        """Predict the noise, and the variance channels when config.learn_sigma.
+
+        latent: (B, C, H, W), scaled by the VAE factor; H and W in latent pixels, any parity.
+        timestep: (B,) float in [0, 1000).
+        caption: (B, L, caption_channels) T5 states. caption_mask: (B, L) bool, True = keep.
+        resolution: (B, 2) height and width in pixels; aspect_ratio: (B, 1) height / width. Both are read only
+        when config.micro_condition, and default to the latent's own.
+        control: list of (B, N, hidden_size) residuals; the i-th is added before block i + 1.
+        Everything but the latent may have fewer rows, which are then tiled over the batch.
+        Returns (B, C_out, H, W). Raises ValueError for shapes that do not fit the config.
+        Source: PixArt-alpha, arXiv 2310.00426, section 2.3.
+        """
+        x, grid = self.embed_latent(latent)
+        condition = self.embed_condition(latent, timestep, resolution, aspect_ratio)
+        inputs = self.prepare_blocks(x, grid, condition, caption, caption_mask, self.attention)
+        for index, block in enumerate(self.blocks):
+            x = block(add_control(x, control, index), inputs)
+        return self.project(x, condition, grid, latent.shape)
+
+    def embed_latent(self, latent):
+        """(B, C, H, W) -> tokens (B, N, D) with their positions added, and their grid (rows, columns)."""
+        if latent.ndim != 4 or latent.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"Latent shape mismatch: got {tuple(latent.shape)}, expected (batch, {self.config.in_channels}, "
+                f"height, width). Connect a latent that was made for this PixArt model."
+            )
+        padded = pad_to_patches(latent, self.config.patch_size)
+        grid = (padded.shape[2] // self.config.patch_size, padded.shape[3] // self.config.patch_size)
+        return self.x_embedder(padded) + self.positions(grid, latent.dtype, latent.device), grid
+
+    def positions(self, grid, dtype, device):
+        """The position grid of (rows, columns) tokens: (1, N, D), computed once per size, dtype and device."""
+        key = (grid, dtype, device)
+        if key not in self._positions:
+            if len(self._positions) >= POSITION_CACHE_SIZE:
+                self._positions.pop(next(iter(self._positions)))
+            config = self.config
+            table = position_grid(*grid, config.hidden_size, config.base_size, config.pe_scale)
+            self._positions[key] = table.to(device=device, dtype=dtype)
+        return self._positions[key]
+
+    def embed_condition(self, latent, timestep, resolution=None, aspect_ratio=None):
+        """Timestep, and the picture's size when config.micro_condition: (B, D) in the latent's dtype."""
+        batch, dtype = latent.shape[0], latent.dtype
+        condition = self.t_embedder(tile_rows(timestep, batch), dtype)
+        if not self.config.micro_condition:
+            return condition
+        height, width = latent.shape[2:]
+        if resolution is None:
+            resolution = timestep.new_tensor([[height, width]]) * LATENT_DOWNSCALE
+        if aspect_ratio is None:
+            aspect_ratio = timestep.new_tensor([[height / width]])
+        size = self.csize_embedder(tile_rows(resolution, batch), dtype)
+        ratio = self.ar_embedder(tile_rows(aspect_ratio, batch), dtype)
+        return condition + torch.cat([size, ratio], dim=1)
+
+    def prepare_blocks(self, x, grid, condition, caption, caption_mask, attention) -> BlockInputs:
+        """Everything that the blocks share, from the condition (B, D) and the raw caption (B, L, channels)."""
+        channels = self.config.caption_channels
+        if caption.ndim != 3 or caption.shape[2] != channels:
+            raise ValueError(
+                f"Caption width mismatch: got {caption.shape[-1]}, expected {channels} in a (batch, length, width) "
+                f"tensor. Connect the T5 text encoder that this PixArt model was trained with."
+            )
+        batch = x.shape[0]
+        bias = None
+        if caption_mask is not None:
+            if caption_mask.shape[-1] != caption.shape[1]:
+                raise ValueError(
+                    f"Caption mask length mismatch: got {caption_mask.shape[-1]}, expected {caption.shape[1]}. "
+                    f"Encode the caption and its mask with the same node."
+                )
+            bias = caption_bias(tile_rows(caption_mask.flatten(1), batch), x.dtype)
+        projected = tile_rows(self.y_embedder(caption.to(x.dtype)), batch)
+        modulation = self.t_block(condition).unflatten(1, (6, -1))
+        return BlockInputs(modulation, projected, bias, grid, attention)
+
+    def project(self, x, condition, grid, latent_shape):
+        """Tokens (B, N, D) -> prediction (B, C_out, H, W), cropped to the latent's own size."""
+        size, (rows, columns) = self.config.patch_size, grid
+        x = self.final_layer(x, condition)
+        x = x.reshape(x.shape[0], rows, columns, size, size, self.config.out_channels)
+        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C_out, rows * size, columns * size)
+        return x[:, :, : latent_shape[2], : latent_shape[3]]
+
+
+def add_control(x, control, index):
+    """Adds the residual that belongs in front of block `index`; block 0 has none."""
+    if not control or index == 0 or index > len(control) or control[index - 1] is None:
+        return x
+    return x + control[index - 1].to(x)
+
+
+def caption_bias(caption_mask, dtype):
+    """(B, L) with True = keep -> (B, 1, 1, L) to add to the attention's logits.
+
+    The lowest finite number stands for minus infinity, so that a caption without tokens gives no NaN.
+    """
+    hidden = caption_mask == 0
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return bias.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
+
+
+def pad_to_patches(latent, patch_size):
+    """Pads the bottom and the right of (B, C, H, W) up to whole patches.
+
+    By reflection: neighbouring content goes on, and within a patch the noise stays independent.
+    """
+    bottom, right = -latent.shape[2] % patch_size, -latent.shape[3] % patch_size
+    if not bottom and not right:
+        return latent
+    reflects = bottom < latent.shape[2] and right < latent.shape[3]
+    return F.pad(latent, (0, right, 0, bottom), mode="reflect" if reflects else "replicate")
+
+
+def initialize_weights(model: PixArt, generator=None):
+    """Gives a model the original's initial weights, for training from scratch.
+
+    Source: PixArt-alpha's training code: xavier everywhere, N(0, 0.02) in the embedders, zeros where a branch ends.
+    """
+    normal = partial(nn.init.normal_, std=0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1), generator=generator)
+            nn.init.zeros_(module.bias)
+    for embedder in (model.t_embedder, *(getattr(model, n, None) for n in ("csize_embedder", "ar_embedder"))):
+        if embedder is not None:
+            normal(embedder.mlp[0].weight)
+            normal(embedder.mlp[2].weight)
+    for layer in (model.t_block[1], model.y_embedder.y_proj.fc1, model.y_embedder.y_proj.fc2):
+        normal(layer.weight)
+    for layer in (model.final_layer.linear, *(block.cross_attn.proj for block in model.blocks)):
+        nn.init.zeros_(layer.weight)
+    width = model.config.hidden_size
+    for owner in (model.final_layer, *model.blocks):
+        nn.init.normal_(owner.scale_shift_table, std=width**-0.5, generator=generator)
+    for block in model.blocks:
+        if block.attn.compress:  # starts as plain averaging
+            nn.init.constant_(block.attn.sr.weight, model.config.kv_compress_ratio**-2)
+    null = model.y_embedder.y_embedding
+    nn.init.normal_(null, std=null.shape[1] ** -0.5, generator=generator)
+
+
+def _accept_original_keys(model, state_dict, prefix, *_):
+    """Before a strict load: drops what is recomputed, and fills in what a diffusers file does not hold."""
+    for key in RECOMPUTED_KEYS:
+        state_dict.pop(prefix + key, None)
+    for key in OPTIONAL_KEYS:
+        model.has_null_caption = prefix + key in state_dict
+        if not model.has_null_caption:
+            like = model.y_embedder.y_embedding
+            state_dict[prefix + key] = torch.zeros(like.shape, dtype=like.dtype)

@@ -1,0 +1,283 @@
+"""The transformer against the original's numbers, and on every input that a picture tool can send."""
+
+import itertools
+
+import pytest
+import torch
+from pixart_pack.pixart.config import CONFIGS, PixArtConfig
+from pixart_pack.pixart.layers import position_grid
+from pixart_pack.pixart.transformer import PixArt, initialize_weights
+
+from pixart_pack.tests.goldens import load_golden, take
+
+CASES = [
+    "alpha_256",
+    "alpha_512",
+    "alpha_lewei2",
+    "alpha_ms_512",
+    "alpha_ms_1024",
+    "sigma_256",
+    "sigma_1024",
+    "sigma_micro",
+    "sigma_qknorm",
+    "sigma_kvcompress",
+]
+POSITION_NOISE = 3e-8  # the original divides the positions in float32
+TINY = PixArtConfig(
+    depth=3, hidden_size=48, num_heads=4, caption_channels=32, caption_length=24, base_size=16, pe_scale=1.0
+)
+
+
+def config_of(case):
+    """A golden's hyper-parameters, spelled as ours."""
+    given = case["config"]
+    compress = given.get("kv_compress_config") or {}
+    return PixArtConfig(
+        depth=given["depth"],
+        hidden_size=given["hidden_size"],
+        num_heads=given["num_heads"],
+        caption_channels=given["caption_channels"],
+        caption_length=given["model_max_length"],
+        base_size=given["input_size"] // given["patch_size"],
+        pe_scale=given.get("lewei_scale", given.get("pe_interpolation")),
+        learn_sigma=given["pred_sigma"],
+        micro_condition=given.get("micro_condition", given.get("class", case["class"]) == "PixArtMS"),
+        qk_norm=given.get("qk_norm", False),
+        kv_compress_ratio=compress.get("scale_factor", 1),
+        kv_compress_layers=tuple(compress.get("kv_compress_layer", ())),
+    )
+
+
+def golden_runs():
+    for name in CASES:
+        case, _ = load_golden(f"transformer_{name}")
+        for run in case["runs"]:
+            if run.rsplit(".", 1)[1] in ("mask", "nomask"):
+                yield name, run
+
+
+def tiny_model(seed=0, **changes):
+    """A tiny model with random weights everywhere, so that every path counts."""
+    generator = torch.Generator().manual_seed(seed)
+    model = PixArt(PixArtConfig(**{**TINY.__dict__, **changes})).eval()
+    state = {k: torch.randn(v.shape, generator=generator) * 0.15 for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+    return model
+
+
+def tiny_inputs(batch, height, width, lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(batch, 4, height, width, generator=generator)
+    timestep = torch.rand(batch, generator=generator) * 999
+    caption = torch.randn(batch, max(lengths), 32, generator=generator)
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    return latent, timestep, caption, mask
+
+
+@pytest.mark.parametrize(("name", "run"), list(golden_runs()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+def test_matches_the_original(name, run, dtype):
+    case, tensors = load_golden(f"transformer_{name}")
+    size, masked = run.rsplit(".", 1)
+    inputs = take(tensors, f"input.{size}")
+    model = PixArt(config_of(case)).to(dtype).eval()
+    model.load_state_dict(take(tensors, "weights"))
+    with torch.no_grad():
+        output = model(
+            inputs["x"].to(dtype),
+            inputs["timestep"].to(dtype),
+            inputs["y"].squeeze(1).to(dtype),
+            inputs["mask"].flatten(1).bool() if masked == "mask" else None,
+            resolution=inputs["img_hw"].to(dtype) if "img_hw" in inputs else None,
+            aspect_ratio=inputs["aspect_ratio"].to(dtype) if "aspect_ratio" in inputs else None,
+        )
+    if dtype == torch.float64:
+        expected = tensors[f"output_f64.{run}"].double()
+        relative = (output - expected).norm() / expected.norm()
+        assert relative < 1e-6  # the reference is float64 stored as float32: 6e-8
+    else:
+        tight = case["tolerance"]["tight_atol_vs_output_f32"]
+        torch.testing.assert_close(output, tensors[f"output.{run}"], atol=tight, rtol=0)
+
+
+def test_position_grid_has_the_published_values():
+    square = position_grid(64, 64, 1152, 64, 2.0)[0]
+    published = {(1, 0): 0.47942554, (1, 1): 0.46555606, (1, 2): 0.45201316, (1, 288): 0.87758256, (64, 576): 0.47942554}
+    for (token, channel), value in published.items():
+        assert square[token, channel].item() == pytest.approx(value, abs=POSITION_NOISE)
+    assert square[1, 576:579].tolist() == [0, 0, 0]
+    portrait = position_grid(72, 52, 1152, 64, 2.0)[0]
+    assert portrait[1, 0].item() == pytest.approx(0.57727264, abs=POSITION_NOISE)
+    assert portrait[52, 576].item() == pytest.approx(0.42995637, abs=POSITION_NOISE)
+
+
+def test_positions_are_exact_in_half_precision_and_computed_once():
+    model = tiny_model()
+    exact = position_grid(8, 6, 48, 16, 1.0)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(model.positions((8, 6), dtype, exact.device), exact.to(dtype))
+    first = model.positions((8, 6), torch.float32, exact.device)
+    assert model.positions((8, 6), torch.float32, exact.device) is first
+    for size in range(1, 40):
+        model.positions((size, 1), torch.float32, exact.device)
+    assert len(model._positions) <= 8
+
+
+@pytest.mark.parametrize(("height", "width"), list(itertools.product((1, 2, 7, 8), (1, 6, 9))))
+@torch.no_grad()
+def test_any_latent_size(height, width):
+    latent, timestep, caption, mask = tiny_inputs(2, height, width, [5, 2])
+    output = tiny_model()(latent, timestep, caption, mask)
+    assert output.shape == (2, 8, height, width)
+    assert output.isfinite().all()
+
+
+@torch.no_grad()
+def test_odd_size_is_the_padded_one_cropped():
+    model = tiny_model(micro_condition=False)
+    latent, timestep, caption, mask = tiny_inputs(1, 7, 9, [5])
+    padded = torch.nn.functional.pad(latent, (0, 1, 0, 1), mode="reflect")
+    expected = model(padded, timestep, caption, mask)[:, :, :7, :9]
+    torch.testing.assert_close(model(latent, timestep, caption, mask), expected, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_batch_of_different_captions_equals_each_alone():
+    model = tiny_model()
+    lengths = [1, 7, 3, 12]
+    latent, timestep, caption, mask = tiny_inputs(4, 8, 6, lengths)
+    together = model(latent, timestep, caption, mask)
+    for i, length in enumerate(lengths):
+        alone = model(latent[i : i + 1], timestep[i : i + 1], caption[i : i + 1, :length])
+        # Summation order differs with the batch: a few units in the last place of values up to about 10.
+        torch.testing.assert_close(together[i : i + 1], alone, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_has_no_influence():
+    model = tiny_model()
+    latent, timestep, caption, mask = tiny_inputs(2, 8, 8, [4, 9])
+    poisoned = torch.where(mask[..., None], caption, torch.full_like(caption, 1e4))
+    expected = model(latent, timestep, caption, mask)
+    torch.testing.assert_close(model(latent, timestep, poisoned, mask), expected, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_fewer_rows_are_tiled():
+    model = tiny_model()
+    latent, timestep, caption, mask = tiny_inputs(4, 8, 8, [5, 3, 5, 3])
+    latent, timestep = latent[:1].repeat(4, 1, 1, 1), timestep[:1]
+    output = model(latent, timestep, caption[:2], mask[:2], resolution=torch.tensor([[64, 64]]))
+    torch.testing.assert_close(output[:2], output[2:], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="Batch mismatch: got 3 rows"):
+        model(latent, timestep, caption[:3], mask[:3])
+
+
+@torch.no_grad()
+def test_a_caption_without_tokens_gives_no_nan():
+    latent, timestep, caption, mask = tiny_inputs(1, 4, 4, [5])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        output = tiny_model().to(dtype)(latent.to(dtype), timestep, caption.to(dtype), torch.zeros_like(mask))
+        assert output.isfinite().all()
+
+
+@torch.no_grad()
+def test_size_defaults_to_the_latents_own():
+    model = tiny_model()
+    latent, timestep, caption, mask = tiny_inputs(2, 6, 8, [5, 5])
+    named = model(latent, timestep, caption, mask, torch.tensor([[48.0, 64.0]]), torch.tensor([[0.75]]))
+    torch.testing.assert_close(model(latent, timestep, caption, mask), named, atol=1e-6, rtol=1e-6)
+    other = model(latent, timestep, caption, mask, torch.tensor([[96.0, 64.0]]))
+    assert (other - named).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_control_is_added_before_the_next_block():
+    model = tiny_model()
+    latent, timestep, caption, mask = tiny_inputs(1, 8, 8, [5])
+    plain = model(latent, timestep, caption, mask)
+    zeros = [torch.zeros(1, 16, 48)] * 2
+    assert torch.equal(model(latent, timestep, caption, mask, control=zeros), plain)
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(latent, timestep, caption, mask)
+    model(latent, timestep, caption, mask, control=[torch.ones(1, 16, 48), None])
+    torch.testing.assert_close(seen[1] - seen[0], torch.ones(1, 16, 48), atol=1e-5, rtol=0)
+
+
+def test_sigma_loads_without_null_caption_and_ignores_a_foreign_grid():
+    model = tiny_model()
+    state = model.state_dict()
+    state["pos_embed"] = torch.zeros(1, 4096, 48)
+    model.load_state_dict(state)
+    assert model.has_null_caption
+    del state["y_embedder.y_embedding"]
+    model.load_state_dict(state)
+    assert not model.has_null_caption
+    state["blocks.0.unknown"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.unknown"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent": torch.zeros(1, 16, 8, 8)}, r"Latent shape mismatch: got \(1, 16, 8, 8\)"),
+        ({"caption": torch.zeros(1, 5, 768)}, "Caption width mismatch: got 768, expected 32"),
+        ({"caption_mask": torch.ones(1, 9)}, "Caption mask length mismatch: got 9, expected 5"),
+    ],
+)
+def test_wrong_shapes_say_what_to_do(change, message):
+    latent, timestep, caption, mask = tiny_inputs(1, 8, 8, [5])
+    inputs = {"latent": latent, "timestep": timestep, "caption": caption, "caption_mask": mask, **change}
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**inputs)
+
+
+def test_config_refuses_impossible_widths():
+    for change, message in (
+        ({"num_heads": 5}, "Attention width mismatch"),
+        ({"hidden_size": 50, "num_heads": 5}, "Position grid width mismatch"),
+        ({"hidden_size": 64}, "Size embedder width mismatch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PixArtConfig(**{**TINY.__dict__, **change})
+
+
+def test_full_size_parameter_counts():
+    published = {"alpha-256": 610_856_096, "alpha-1024": 611_349_152, "sigma-2048": 610_856_096}
+    for name, count in published.items():
+        model = PixArt(CONFIGS[name], device="meta")
+        assert sum(p.numel() for p in model.parameters()) == count
+    assert set(CONFIGS) == {
+        "alpha-256", "alpha-512", "alpha-1024", "sigma-256", "sigma-512", "sigma-1024", "sigma-2048",
+    }  # fmt: skip
+
+
+def test_a_fresh_model_predicts_nothing_and_learns():
+    torch.manual_seed(0)
+    model = PixArt(TINY)
+    initialize_weights(model, torch.Generator().manual_seed(0))
+    latent, timestep, caption, mask = tiny_inputs(2, 8, 8, [5, 3])
+    output = model(latent, timestep, caption, mask)
+    assert not output.any()
+    (model(latent, timestep, caption, mask)[:, :4] - latent).square().mean().backward()
+    assert model.final_layer.linear.weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_matches_the_original_under_guidance():
+    """One caption's mask over both halves, as the original's scripts do it."""
+    case, tensors = load_golden("transformer_alpha_256")
+    inputs = take(tensors, "input.32x32")
+    model = PixArt(config_of(case)).eval()
+    model.load_state_dict(take(tensors, "weights"))
+    latent = inputs["x"][:1].repeat(2, 1, 1, 1)
+    null = model.y_embedder.y_embedding[None]
+    caption = torch.cat([inputs["y"].squeeze(1)[:1], null])
+    conditional, unconditional = model(latent, inputs["timestep"][:1], caption, inputs["mask"].flatten(1)[:1]).chunk(2)
+    guided = unconditional[:, :3] + 4.5 * (conditional[:, :3] - unconditional[:, :3])
+    expected = tensors["output.32x32.forward_with_cfg"]
+    # Guidance multiplies the noise of one forward (2e-5) by up to 2 * 4.5 - 1.
+    torch.testing.assert_close(guided, expected[:1, :3], atol=1.6e-4, rtol=1e-5)
+    torch.testing.assert_close(conditional[:, 3:], expected[:1, 3:], atol=2e-5, rtol=0)
