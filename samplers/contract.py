@@ -1,0 +1,46 @@
+"""What all solvers share: the checks on their sigmas, one evaluation of the model, and the progress bar."""
+
+import torch
+from tqdm.auto import trange
+
+
+def check_sigmas(sigmas):
+    """The noise levels as Python floats, once they are known to be usable.
+
+    Raises ValueError unless there are at least two, all finite, strictly descending, and none is negative.
+    """
+    levels = torch.as_tensor(sigmas).double().tolist()
+    if len(levels) < 2:
+        raise ValueError(
+            f"Too few sigmas: got {len(levels)}, expected at least 2. Connect a scheduler with 1 step or more."
+        )
+    for before, after in zip(levels, levels[1:], strict=False):
+        if not (float("inf") > before > after >= 0.0):
+            raise ValueError(
+                f"Sigmas do not descend: got {before:g} followed by {after:g}, expected every sigma to be finite, "
+                "below the one before it and not negative. Connect the SIGMAS of a scheduler, unflipped."
+            )
+    return levels
+
+
+class Denoiser:
+    """Evaluates the model at the i-th noise level and tells the callback."""
+
+    def __init__(self, model, levels, extra_args=None, callback=None):
+        self.model = model
+        self.levels = levels
+        self.extra_args = {} if extra_args is None else extra_args
+        self.callback = callback
+
+    def __call__(self, x, i):
+        """The denoised latent of x at noise level i. x: (B, C, H, W), variance exploding."""
+        sigma = self.levels[i]
+        denoised = self.model(x, x.new_full((x.shape[0],), sigma), **self.extra_args)
+        if self.callback is not None:
+            self.callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+        return denoised
+
+
+def steps(levels, disable=None):
+    """Iterate over the steps between the noise levels with a progress bar; disable=None hides it off a terminal."""
+    return trange(len(levels) - 1, disable=disable)
