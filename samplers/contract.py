@@ -35,10 +35,14 @@ class Denoiser:
     def __call__(self, x, i):
         """The denoised latent of x at noise level i. x: (B, C, H, W), variance exploding."""
         sigma = self.levels[i]
-        denoised = self.model(x, x.new_full((x.shape[0],), sigma), **self.extra_args)
+        denoised = self.again(x, i)
         if self.callback is not None:
             self.callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
         return denoised
+
+    def again(self, x, i):
+        """The same without telling the callback, for a second evaluation in a step."""
+        return self.model(x, x.new_full((x.shape[0],), self.levels[i]), **self.extra_args)
 
 
 def steps(levels, disable=None):

@@ -4,7 +4,7 @@ import logging
 import math
 
 from .contract import Denoiser, check_sigmas, steps
-from .exponential import adams_weights
+from .exponential import adams_weights, moments
 
 MAX_ORDER = 3
 SHORT_RUN = 10
@@ -47,7 +47,7 @@ def _step(x, levels, outputs):
     if len(outputs) == 2:
         return x - (0.5 * math.expm1(-h) / ratios[0]) * (outputs[0] - outputs[1])
     # The published code halves the second-difference term, which costs the third order; this is the exact integral.
-    weights = adams_weights([0.0, *(-ratio for ratio in ratios)], h)
+    weights = adams_weights([0.0, *(-ratio for ratio in ratios)], moments(h, len(outputs)))
     return x + sum(w * (m - outputs[0]) for w, m in zip(weights[1:], outputs[1:], strict=True))
 
 

@@ -1,7 +1,8 @@
 """Weights of exponential Adams methods: exact integrals of a Lagrange interpolant under an exponential.
 
-With u = (lambda - lambda_s) / h the weights of both DPM-Solver++ and SA-Solver are z * integral_0^1 e^(-z (1 - u)) l_i(u) du
-with z = q h, q = 1 + tau^2. Nothing depends on lambda itself, only on step ratios, so no large terms cancel.
+With u = (lambda - lambda_s) / h the weights of DPM-Solver++ and of SA-Solver are
+z * integral_0^1 e^(-z (1 - u)) l_i(u) du with z = q h and q = 1 + tau^2.
+Nothing depends on lambda itself, only on ratios of steps, so no large terms cancel, however small the step.
 Sources: arXiv 2309.05019, equations 14 to 18; arXiv 2211.01095, section 4.
 """
 
@@ -46,11 +47,10 @@ def lagrange_coefficients(nodes, i):
     return coefficients
 
 
-def adams_weights(nodes, z, integrals=None):
-    """One weight per node; they sum to 1 - e^(-z).
+def adams_weights(nodes, integrals):
+    """The weight of the model output at each node.
 
-    nodes: in units of the step, source at 0 and target at 1. integrals: what to use in place of moments(z, len(nodes)).
+    nodes: in units of the step, source at 0 and target at 1. integrals: `moments`, one per node.
     """
-    integrals = moments(z, len(nodes)) if integrals is None else integrals
-    return [math.fsum(c * m for c, m in zip(lagrange_coefficients(nodes, i), integrals, strict=True))
-            for i in range(len(nodes))]
+    bases = (lagrange_coefficients(nodes, i) for i in range(len(nodes)))
+    return [math.fsum(c * m for c, m in zip(basis, integrals, strict=True)) for basis in bases]

@@ -164,7 +164,8 @@ def schedule_sigmas(name, steps, denoise=1.0, end_clean=None):
         end at t = 0, sigma 0.01). With True, a schedule that passes through t = 0 goes to sigma 0 instead.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"Unknown schedule: got {name!r}, expected one of {', '.join(SCHEDULES)}. Choose one of these.")
+        known = ", ".join(SCHEDULES)
+        raise ValueError(f"Unknown schedule: got {name!r}, expected one of {known}. Choose one of these.")
     levels = sigmas(SCHEDULES[name](steps, denoise=denoise))
     clean = levels.new_zeros(1)
     if name in ENDS_CLEAN:
