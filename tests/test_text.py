@@ -1,0 +1,193 @@
+"""Caption cleaning, token ids and masks, against the originals' text and ids."""
+
+import base64
+import json
+import os
+import re
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pixart_pack.pixart.text import (
+    _strip_html,
+    batch_captions,
+    clean_caption,
+    clean_prompt,
+    load_tokenizer,
+    tokenize,
+    truncate,
+)
+from pixart_pack.tests.goldens import load_golden
+
+TEXT, _ = load_golden("text")
+CASES = TEXT["cases"]
+MOJIBAKE = "mojibake: "
+
+
+def name_of(case):
+    return case["prompt"][:30]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_clean_caption(case):
+    pytest.importorskip("ftfy")
+    assert clean_caption(case["prompt"]) == case["clean_repo_once"]
+    assert clean_prompt(case["prompt"]) == case["clean_repo"] == case["clean_diffusers"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_clean_caption_without_ftfy(case, monkeypatch):
+    """Only wrongly decoded letters need the package."""
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    expected = case["clean_repo"]
+    if case["prompt"].startswith(MOJIBAKE):
+        expected = expected.replace('"quotes"', "â€œquotesâ€\x9d")
+    assert clean_prompt(case["prompt"]) == expected
+
+
+MARKUP = """
+<b> </b> <br> <br/> <p <div> </div> <script> </script> <style> </style> <template> </template> <rt> </rt> <!--c-->
+<!DOCTYPE&#32;x> <![CDATA[y]]> <?x?> &amp; &lt; &copy; &copyx; &nope; &a &#65; &#150; < > & " a
+"""
+markup = st.lists(st.sampled_from([" ", *MARKUP.split()]))
+
+
+@settings(deadline=None)
+@given(markup.map("".join))
+def test_html_text_equals_beautiful_soup(text):
+    bs4 = pytest.importorskip("bs4")
+    got, expected = _strip_html(text), bs4.BeautifulSoup(text, features="html.parser").text
+    assert re.sub(r"\s+", " ", got) == re.sub(r"\s+", " ", expected)  # which the cleaning does later
+
+
+def test_unknown_html_section_stays():
+    assert _strip_html("a <![foo") == "a <![foo"
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_clean_caption_takes_any_text(text):
+    assert isinstance(clean_prompt(text), str)
+
+
+@pytest.fixture(scope="module")
+def host_tokenizer_folder():
+    host = os.environ.get("PIXART_COMFYUI")
+    folder = Path(host or "") / "comfy" / "text_encoders" / "t5_tokenizer"
+    if not host or not folder.is_dir():
+        pytest.skip("the T5 vocabulary is in ComfyUI: set PIXART_COMFYUI to its folder")
+    return folder
+
+
+def field(number, value):
+    """One protobuf field: int as varint, float as 32 bits, bytes with their length."""
+
+    def varint(number):
+        number &= 2**64 - 1
+        out = bytearray()
+        while number > 127:
+            out.append(number & 127 | 128)
+            number >>= 7
+        return bytes([*out, number])
+
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_folder(host_tokenizer_folder, tmp_path_factory):
+    """The same vocabulary as a spiece.model, put together from tokenizer.json (sentencepiece_model.proto)."""
+    source = json.loads((host_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    unknown, control, normal = 2, 3, 1
+    kinds = {0: control, 1: control, 2: unknown}
+    model = b""
+    for index, (piece, score) in enumerate(source["model"]["vocab"][:32000]):
+        entry = field(1, piece.encode()) + field(2, float(score)) + field(3, kinds.get(index, normal))
+        model += field(1, entry)
+    unk_id, bos_id, eos_id, pad_id = field(40, 2), field(41, -1), field(42, 1), field(43, 0)
+    model += field(2, field(3, 1) + unk_id + bos_id + eos_id + pad_id)
+    model += field(3, field(2, base64.b64decode(find_charsmap(source["normalizer"]))))
+    folder = tmp_path_factory.mktemp("spiece")
+    (folder / "spiece.model").write_bytes(model)
+    return folder
+
+
+def find_charsmap(normalizer):
+    steps = normalizer.get("normalizers", [normalizer])
+    return next(step["precompiled_charsmap"] for step in steps if "precompiled_charsmap" in step)
+
+
+@pytest.mark.parametrize("source", ["host_tokenizer_folder", "sentencepiece_folder"])
+@pytest.mark.parametrize("length", [120, 300])
+def test_token_ids(request, source, length):
+    tokenizer = load_tokenizer(request.getfixturevalue(source))
+    for kind, field in (
+        ("tokens_raw", "prompt"),
+        ("tokens_clean", "clean_repo"),
+        ("tokens_noclean", "noclean_diffusers"),
+    ):
+        ids, mask = tokenize([case[field] for case in CASES], tokenizer, length)
+        assert ids.shape == mask.shape == (len(CASES), length) and mask.dtype == torch.bool
+        for row, case in enumerate(CASES):
+            expected = case[kind][str(length)]
+            assert ids[row, mask[row]].tolist() == expected["ids_valid"], case[field]
+            assert mask[row].sum() == expected["n_valid"] and not ids[row, ~mask[row]].any()
+
+
+@pytest.fixture(scope="module")
+def tiny_sentencepiece(tmp_path_factory):
+    """A real sentencepiece model with T5's special ids, trained on a sentence."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("tiny")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a small cat on a red mat", "two dogs under the old tree"] * 20),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=24,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return folder
+
+
+def test_tokenize_with_sentencepiece(tiny_sentencepiece):
+    tokenizer = load_tokenizer(tiny_sentencepiece)
+    ids, mask = tokenize(["a cat", "", "two dogs under the old tree"], tokenizer, 8)
+    words = tokenizer.encode("a cat")
+    assert ids[0].tolist() == [*words, 1] + [0] * (7 - len(words))
+    assert ids[1].tolist() == [1] + [0] * 7 and mask[1].sum() == 1
+    assert ids[2].tolist() == tokenizer.encode("two dogs under the old tree")[:7] + [1] and mask[2].all()
+    assert torch.equal(tokenize("a cat", tokenizer, 8)[0], ids[:1])
+
+
+def test_folder_without_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected spiece.model or tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_truncate_keeps_the_end_token():
+    tokens = [(5, 1.0), (6, 1.3), (7, 1.0), (1, 1.0)]
+    assert truncate(tokens, 4) == (tokens, [])
+    assert truncate(tokens, 3) == ([(5, 1.0), (6, 1.3), (1, 1.0)], [(7, 1.0)])
+    assert truncate(tokens, 1) == ([(1, 1.0)], tokens[:3])
+    with pytest.raises(ValueError, match="got 0, expected at least 1"):
+        truncate(tokens, 0)
+
+
+def test_batch_captions_pads_to_the_longest_only():
+    short, long = torch.ones(1, 2, 3), torch.full((1, 5, 3), 2.0)
+    states, mask = batch_captions([short, long])
+    assert states.shape == (2, 5, 3)
+    assert mask.tolist() == [[True, True, False, False, False], [True] * 5]
+    assert torch.equal(states[0, :2], short[0]) and not states[0, 2:].any() and torch.equal(states[1:], long)
