@@ -1,0 +1,1 @@
+"""What dev.py is made of, lowest first: process, environment, server, commands. Standard library only."""

@@ -1,0 +1,183 @@
+"""The commands of dev.py and their options."""
+
+import argparse
+import errno
+import os
+import re
+import sys
+import time
+
+from .environment import DEFAULT_HOST, HOSTS, Environment, choose_environment, prepare
+from .process import LAUNCH, ROOT, DevError, child_environment, foreground, say, stop_on_signals, tail
+from .server import PACK, Server, device_flags, link_pack, prepare_base
+
+OUTPUT = ROOT / "output"
+PASSING_ON = ("test", "bench", "run")  # from the first argument that is not dev.py's own, all goes to the program
+
+
+def ready(options: argparse.Namespace) -> Environment:
+    environment = choose_environment(options.env, options.comfyui)
+    prepare(environment)
+    return environment
+
+
+def python_path(environment: Environment) -> dict[str, str]:
+    """Variables that make the host, the pack (as pixart_pack) and its layers (pixart, samplers) importable."""
+    custom_nodes = environment.base() / "custom_nodes"
+    link_pack(custom_nodes)
+    places = (environment.host, custom_nodes, ROOT)  # the host first, since it and the root both have a `nodes`
+    return child_environment(PYTHONPATH=os.pathsep.join(map(str, places)), PIXART_COMFYUI=str(environment.host))
+
+
+def demo(options: argparse.Namespace) -> int:
+    began = time.perf_counter()
+    environment = ready(options)
+    set_up_s = time.perf_counter() - began
+    with Server(
+        environment.python,
+        environment.host,
+        prepare_base(environment),
+        port=options.port,
+        flags=[*device_flags(environment.python), "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK],
+        output=OUTPUT if options.keep_running else None,
+        keep=options.keep_running,
+    ) as server:
+        say(f"Starting ComfyUI at {server.url} ...")
+        began = time.perf_counter()
+        server.start()
+        say(f"Set-up {set_up_s:.1f} s, server start {time.perf_counter() - began:.1f} s")
+        client = [environment.python, LAUNCH, "-m", f"{PACK}.demo.client", "--url", server.url, "--output", OUTPUT]
+        if foreground([*client, *client_arguments(options)], env=python_path(environment)):
+            server.check()
+            raise DevError("The demo failed; see above", server.log)
+    if options.keep_running:
+        stop = "taskkill /T /F /PID" if os.name == "nt" else "kill"
+        say(f"The server keeps running at {server.url}. Stop it with: {stop} {server.process.pid}")
+    return 0
+
+
+def client_arguments(options: argparse.Namespace) -> list[str]:
+    """The options of `demo` that its client takes; those not given are left to the workflow."""
+    arguments = []
+    for prompt in options.prompt or ():
+        arguments += ["--prompt", prompt]
+    for name in ("seed", "steps", "guidance", "size"):
+        if getattr(options, name) is not None:
+            arguments += [f"--{name}", str(getattr(options, name))]
+    return arguments
+
+
+def serve(options: argparse.Namespace) -> int:
+    environment = ready(options)
+    base = prepare_base(environment)
+    flags = device_flags(environment.python)
+    with Server(environment.python, environment.host, base, port=options.port, flags=flags, output=OUTPUT) as server:
+        say(f"Starting ComfyUI at {server.url} ...")
+        server.start()
+        say(f"The editor is at {server.url}. Models go into {base / 'models'}. Ctrl-C stops it.")
+        with open(server.log, encoding="utf-8", errors="replace") as log:
+            while True:
+                sys.stdout.write(log.read())
+                sys.stdout.flush()
+                server.check()
+                time.sleep(0.5)
+
+
+def test(options: argparse.Namespace) -> int:
+    environment = ready(options)
+    variables = child_environment(PIXART_COMFYUI=str(environment.host))
+    return foreground([environment.python, "-m", "pytest", *options.rest], cwd=ROOT, env=variables)
+
+
+def lint(options: argparse.Namespace) -> int:
+    environment = ready(options)
+    checks = [["check", "--fix"], ["format"]] if options.fix else [["check"], ["format", "--check"]]
+    ruff = [environment.python, "-m", "ruff"]
+    return max([foreground([*ruff, *check, "."], cwd=ROOT, env=child_environment()) for check in checks])
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.rest[:1] in ([], ["-m"]) and len(options.rest) < 2:
+        raise DevError("Nothing to run: expected `python dev.py run FILE ...` or `python dev.py run -m MODULE ...`")
+    environment = ready(options)
+    launch = [LAUNCH] if options.rest[0] == "-m" else []
+    return foreground([environment.python, *launch, *options.rest], env=python_path(environment))
+
+
+def bench(options: argparse.Namespace) -> int:
+    options.rest = ["-m", f"{PACK}.benchmarks", *options.rest]
+    return run(options)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--env", metavar="DIR", help="the environment's folder (default: in the user's cache folder)")
+    common.add_argument("--comfyui", choices=HOSTS, help=f"the host's version (default: {DEFAULT_HOST})")
+    parser = argparse.ArgumentParser(
+        prog="dev.py",
+        description="Makes its environment on first use, then runs the command in it.",
+        epilog="COMFYUI_PATH names a ComfyUI of your own to use: its files and models are read and never written, "
+        "the Python environment is dev.py's.",
+        parents=[common],
+    )
+    parser.set_defaults(env=None, comfyui=None, rest=[])
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(function, text: str, passed_on: str | None = None) -> argparse.ArgumentParser:
+        usage = passed_on and f"dev.py {function.__name__} [--env DIR] [--comfyui VERSION] {passed_on}"
+        command = commands.add_parser(function.__name__, help=text, description=text, parents=[common], usage=usage)
+        command.set_defaults(function=function)
+        return command
+
+    command = add(demo, "make pictures with the built-in model through a real ComfyUI, into output/")
+    command.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; may be given several times")
+    command.add_argument("--seed", type=int)
+    command.add_argument("--steps", type=int)
+    command.add_argument("--guidance", type=float)
+    command.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels, such as 128x128")
+    command.add_argument("--port", type=int, default=0, help="the server's port (default: any free one)")
+    command.add_argument("--keep-running", action="store_true", help="leave the server running")
+    command = add(serve, "start ComfyUI with this pack and its editor; Ctrl-C stops it")
+    command.add_argument("--port", type=int, default=8188, help="the server's port (default: 8188)")
+    add(test, "run the tests", "[PYTEST ARGUMENTS]")
+    add(bench, "run the benchmarks", "[NAME] [ARGUMENTS]")
+    command = add(lint, "check style and formatting")
+    command.add_argument("--fix", action="store_true", help="mend what can be mended")
+    add(run, "run a program with the pack and the host importable", "FILE|-m MODULE [ARGUMENTS]")
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    own, rest = take_own(arguments)
+    if rest[:1] and rest[0] in PASSING_ON:
+        own_too, passed_on = take_own(rest[1:])
+        options = make_parser().parse_args([*own, rest[0], *own_too])
+        options.rest = passed_on
+        return options
+    return make_parser().parse_args(arguments)
+
+
+def take_own(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split off the leading options that every command has."""
+    count = 0
+    while count < len(arguments) and re.match(r"(--env|--comfyui)(=|$)|(-h|--help)$", arguments[count]):
+        count += 2 if arguments[count] in ("--env", "--comfyui") else 1
+    return arguments[:count], arguments[count:]
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; returns the exit code. What fails is told in one line, with the tail of the log it has."""
+    options = parse(arguments)
+    stop_on_signals()
+    log = None
+    try:
+        return options.function(options)
+    except DevError as error:
+        message, log = str(error), error.log
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        message = "The disk is full: free some space or choose --env DIR" if full else str(error)
+    sys.stderr.write(f"error: {message}\n")
+    if log is not None:
+        sys.stderr.write(f"The end of {log}:\n{tail(log)}\n")
+    return 1

@@ -1,0 +1,38 @@
+"""python launch.py [--follow] FILE|-m MODULE ...: run a program as `python` would, with two differences.
+
+The current folder comes last on sys.path: in the repository's root, `import nodes` would otherwise give this pack's in
+place of ComfyUI's. With --follow the program ends as soon as standard input closes, that is, when the process that
+started it is gone, for whatever reason.
+"""
+
+import os
+import runpy
+import sys
+import threading
+from pathlib import Path
+
+
+def follow_starter() -> None:
+    """End this process when the other end of standard input is gone."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[0] == "--follow":
+        arguments = arguments[1:]
+        threading.Thread(target=follow_starter, daemon=True).start()
+    del sys.path[0]  # this file's folder
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        sys.path.append(os.getcwd())
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
