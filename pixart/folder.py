@@ -1,0 +1,197 @@
+"""Finds the weights of a diffusers or transformers folder: one file, or shards with or without their index."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TRANSFORMER_STEMS = ("diffusion_pytorch_model",)
+TEXT_ENCODER_STEMS = ("model", "pytorch_model")
+TRANSFORMER_CLASSES = ("Transformer2DModel", "PixArtTransformer2DModel")
+_SUFFIXES = (".safetensors", ".bin")
+# The variant stands before the number or after it, by the age of the library that wrote the file.
+_SHARD = re.compile(
+    r"(?P<stem>[^.]+)(?P<early>\.\w+)?-(?P<index>[0-9]{5})-of-(?P<count>[0-9]{5})(?P<late>\.\w+)?"
+    r"(?P<suffix>\.safetensors|\.bin)"
+)
+_OTHER_FOLDERS = {
+    "adapter_config.json": "a LoRA folder. Load its base model here and the LoRA with Load PixArt LoRA.",
+    "scheduler_config.json": "a scheduler folder. Choose the folder above it.",
+    "spiece.model": "a tokenizer folder. Choose the folder above it.",
+}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A transformer in diffusers' folder form.
+
+    files: its weights, one file or all shards. model_config, vae_config: contents of the config.json of transformer
+    and autoencoder, None where there is none. weight_map: tensor -> shard as the index says, empty without one.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    model_config: dict | None = None
+    vae_config: dict | None = None
+    weight_map: dict[str, str] = field(default_factory=dict)
+
+
+def open_folder(path: Path, variant: str | None = None) -> ModelFolder:
+    """Find the transformer in a pipeline's root or in the transformer's own folder.
+
+    variant: "fp16" and the like asks for `...fp16.safetensors`; None takes the plain file, or else the only variant.
+    Raises FileNotFoundError when there is no folder or a shard is missing, ValueError for a folder of another kind.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"Folder not found: got '{path}', expected a diffusers folder. Choose another one.")
+    inner = path / "transformer"
+    folder = inner if inner.is_dir() else path
+    root = folder.parent if folder.name == "transformer" else folder
+    if folder == path and (path / "model_index.json").is_file():
+        kind = read_json(path / "model_index.json").get("_class_name")
+        raise ValueError(
+            f"Not a PixArt folder: got a {kind} without a transformer in '{path.name}', expected a PixArt pipeline. "
+            f"Choose the folder of a PixArt-alpha or PixArt-Sigma model."
+        )
+    _refuse_other_models(folder)
+    files, weight_map = find_weights(folder, TRANSFORMER_STEMS, variant)
+    vae_config = root / "vae" / "config.json"
+    model_config = folder / "config.json"
+    return ModelFolder(
+        path,
+        files,
+        read_json(model_config) if model_config.is_file() else None,
+        read_json(vae_config) if vae_config.is_file() else None,
+        weight_map,
+    )
+
+
+def find_weights(
+    folder: Path, stems: Iterable[str], variant: str | None = None
+) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """(files, weight_map) of the model in a folder: an index with its shards, a single file, or complete shards.
+
+    stems: accepted file names without suffix, best first; safetensors are preferred over .bin.
+    Raises FileNotFoundError naming what is missing, ValueError when the folder leaves open what to take.
+    """
+    stems = tuple(stems)
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    for suffix in _SUFFIXES:
+        for stem in stems:
+            for infix in _infixes(names, stem, suffix, variant):
+                index = folder / f"{stem}{suffix}.index{infix}.json"
+                if index.is_file():
+                    return _indexed_files(index)
+                single = folder / f"{stem}{infix}{suffix}"
+                if single.is_file():
+                    return (single,), {}
+    shards = _shards_without_index(folder, names, variant)
+    if shards:
+        return shards, {}
+    others = [name for name in names if name.endswith(_SUFFIXES)]
+    if len(others) == 1 and variant is None and not _SHARD.fullmatch(others[0]):
+        return (folder / others[0],), {}
+    wanted = f"'{stems[0]}{f'.{variant}' if variant else ''}.safetensors'"
+    raise FileNotFoundError(
+        f"No weights in folder '{folder.name}': got {', '.join(others) or 'no model file'}, expected {wanted} or an "
+        f"index of shards. Choose a folder with a complete model, or download the missing file."
+    )
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises ValueError naming the file when it holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"Unreadable '{path.name}': got no JSON ({error}), expected a configuration. Download '{path}' again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"Unreadable '{path.name}': got a {type(content).__name__}, expected a JSON object. "
+            f"Download '{path}' again."
+        )
+    return content
+
+
+def _refuse_other_models(folder: Path) -> None:
+    for name, kind in _OTHER_FOLDERS.items():
+        if (folder / name).is_file():
+            raise ValueError(f"Not a PixArt folder: got '{folder.name}', {kind}")
+    config = folder / "config.json"
+    if not config.is_file():
+        return
+    content = read_json(config)
+    architectures = content.get("architectures")
+    kind = content.get("_class_name") or (
+        architectures[0] if isinstance(architectures, list) and architectures else None
+    )
+    if kind is not None and kind not in TRANSFORMER_CLASSES:
+        raise ValueError(
+            f"Not a PixArt folder: got a {kind} in '{folder.name}', expected {' or '.join(TRANSFORMER_CLASSES)}. "
+            f"Choose the folder of a PixArt-alpha or PixArt-Sigma model."
+        )
+
+
+def _infixes(names: list[str], stem: str, suffix: str, variant: str | None) -> list[str]:
+    """The variants to try, as ".fp16": the asked one, or the plain file first and then those that lie there."""
+    if variant is not None:
+        return [f".{variant}"]
+    start, end = re.escape(stem), re.escape(suffix)
+    pattern = re.compile(rf"{start}(?:(\.\w+)?{end}|{end}\.index(\.\w+)?\.json)")
+    return sorted({match[1] or match[2] or "" for match in map(pattern.fullmatch, names) if match})
+
+
+def _indexed_files(index: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"Unreadable '{index.name}': got no weight_map, expected an index of shards. Download it again."
+        )
+    shards = sorted({_plain_name(index, name) for name in weight_map.values()})
+    for shard in shards:
+        if not (index.parent / shard).is_file():
+            raise FileNotFoundError(
+                f"A shard is missing: got no '{shard}', expected all {len(shards)} files of '{index.name}'. "
+                f"Download it into '{index.parent.name}'."
+            )
+    return tuple(index.parent / shard for shard in shards), weight_map
+
+
+def _plain_name(index: Path, name: object) -> str:
+    """A shard's name that cannot lead out of the folder."""
+    if not isinstance(name, str) or not name.endswith(_SUFFIXES) or re.search(r"[/\\:\x00]", name):
+        raise ValueError(
+            f"Unsafe index '{index.name}': got the shard name {name!r:.80}, expected a file of the same folder. "
+            f"Download the model from a source that you trust."
+        )
+    return name
+
+
+def _shards_without_index(folder: Path, names: list[str], variant: str | None) -> tuple[Path, ...]:
+    """Shards that their own names show to be complete, `...-00001-of-00002...`; empty when there are none."""
+    sets: dict[tuple, dict[int, str]] = {}
+    for match in filter(None, map(_SHARD.fullmatch, names)):
+        infix = match["early"] or match["late"] or ""
+        if variant is None or infix == f".{variant}":
+            key = (infix, _SUFFIXES.index(match["suffix"]), match["stem"], int(match["count"]))
+            sets.setdefault(key, {})[int(match["index"])] = match[0]
+    best = [key for key in sets if key[:2] == min(sets)[:2]]  # the plain set before a variant, safetensors before .bin
+    if len(best) > 1:
+        samples = ", ".join(sorted(sets[key][min(sets[key])] for key in best))
+        raise ValueError(
+            f"Several sets of shards in '{folder.name}': got {samples}, expected one set or an index. "
+            f"Choose a folder with one model."
+        )
+    if not best:
+        return ()
+    shards, count = sets[best[0]], best[0][3]
+    missing = sorted(set(range(1, count + 1)) - set(shards))
+    if missing or len(shards) != count:
+        raise FileNotFoundError(
+            f"A shard is missing: got {len(shards)} of {count} like '{shards[min(shards)]}', expected number "
+            f"{missing[0] if missing else count} as well. Download it into '{folder.name}'."
+        )
+    return tuple(folder / shards[number] for number in sorted(shards))

@@ -1,0 +1,371 @@
+"""Key layouts of PixArt weights: recognise one, unwrap it, and map between the original's and diffusers' names.
+
+Dict in, dict out; nothing here opens a file. Values may be anything with a shape, so a file can be examined
+before its tensors are read; only a merge or a split of tensors touches them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+
+ORIGINAL, DIFFUSERS, CONTROLNET, CONTROL, LORA = "original", "diffusers", "controlnet", "control", "lora"
+UNKNOWN = "unknown"
+
+CONFIG_KEY = "pixart_config"  # metadata entry, or uint8 tensor of the same JSON where a file keeps no metadata of ours
+NULL_CAPTION_KEY = "y_embedder.y_embedding"
+RECOMPUTED_KEYS = ("pos_embed", "pos_embed.pos_embed")  # the position grid in either layout; depends on the picture
+EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema")
+MODEL_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+# Longest first, so that `model.` never cuts a longer one in two.
+PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "base_model.",
+    "transformer.",
+    "_orig_mod.",
+    "module.",
+    "model.",
+)
+# What else an all-in-one checkpoint carries next to `model.diffusion_model.`.
+COMPANIONS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.", "model_ema.")
+
+
+def _weights_and_biases(names: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    return {
+        f"{name}.{part}": tuple(f"{target}.{part}" for target in targets)
+        for name, targets in names.items()
+        for part in ("weight", "bias")
+    }
+
+
+# Original name -> diffusers name, or names when diffusers cuts the tensor's rows into that many equal parts.
+GLOBAL_NAMES = {
+    **_weights_and_biases(
+        {
+            "x_embedder.proj": ("pos_embed.proj",),
+            "t_embedder.mlp.0": ("adaln_single.emb.timestep_embedder.linear_1",),
+            "t_embedder.mlp.2": ("adaln_single.emb.timestep_embedder.linear_2",),
+            "csize_embedder.mlp.0": ("adaln_single.emb.resolution_embedder.linear_1",),
+            "csize_embedder.mlp.2": ("adaln_single.emb.resolution_embedder.linear_2",),
+            "ar_embedder.mlp.0": ("adaln_single.emb.aspect_ratio_embedder.linear_1",),
+            "ar_embedder.mlp.2": ("adaln_single.emb.aspect_ratio_embedder.linear_2",),
+            "t_block.1": ("adaln_single.linear",),
+            "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
+            "y_embedder.y_proj.fc2": ("caption_projection.linear_2",),
+            "final_layer.linear": ("proj_out",),
+        }
+    ),
+    "final_layer.scale_shift_table": ("scale_shift_table",),
+    NULL_CAPTION_KEY: ("caption_projection.y_embedding",),  # in a few files; unknown to diffusers' own class
+}
+BLOCK_NAMES = {
+    **_weights_and_biases(
+        {
+            "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+            "attn.proj": ("attn1.to_out.0",),
+            "attn.q_norm": ("attn1.q_norm",),
+            "attn.k_norm": ("attn1.k_norm",),
+            "attn.sr": ("attn1.sr",),  # key and value compression; unknown to diffusers
+            "attn.norm": ("attn1.norm",),
+            "cross_attn.q_linear": ("attn2.to_q",),
+            "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
+            "cross_attn.proj": ("attn2.to_out.0",),
+            "mlp.fc1": ("ff.net.0.proj",),
+            "mlp.fc2": ("ff.net.2",),
+        }
+    ),
+    "scale_shift_table": ("scale_shift_table",),
+}
+_GLOBAL_PARTS = {part: (name, parts) for name, parts in GLOBAL_NAMES.items() for part in parts}
+_BLOCK_PARTS = {part: (name, parts) for name, parts in BLOCK_NAMES.items() for part in parts}
+_ORIGINAL_BLOCK = re.compile(r"blocks\.(\d{1,4})\.(.+)")
+_DIFFUSERS_BLOCK = re.compile(r"transformer_blocks\.(\d{1,4})\.(.+)")
+
+# Family -> a piece of a key that only its files have. The first match names the family, so the order matters.
+_LORA_SIGNS = (".lora_A.", ".lora_B.", "lora_up.", "lora_down.", ".lora.", ".hada_w1_", ".lokr_w1", ".dora_scale")
+_FAMILY_SIGNS = {
+    "T5 text encoder": ("SelfAttention.q.weight", "encoder.block.0.layer.0."),
+    "CLIP text encoder": ("text_model.encoder.layers.0.", "transformer.resblocks.0."),
+    "HED edge detector": ("block1.convs.0.weight",),
+    "UNet (Stable Diffusion)": ("input_blocks.0.0.weight", "down_blocks.0.resnets.0.time_emb_proj.weight"),
+    "VAE": ("decoder.conv_in.weight", "decoder.conv_out.weight", "quant_conv.weight"),
+    "Flux": ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0."),
+    "Stable Diffusion 3": ("joint_blocks.0.", "context_embedder.weight"),
+    "Hunyuan-DiT": ("mlp_t5.0.weight", "blocks.0.default_modulation."),
+    "AuraFlow": ("double_layers.0.",),
+    "Lumina": ("cap_embedder.0.weight",),
+    "Sana": ("blocks.0.mlp.inverted_conv.", "transformer_blocks.0.ff.conv_inverted."),
+    "LTX-Video": ("patchify_proj.weight",),
+    "DiT": ("y_embedder.embedding_table.weight",),
+}
+
+
+def detect_layout(state_dict: Mapping) -> str:
+    """Tell what kind of weights these are, wrapped or not, by their names alone.
+
+    Returns ORIGINAL, DIFFUSERS, CONTROLNET (base and control in one file), CONTROL (control blocks alone), LORA,
+    the name of another family ("Flux", "T5 text encoder", ...), or UNKNOWN.
+    """
+    return _layout_of(_strip_prefixes(_pick_weights(state_dict, "ema")))
+
+
+def unwrap(state_dict: Mapping, weights: str = "ema") -> dict:
+    """Take the weights out of a training checkpoint: wrappers and prefixes off, what is no tensor left out.
+
+    weights: "ema" prefers the averaged weights where there are both, "model" the trained ones. The learned null
+    caption always comes from the trained ones: averaging skips buffers, so the averaged one is an untrained tensor.
+    A ControlNet file keeps its `base_model.` and `controlnet.` prefixes; `split_controlnet` parts them.
+    Raises ValueError when there is nothing like a state dict, or not the chosen weights.
+    """
+    if weights not in ("ema", "model"):
+        raise ValueError(f"Unknown choice of weights: got '{weights}', expected 'ema' or 'model'. Choose one of them.")
+    chosen = _strip_prefixes(_pick_weights(state_dict, weights))
+    if weights == "ema" and _wrapped(state_dict, EMA_WRAPPERS) and _wrapped(state_dict, MODEL_WRAPPERS):
+        trained = _strip_prefixes(_pick_weights(state_dict, "model"))
+        for key in (NULL_CAPTION_KEY, f"base_model.{NULL_CAPTION_KEY}"):
+            if key in trained:
+                chosen[key] = trained[key]
+    return {key: value for key, value in chosen.items() if hasattr(value, "shape")}
+
+
+def to_original(state_dict: Mapping, *, consume: bool = False) -> dict:
+    """Rename to the original layout, merging q, k, v; wrapped, prefixed and original dicts are taken as well.
+
+    consume: empties `state_dict` on the way, so that a merge never holds both copies of the whole model.
+    The position grid is left out, since it is recomputed. A missing `y_embedder.y_embedding` stays missing.
+    Raises ValueError naming every unknown key and every missing part of a merged tensor.
+    Source: diffusers, convert_pixart_alpha_to_diffusers.py, read backwards.
+    """
+    weights = _plain_weights(state_dict, consume)
+    layout = require_pixart(weights)
+    plan = {key: (key,) for key in weights} if layout == ORIGINAL else merge_plan(weights)
+    if layout == ORIGINAL:
+        _diffusers_names(weights)  # unknown names raise here as well
+    converted = {}
+    for name, parts in plan.items():
+        tensors = [weights.pop(part) for part in parts]
+        converted[name] = tensors[0] if len(tensors) == 1 else _concatenate(name, tensors)
+    return converted
+
+
+def to_diffusers(state_dict: Mapping, *, keep_null_caption: bool = False) -> dict:
+    """Rename to the diffusers layout, cutting qkv and kv by rows (views of the same memory).
+
+    keep_null_caption: also carries the learned null caption, as `caption_projection.y_embedding`. With it
+    `to_original` gives back everything; without it the names are exactly those of diffusers' own class.
+    Raises ValueError naming every unknown key and every tensor whose rows cannot be cut.
+    Source: diffusers, convert_pixart_alpha_to_diffusers.py.
+    """
+    weights = _plain_weights(state_dict, consume=False)
+    if require_pixart(weights) == DIFFUSERS:
+        merge_plan(weights)  # unknown names raise here as well
+        converted = weights
+    else:
+        converted = {}
+        for name, parts in _diffusers_names(weights).items():
+            converted.update(zip(parts, _cut_rows(name, weights[name], len(parts)), strict=True))
+    if not keep_null_caption:
+        converted.pop(GLOBAL_NAMES[NULL_CAPTION_KEY][0], None)
+    return converted
+
+
+def merge_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Original name -> the diffusers names whose rows make it up, for all of `names` (diffusers layout).
+
+    Raises ValueError naming every unknown key and every missing part.
+    """
+    names, plan, unknown = dict.fromkeys(names), {}, []
+    for name in names:
+        match = _DIFFUSERS_BLOCK.fullmatch(name)
+        found = _BLOCK_PARTS.get(match[2]) if match else _GLOBAL_PARTS.get(name)
+        if found is None:
+            unknown.append(name)
+        elif match:
+            plan[f"blocks.{match[1]}.{found[0]}"] = tuple(f"transformer_blocks.{match[1]}.{part}" for part in found[1])
+        else:
+            plan[found[0]] = found[1]
+    _refuse_unknown(unknown)
+    missing = [part for parts in plan.values() for part in parts if part not in names]
+    if missing:
+        raise ValueError(
+            f"Weights are missing: got no {_some(missing)}, expected every part of a merged tensor. "
+            f"Download the complete file."
+        )
+    return plan
+
+
+def needs_merge(names: Iterable[str]) -> bool:
+    """True when some of these (unwrapped) names are parts of a tensor that the original layout holds in one."""
+    parts = (match[2] for match in map(_DIFFUSERS_BLOCK.fullmatch, names) if match)
+    return any(part in _BLOCK_PARTS and len(_BLOCK_PARTS[part][1]) > 1 for part in parts)
+
+
+def split_controlnet(state_dict: Mapping) -> tuple[dict, dict]:
+    """Part a ControlNet file: (base weights in the original layout, control weights named `{i}.copied_block...`).
+
+    Either may be empty. Raises ValueError for weights of another kind.
+    """
+    weights = unwrap(state_dict)
+    layout = _layout_of(weights)
+    if layout not in (CONTROLNET, CONTROL):
+        raise ValueError(f"Not a PixArt ControlNet: got {describe(layout)}. {advice(layout)}")
+    base = {key.removeprefix("base_model."): value for key, value in weights.items() if key.startswith("base_model.")}
+    control = {
+        key.removeprefix("controlnet."): value for key, value in weights.items() if not key.startswith("base_model.")
+    }
+    return (to_original(base) if base else {}), control
+
+
+def require_pixart(state_dict: Mapping) -> str:
+    """The layout of (unwrapped) PixArt weights: ORIGINAL or DIFFUSERS. Raises ValueError saying what it is else."""
+    layout = _layout_of(state_dict)
+    if layout not in (ORIGINAL, DIFFUSERS):
+        raise ValueError(f"Not a PixArt model: got {describe(layout)}, expected PixArt weights. {advice(layout)}")
+    return layout
+
+
+def describe(layout: str) -> str:
+    """A layout in words, for a message."""
+    names = {
+        ORIGINAL: "a PixArt model",
+        DIFFUSERS: "a PixArt model in diffusers layout",
+        CONTROLNET: "a PixArt ControlNet with its base model",
+        CONTROL: "PixArt ControlNet weights without a base model",
+        LORA: "a LoRA",
+        UNKNOWN: "weights of an unknown kind",
+    }
+    return names.get(layout, f"{layout} weights")
+
+
+def advice(layout: str) -> str:
+    """What to do in the editor with a file of this layout."""
+    texts = {
+        ORIGINAL: "Load it with Load PixArt Checkpoint.",
+        DIFFUSERS: "Load it with Load PixArt Checkpoint.",
+        CONTROLNET: "Load it with Load PixArt ControlNet.",
+        CONTROL: "Load it with Load PixArt ControlNet.",
+        LORA: "Load the base model here and the LoRA with Load PixArt LoRA.",
+        UNKNOWN: "Choose a PixArt-alpha or PixArt-Sigma checkpoint.",
+        "T5 text encoder": "Load it with Load T5 Text Encoder.",
+        "VAE": "Load it with Load VAE.",
+    }
+    return texts.get(layout, "Choose a PixArt checkpoint, or load this file with ComfyUI's own nodes.")
+
+
+def _layout_of(keys: Iterable[str]) -> str:
+    keys = [key for key in keys if isinstance(key, str)]
+    if any(sign in key for key in keys for sign in _LORA_SIGNS):
+        return LORA
+    if any("copied_block." in key or key.startswith("controlnet_blocks.") for key in keys):
+        return CONTROLNET if any(key.startswith("base_model.") for key in keys) else CONTROL
+    for family, signs in _FAMILY_SIGNS.items():
+        if any(sign in key for key in keys for sign in signs):
+            return family
+    if any(_is_named(key, _DIFFUSERS_BLOCK, _BLOCK_PARTS) for key in keys) or "adaln_single.linear.weight" in keys:
+        return DIFFUSERS
+    if any(_is_named(key, _ORIGINAL_BLOCK, BLOCK_NAMES) for key in keys) or "t_block.1.weight" in keys:
+        return ORIGINAL
+    return UNKNOWN
+
+
+def _is_named(key: str, pattern: re.Pattern, names: Mapping) -> bool:
+    match = pattern.fullmatch(key)
+    return bool(match) and match[2] in names
+
+
+def _wrapped(state_dict: Mapping, wrappers: tuple[str, ...]) -> dict | None:
+    return next((state_dict[name] for name in wrappers if isinstance(state_dict.get(name), Mapping)), None)
+
+
+def _pick_weights(state_dict: Mapping, weights: str) -> dict:
+    """Follow the wrappers of training checkpoints down to the dict of weights."""
+    for _ in range(4):  # deeper nesting is no checkpoint
+        if not isinstance(state_dict, Mapping):
+            break
+        averaged, trained = _wrapped(state_dict, EMA_WRAPPERS), _wrapped(state_dict, MODEL_WRAPPERS)
+        if averaged is None and trained is None:
+            break
+        if weights == "model" and trained is None:
+            raise ValueError(
+                "No trained weights in this checkpoint: got averaged (EMA) weights only, expected 'state_dict'. "
+                "Choose the EMA weights."
+            )
+        state_dict = averaged if averaged is not None and (weights == "ema" or trained is None) else trained
+    if not isinstance(state_dict, Mapping) or not any(hasattr(value, "shape") for value in state_dict.values()):
+        kind = type(state_dict).__name__
+        raise ValueError(
+            f"No weights in this file: got {'no tensors' if isinstance(state_dict, Mapping) else f'a {kind} object'}, "
+            f"expected a dict of tensors. Choose a checkpoint that was saved as a state dict."
+        )
+    return {key: value for key, value in state_dict.items() if isinstance(key, str)}
+
+
+def _strip_prefixes(weights: dict) -> dict:
+    """Take off what wrappers and hosts put before every name; a ControlNet's own prefixes stay."""
+    inner = PREFIXES[0]
+    if any(key.startswith(inner) for key in weights):
+        weights = {key: value for key, value in weights.items() if not key.startswith(COMPANIONS)}
+    while weights and _layout_of(weights) not in (CONTROLNET, CONTROL):
+        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in weights)), None)
+        if prefix is None:
+            break
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
+
+
+def _plain_weights(state_dict: Mapping, consume: bool) -> dict:
+    weights = unwrap(state_dict)
+    if consume:
+        state_dict.clear()
+    for key in (*RECOMPUTED_KEYS, CONFIG_KEY):
+        weights.pop(key, None)
+    return weights
+
+
+def _diffusers_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Original name -> its diffusers names. Raises ValueError naming every unknown key."""
+    plan, unknown = {}, []
+    for name in names:
+        match = _ORIGINAL_BLOCK.fullmatch(name)
+        parts = BLOCK_NAMES.get(match[2]) if match else GLOBAL_NAMES.get(name)
+        if parts is None:
+            unknown.append(name)
+        else:
+            plan[name] = tuple(f"transformer_blocks.{match[1]}.{part}" for part in parts) if match else parts
+    _refuse_unknown(unknown)
+    return plan
+
+
+def _refuse_unknown(unknown: list[str]) -> None:
+    if unknown:
+        raise ValueError(
+            f"Unknown weights: got {_some(unknown)}, expected the names of a PixArt model. "
+            f"Choose a PixArt-alpha or PixArt-Sigma checkpoint."
+        )
+
+
+def _concatenate(name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+    try:
+        return torch.cat(tensors)
+    except (RuntimeError, TypeError) as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise ValueError(
+            f"Parts of {name} do not fit together: got shapes {shapes}, expected equal ones. Download the file again."
+        ) from error
+
+
+def _cut_rows(name: str, tensor: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    if count == 1:
+        return (tensor,)
+    if tensor.ndim == 0 or tensor.shape[0] % count:
+        raise ValueError(
+            f"Wrong shape of {name}: got {tuple(tensor.shape)}, expected rows in {count} equal parts. "
+            f"Download the file again."
+        )
+    return tensor.split(tensor.shape[0] // count)
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(f"'{name}'" for name in names[:limit]) + more

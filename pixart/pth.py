@@ -1,0 +1,329 @@
+"""Reads PyTorch's own files (.pth, .pt, .bin, .ckpt) without running anything that they hold.
+
+A pickle names the functions to call. Here only containers and the few functions that describe a tensor are known;
+every other name, whatever it is, gives an inert `Foreign` object, so files that carry an argparse.Namespace or a
+scheduler load, and a hostile file does nothing. Tensors are first only described, then read from the file at the
+place of their bytes, memory-mapped where that is possible.
+"""
+
+import logging
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+log = logging.getLogger(__name__)
+
+ZIP_MAGIC = b"PK\x03\x04"
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file by torch.save before version 1.6
+_STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+# What a malformed or hostile pickle can make the unpickler raise.
+_PICKLE_ERRORS = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+
+class StoredTensor(NamedTuple):
+    """A tensor that lies in a file: `storage` is the key of its bytes, offset and stride count elements."""
+
+    storage: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _ignore(self, *args, **kwargs):
+    """Take anything, do nothing."""
+
+
+class Foreign:
+    """Stands in for every object that is neither a tensor nor a plain container."""
+
+    __slots__ = ()
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    __init__ = __setstate__ = __setitem__ = append = extend = add = update = _ignore
+
+
+class _Dict(dict):
+    """An OrderedDict without the attributes that a pickle may set on one."""
+
+    __slots__ = ()
+    __setstate__ = _ignore
+
+
+class _Function:
+    """An allowed function; wrapped, so that a pickle cannot set attributes on it."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable):
+        self._call = call
+
+    def __call__(self, *args):
+        return self._call(*args)
+
+    __setstate__ = _ignore
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+def read_pth(
+    path: Path, choose: Callable[[object], dict], in_memory: Callable[[dict], bool]
+) -> dict[str, torch.Tensor]:
+    """Read tensors out of a file by torch.save, zip or older format.
+
+    choose: is given everything in the file (tensors as StoredTensor, foreign objects as Foreign) and returns the
+    wanted ones by name. in_memory: is given these and says whether to read them into memory of their own rather
+    than map the file. Raises ValueError when the file is damaged or no such file.
+    """
+    with path.open("rb") as file:
+        is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    content, places = _open_zip(path) if is_zip else _open_legacy(path)
+    wanted = {name: value for name, value in choose(content).items() if isinstance(value, StoredTensor)}
+    return _read_tensors(path, wanted, places, mapped=not in_memory(wanted))
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows containers and descriptions of tensors; everything else becomes Foreign."""
+
+    def __init__(self, file):
+        super().__init__(file, encoding="latin1")  # files from Python 2 hold byte strings
+        self.storages: dict[str, _Storage] = {}
+        self.foreign: set[str] = set()
+
+    def find_class(self, module, name):
+        known = _ALLOWED.get((module, name))
+        if known is None and module in ("torch", "torch.cuda", "torch.storage"):
+            known = _STORAGE_DTYPES.get(name) or _DTYPES.get(name)
+        if known is None:
+            self.foreign.add(f"{module}.{name}")
+            return Foreign
+        return known
+
+    def persistent_load(self, pid):
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+            raise pickle.UnpicklingError("a storage was expected")
+        _, dtype, key, _, count, *view = pid
+        sound = isinstance(dtype, torch.dtype) and isinstance(key, str) and _is_count(count)
+        if not sound or view not in ([], [None]):
+            raise pickle.UnpicklingError("a malformed storage")
+        return self.storages.setdefault(key, _Storage(key, dtype, count))
+
+
+def _rebuild(storage, offset, shape, stride, *_):
+    return _describe(storage, offset, shape, stride, storage.dtype)
+
+
+def _rebuild_with_dtype(storage, offset, shape, stride, requires_grad, hooks, dtype, *_):
+    return _describe(storage, offset, shape, stride, dtype)
+
+
+def _describe(storage, offset, shape, stride, dtype):
+    counts = (offset, *shape, *stride)
+    sound = isinstance(storage, _Storage) and isinstance(dtype, torch.dtype) and all(map(_is_count, counts))
+    if not sound or len(shape) != len(stride):
+        raise pickle.UnpicklingError("a malformed tensor")
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if 0 not in shape and (last + 1) * dtype.itemsize > storage.count * storage.dtype.itemsize:
+        raise pickle.UnpicklingError("a tensor larger than its storage")
+    return StoredTensor(storage.key, offset, tuple(shape), tuple(stride), dtype)
+
+
+def _rebuild_parameter(tensor, *_):
+    return tensor
+
+
+def _rebuild_subclass(function, kind, arguments, *_):
+    if not isinstance(function, _Function):
+        return Foreign()
+    return function(*arguments)
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+_ALLOWED = {
+    ("collections", "OrderedDict"): _Dict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor"): _Function(_rebuild),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild),
+    ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuild_with_dtype),
+    ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Function(_rebuild_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Function(_rebuild_subclass),
+}
+
+
+def _load_pickle(file, path: Path) -> tuple[object, dict[str, _Storage]]:
+    unpickler = _Unpickler(file)
+    try:
+        content = unpickler.load()
+    except _PICKLE_ERRORS as error:
+        raise ValueError(
+            f"Unreadable PyTorch file '{path.name}': got a damaged or hostile pickle ({error}), expected a checkpoint. "
+            f"Download the file again from a source that you trust."
+        ) from error
+    if unpickler.foreign:
+        names = ", ".join(sorted(unpickler.foreign)[:8])
+        log.info("%s: skipped objects that are no weights (%s); nothing of them was run.", path.name, names)
+    return content, unpickler.storages
+
+
+def _open_zip(path: Path) -> tuple[object, dict[str, int]]:
+    """(everything in the file, storage key -> position of its bytes)."""
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            entries = {entry.filename: entry for entry in archive.infolist()}
+            pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
+            if len(pickles) != 1 or any(name.endswith("constants.pkl") for name in entries):
+                kind = "a TorchScript program" if pickles else "a zip archive of other files"
+                raise ValueError(
+                    f"Not a checkpoint: got {kind} in '{path.name}', expected a file by torch.save. "
+                    f"Unpack the archive, or choose the checkpoint itself."
+                )
+            folder = pickles[0].removesuffix("data.pkl")
+            order = entries.get(f"{folder}byteorder")
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries.values()):
+                raise ValueError(
+                    f"Packed checkpoint: got compressed or locked entries in '{path.name}', expected them stored as "
+                    f"torch.save does. Unpack the archive, or download the checkpoint again."
+                )
+            _require_little_endian(path, order is None or archive.read(order) == b"little")
+            with archive.open(pickles[0]) as data:
+                content, storages = _load_pickle(data, path)
+            places = {}
+            for storage in storages.values():
+                entry = entries.get(f"{folder}data/{storage.key}")
+                if entry is None or entry.file_size < storage.count * storage.dtype.itemsize:
+                    raise _truncated(path)
+                places[storage.key] = _position(file, entry)
+            return content, places
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error) as error:
+        raise _truncated(path) from error
+
+
+def _position(file, entry: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes begin: behind its local header, whose name and extra field have their own lengths."""
+    if entry.header_offset < 0:
+        raise zipfile.BadZipFile("negative offset")
+    file.seek(entry.header_offset + 26)
+    name_length, extra_length = struct.unpack("<HH", file.read(4))
+    return entry.header_offset + 30 + name_length + extra_length
+
+
+def _open_legacy(path: Path) -> tuple[object, dict[str, int]]:
+    """As _open_zip for the format before torch 1.6: four pickles, the storage keys, then length and bytes of each."""
+    with path.open("rb") as file:
+        magic = _load_pickle(file, path)[0]
+        if magic != LEGACY_MAGIC:
+            raise ValueError(
+                f"Not a checkpoint: got a pickle of something else in '{path.name}', expected a file by torch.save. "
+                f"Choose the checkpoint itself."
+            )
+        _load_pickle(file, path)  # the version of the format, the same ever since
+        system = _load_pickle(file, path)[0]
+        _require_little_endian(path, not isinstance(system, Mapping) or system.get("little_endian", True) is True)
+        content, storages = _load_pickle(file, path)
+        keys = _load_pickle(file, path)[0]
+        size = path.stat().st_size
+        places = {}
+        for key in keys if isinstance(keys, list) else ():
+            length = file.read(8)
+            storage = storages.get(key) if isinstance(key, str) else None
+            if len(length) < 8 or storage is None or struct.unpack("<q", length)[0] != storage.count:
+                raise _truncated(path)
+            places[key] = file.tell()
+            file.seek(storage.count * storage.dtype.itemsize, 1)
+            if file.tell() > size:
+                raise _truncated(path)
+        if set(places) != set(storages):
+            raise _truncated(path)
+        return content, places
+
+
+def _read_tensors(path: Path, wanted: dict, places: dict, mapped: bool) -> dict[str, torch.Tensor]:
+    size = path.stat().st_size
+    mapping = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if mapped and wanted else None
+    read, tensors = {}, {}
+    with path.open("rb", buffering=0) as file:
+        for name, stored in wanted.items():
+            if 0 in stored.shape:
+                tensors[name] = torch.empty(stored.shape, dtype=stored.dtype)
+                continue
+            place = places[stored.storage] + stored.offset * stored.dtype.itemsize
+            span = sum((length - 1) * step for length, step in zip(stored.shape, stored.stride, strict=True)) + 1
+            count = span * stored.dtype.itemsize
+            if place + count > size:
+                raise _truncated(path)
+            if mapping is not None and place % stored.dtype.itemsize == 0:
+                flat = mapping[place : place + count].view(stored.dtype)
+            else:
+                if (place, count) not in read:
+                    read[place, count] = _read_bytes(file, path, place, count)
+                flat = read[place, count].view(stored.dtype)
+            tensors[name] = flat.as_strided(stored.shape, stored.stride)
+    return tensors
+
+
+def _read_bytes(file, path: Path, place: int, count: int) -> torch.Tensor:
+    data = torch.empty(count, dtype=torch.uint8)
+    view = memoryview(data.numpy())
+    file.seek(place)
+    while view:
+        done = file.readinto(view)
+        if not done:
+            raise _truncated(path)
+        view = view[done:]
+    return data
+
+
+def _require_little_endian(path: Path, little: bool) -> None:
+    if not little:
+        raise ValueError(
+            f"Byte order mismatch: got a big-endian file '{path.name}', expected little-endian. "
+            f"Save the checkpoint again on an ordinary machine."
+        )
+
+
+def _truncated(path: Path) -> ValueError:
+    return ValueError(
+        f"Truncated or damaged file: got only a part of '{path.name}' ({math.ceil(path.stat().st_size / 1e6)} MB), "
+        f"expected a complete checkpoint. Download the file again."
+    )
