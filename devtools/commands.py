@@ -36,7 +36,7 @@ def demo(options: argparse.Namespace) -> int:
     with Server(
         environment.python,
         environment.host,
-        prepare_base(environment),
+        prepare_base(environment.base(), environment.own_host),
         port=options.port,
         flags=[*device_flags(environment.python), "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK],
         output=OUTPUT if options.keep_running else None,
@@ -46,10 +46,10 @@ def demo(options: argparse.Namespace) -> int:
         began = time.perf_counter()
         server.start()
         say(f"Set-up {set_up_s:.1f} s, server start {time.perf_counter() - began:.1f} s")
-        client = [environment.python, LAUNCH, "-m", f"{PACK}.demo.client", "--url", server.url, "--output", OUTPUT]
+        client = [environment.python, LAUNCH, "-m", f"{PACK}.demo.pictures", "--url", server.url, "--output", OUTPUT]
         if foreground([*client, *client_arguments(options)], env=python_path(environment)):
             server.check()
-            raise DevError("The demo failed; see above", server.log)
+            raise DevError("", server.log)  # it has said what is wrong
     if options.keep_running:
         stop = "taskkill /T /F /PID" if os.name == "nt" else "kill"
         say(f"The server keeps running at {server.url}. Stop it with: {stop} {server.process.pid}")
@@ -69,7 +69,7 @@ def client_arguments(options: argparse.Namespace) -> list[str]:
 
 def serve(options: argparse.Namespace) -> int:
     environment = ready(options)
-    base = prepare_base(environment)
+    base = prepare_base(environment.base(), environment.own_host)
     flags = device_flags(environment.python)
     with Server(environment.python, environment.host, base, port=options.port, flags=flags, output=OUTPUT) as server:
         say(f"Starting ComfyUI at {server.url} ...")
@@ -177,7 +177,8 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         full = error.errno == errno.ENOSPC
         message = "The disk is full: free some space or choose --env DIR" if full else str(error)
-    sys.stderr.write(f"error: {message}\n")
+    if message:
+        sys.stderr.write(f"error: {message}\n")
     if log is not None:
         sys.stderr.write(f"The end of {log}:\n{tail(log)}\n")
     return 1

@@ -12,7 +12,6 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from .environment import Environment
 from .process import LAUNCH, ROOT, DevError, child_environment, end_tree, spawn, tail
 
 PACK = "pixart_pack"  # the pack's folder in custom_nodes, and the name under which programs import it
@@ -37,13 +36,15 @@ def link_pack(custom_nodes: Path, root: Path = ROOT) -> None:
         shutil.copytree(root, link, ignore=shutil.ignore_patterns(".git", "output"))
 
 
-def prepare_base(environment: Environment) -> Path:
-    """Make a ComfyUI base directory with this clone in custom_nodes and a list of the folders that hold models."""
-    base = environment.base()
+def prepare_base(base: Path, own_host: Path | None = None) -> Path:
+    """Make a ComfyUI base directory: this clone in custom_nodes, and a list of the folders that hold models.
+
+    own_host: the user's own ComfyUI, whose models are offered too. Returns base.
+    """
     link_pack(base / "custom_nodes")
     sources = {"demo": ROOT / "demo" / "models"}
-    if environment.own_host:
-        sources["own"] = environment.own_host / "models"
+    if own_host:
+        sources["own"] = own_host / "models"
     lists = {
         name: {"base_path": str(path), **{folder.name: folder.name for folder in path.iterdir() if folder.is_dir()}}
         for name, path in sources.items()
