@@ -3,8 +3,11 @@
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+
+FIT_METHODS = ("bicubic", "lanczos", "bilinear")
 
 _BINS_1024 = {
     0.25: (512, 2048),
@@ -129,15 +132,20 @@ def parse_prompt_flags(prompt: str, base_px: int, *, inference_only: bool = Fals
     return PromptFlags(text, ratio, bin_px, output_px or bin_px)
 
 
-def resize_to_cover(images: torch.Tensor, height_px: int, width_px: int, *, mode: str, antialias: bool) -> torch.Tensor:
-    """Resize with the ratio kept so that the smaller side just covers the size. images: (B, C, H, W) -> (B, C, h, w).
-
-    The longer side is rounded down, as all PixArt code does; h >= height_px and w >= width_px.
-    """
+def _cover_size(images: torch.Tensor, height_px: int, width_px: int) -> tuple[int, int]:
+    """(h, w) with the ratio of images (..., H, W) that just covers the size; the longer side is rounded down."""
     h, w = images.shape[-2:]
     ratio = max(height_px / h, width_px / w)
     # max(): int() of a product such as 0.9999999 * 100 would fall one pixel short.
-    size = max(int(h * ratio), height_px), max(int(w * ratio), width_px)
+    return max(int(h * ratio), height_px), max(int(w * ratio), width_px)
+
+
+def resize_to_cover(images: torch.Tensor, height_px: int, width_px: int, *, mode: str, antialias: bool) -> torch.Tensor:
+    """Resize with the ratio kept so that the smaller side just covers the size. images: (B, C, H, W) -> (B, C, h, w).
+
+    mode: of torch's interpolate. h >= height_px and w >= width_px; all PixArt code rounds the longer side down.
+    """
+    size = _cover_size(images, height_px, width_px)
     return F.interpolate(images, size=size, mode=mode, align_corners=False, antialias=antialias)
 
 
@@ -166,3 +174,29 @@ def resize_and_crop(
         return images
     images = resize_to_cover(images, height_px, width_px, mode="bilinear", antialias=repository_rule)
     return crop_centre(images, height_px, width_px, round_half=repository_rule)
+
+
+def fit_images(images: torch.Tensor, height_px: int, width_px: int, method: str) -> torch.Tensor:
+    """Resize and centre-crop pictures (B, C, H, W) with values in [0, 1] to (B, C, height_px, width_px).
+
+    method: "bicubic" or "lanczos" with antialias, as the training pictures were prepared (lanczos from 2048 px on),
+    or "bilinear" without, as diffusers finishes its pictures. Raises ValueError for another method.
+    """
+    if method == "bilinear":
+        return resize_and_crop(images, height_px, width_px)
+    if method not in FIT_METHODS:
+        raise ValueError(f"Unknown method: got {method}, expected one of {', '.join(FIT_METHODS)}. Choose one of them.")
+    if method == "lanczos":
+        covered = _resize_lanczos(images, *_cover_size(images, height_px, width_px))
+    else:
+        covered = resize_to_cover(images, height_px, width_px, mode="bicubic", antialias=True)
+    return crop_centre(covered, height_px, width_px, round_half=True).clamp(0, 1)
+
+
+def _resize_lanczos(images: torch.Tensor, height_px: int, width_px: int) -> torch.Tensor:
+    from PIL import Image
+
+    planes = images.detach().flatten(0, 1).float().cpu().numpy()
+    resized = [Image.fromarray(plane).resize((width_px, height_px), Image.Resampling.LANCZOS) for plane in planes]
+    stacked = torch.from_numpy(np.stack([np.asarray(plane) for plane in resized]))
+    return stacked.unflatten(0, images.shape[:2]).to(images)
