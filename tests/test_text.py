@@ -1,10 +1,7 @@
 """Caption cleaning, token ids and masks, against the originals' text and ids."""
 
-import base64
-import json
 import os
 import re
-import struct
 import sys
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from pixart_pack.pixart.text import (
     truncate,
 )
 from pixart_pack.tests.goldens import load_golden
+from pixart_pack.tests.spiece import write_spiece
 
 TEXT, _ = load_golden("text")
 CASES = TEXT["cases"]
@@ -84,45 +82,12 @@ def host_tokenizer_folder():
     return folder
 
 
-def field(number, value):
-    """One protobuf field: int as varint, float as 32 bits, bytes with their length."""
-
-    def varint(number):
-        number &= 2**64 - 1
-        out = bytearray()
-        while number > 127:
-            out.append(number & 127 | 128)
-            number >>= 7
-        return bytes([*out, number])
-
-    if isinstance(value, float):
-        return varint(number << 3 | 5) + struct.pack("<f", value)
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
 @pytest.fixture(scope="module")
 def sentencepiece_folder(host_tokenizer_folder, tmp_path_factory):
-    """The same vocabulary as a spiece.model, put together from tokenizer.json (sentencepiece_model.proto)."""
-    source = json.loads((host_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
-    unknown, control, normal = 2, 3, 1
-    kinds = {0: control, 1: control, 2: unknown}
-    model = b""
-    for index, (piece, score) in enumerate(source["model"]["vocab"][:32000]):
-        entry = field(1, piece.encode()) + field(2, float(score)) + field(3, kinds.get(index, normal))
-        model += field(1, entry)
-    unk_id, bos_id, eos_id, pad_id = field(40, 2), field(41, -1), field(42, 1), field(43, 0)
-    model += field(2, field(3, 1) + unk_id + bos_id + eos_id + pad_id)
-    model += field(3, field(2, base64.b64decode(find_charsmap(source["normalizer"]))))
+    """The same vocabulary as a spiece.model."""
     folder = tmp_path_factory.mktemp("spiece")
-    (folder / "spiece.model").write_bytes(model)
+    write_spiece(host_tokenizer_folder / "tokenizer.json", folder / "spiece.model")
     return folder
-
-
-def find_charsmap(normalizer):
-    steps = normalizer.get("normalizers", [normalizer])
-    return next(step["precompiled_charsmap"] for step in steps if "precompiled_charsmap" in step)
 
 
 @pytest.mark.parametrize("source", ["host_tokenizer_folder", "sentencepiece_folder"])
