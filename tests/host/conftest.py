@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from pixart_pack.tests.host.server import Host, start
 
 

@@ -5,8 +5,9 @@ import sys
 import uuid
 from pathlib import Path
 
-import pixart_pack.demo.client as client
 from PIL import Image
+
+import pixart_pack.demo.client as client
 from pixart_pack.devtools.server import PACK, Server, prepare_base
 
 
