@@ -1,0 +1,179 @@
+"""Training the demo's PixArt and its T5 encoder together, from nothing."""
+
+import json
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from ..pixart.config import PixArtConfig
+from ..pixart.diffusion import Diffusion
+from ..pixart.transformer import PixArt, initialize_weights
+from .autoencoder import VAE_SCALE
+from .loop import Ema, clip_gradients
+from .pool import FULL_BUCKETS, SMALL_BUCKETS, Bucket, Pool
+from .scenes import describe
+from .text import END, PAD, T5_FIELDS, TrainedText, make_text_batch
+
+CONFIG = PixArtConfig(
+    depth=6,
+    hidden_size=144,
+    num_heads=4,
+    mlp_ratio=2.0,
+    caption_channels=T5_FIELDS["d_model"],
+    base_size=8,
+    pe_scale=1.0,
+    vae_scale=VAE_SCALE,
+)
+SMALL_UNTIL = 0.35  # share of the run on small pictures
+NULL_SHARE = 0.1
+MAX_WEIGHT = 200.0
+BOUND_WEIGHT = 0.003
+MAX_BOUND = 20.0  # bits; the first timesteps' likelihood has outliers
+LEARNING_RATES = {"edges": 4e-4, "text": 1e-3, "body": 1.5e-3}
+WARM_UP_STEPS = 150
+HOLD = 0.4  # share of the run at the full learning rate
+
+
+@torch.no_grad()
+def start_as_identity(model: PixArt) -> None:
+    """Make the fresh model's predicted noise its input: at most timesteps that is nearly right already.
+
+    Patches go into channels that the position grid leaves free, and the output layer reads them back.
+    """
+    config = model.config
+    width, patch = config.hidden_size, config.patch_size**2 * config.in_channels
+    grids = [model.positions(grid, torch.float32, "cpu")[0] for grid in ((8, 8), (6, 10), (10, 6), (4, 4))]
+    taken = torch.cat([*grids, torch.ones(1, width)])
+    free = torch.linalg.svd(taken.double(), full_matrices=True).Vh[-patch:].float()  # (patch, D), orthonormal rows
+    scale = 0.7
+    model.x_embedder.proj.weight.copy_((free.T * scale).reshape(model.x_embedder.proj.weight.shape))
+    model.x_embedder.proj.bias.zero_()
+    tokens = grids[0] + torch.randn(64, patch, generator=torch.Generator().manual_seed(0)) @ free * scale
+    deviation = tokens.std(1, unbiased=False).mean()
+    side = config.patch_size
+    read = (free * deviation / scale).reshape(config.in_channels, side, side, width).permute(1, 2, 0, 3)
+    model.final_layer.linear.weight.zero_()
+    rows = model.final_layer.linear.weight.view(side, side, config.out_channels, width)
+    rows[:, :, : config.in_channels] = read
+    model.final_layer.scale_shift_table.zero_()
+    for block in model.blocks:
+        for branch in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
+            branch.weight.zero_()
+        block.scale_shift_table[[2, 5]] = 1  # gates
+
+
+def draw_timesteps(count: int, generator: torch.Generator, steps: int) -> Tensor:
+    """Half uniform, half around the noise levels at which the layout is decided."""
+    uniform = torch.rand(count, generator=generator) * steps
+    middle = (0.66 + 0.15 * torch.randn(count, generator=generator)) * steps
+    timestep = torch.where(torch.rand(count, generator=generator) < 0.5, uniform, middle)
+    return timestep.long().clamp(0, steps - 1)
+
+
+class DenoiserStage:
+    """The denoiser and the text encoder, their optimiser and their averages."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pool_folder: Path,
+        *,
+        config: PixArtConfig = CONFIG,
+        seed: int = 0,
+        batch_size: int = 64,
+        ema_decay: float = 0.999,
+        buckets: tuple[tuple[Bucket, ...], tuple[Bucket, ...]] = (SMALL_BUCKETS, FULL_BUCKETS),
+    ):
+        torch.manual_seed(seed)
+        self.tokenizer, self.seed, self.batch_size = tokenizer, seed, batch_size
+        self.pools = [Pool(group, pool_folder, seed) for group in buckets]
+        self.diffusion = Diffusion()
+        denoiser = PixArt(config)
+        initialize_weights(denoiser)
+        start_as_identity(denoiser)
+        every_word = Random("words")
+        words = [describe(scene, every_word) for scene in self.pools[-1].scenes[0][:2000]]
+        self.model = nn.ModuleDict({"denoiser": denoiser, "text": TrainedText(tokenizer, words)})
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.99), weight_decay=0, foreach=True)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.ema = Ema(self.model, ema_decay)
+
+    def _groups(self) -> list[dict]:
+        denoiser, text = self.model["denoiser"], self.model["text"]
+        edges = [*denoiser.x_embedder.parameters(), *denoiser.final_layer.linear.parameters()]
+        known = {id(p) for p in edges}
+        body = [p for p in denoiser.parameters() if id(p) not in known]
+        parts = {"edges": edges, "text": [p for p in text.parameters() if p.requires_grad], "body": body}
+        return [{"params": part, "lr": (rate := LEARNING_RATES[name]), "full_lr": rate} for name, part in parts.items()]
+
+    def _losses(self, rng: Random, progress: float) -> tuple[Tensor, Tensor]:
+        """Weighted losses of one batch: of the noise and of the variance."""
+        bucket, scenes, start = self.pools[progress >= SMALL_UNTIL].draw(rng, self._batch(progress))
+        captions = [describe(scene, rng) for scene in scenes]
+        text = make_text_batch(captions, self.tokenizer, rng, NULL_SHARE)
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        timestep = draw_timesteps(len(start), generator, len(self.diffusion.betas))
+        noise = torch.randn(start.shape, generator=generator)
+        noisy = self.diffusion.q_sample(start, timestep, noise)
+        states = self.model["text"](text)
+        size = torch.tensor([[bucket.height_px, bucket.width_px]], dtype=torch.float32)
+        prediction = self.model["denoiser"](noisy, timestep.float(), states, text.kept, size, size[:, :1] / size[:, 1:])
+        losses = self.diffusion.training_losses(prediction, start, noisy, timestep, noise)
+        # 1 / alpha_bar makes it the loss of the velocity, which weighs all noise levels alike.
+        weight = (1 / self.diffusion.alphas_cumprod[timestep]).clamp(max=MAX_WEIGHT).float()
+        return (weight * losses["mse"]).mean(), losses["vb"].clamp(max=MAX_BOUND).mean()
+
+    def _batch(self, progress: float) -> int:
+        return self.batch_size * 3 // 2 if progress < SMALL_UNTIL else self.batch_size
+
+    def step(self, number: int, learning_rate_factor: float, progress: float) -> dict[str, float]:
+        rng = Random(f"denoiser {self.seed} {number}")
+        noise_loss, bound = self._losses(rng, progress)
+        self.optimizer.zero_grad()
+        (noise_loss + BOUND_WEIGHT * bound).backward()
+        norm = clip_gradients(self.parameters, 1.0)
+        factor = learning_rate_factor * min(1.0, (number + 1) / WARM_UP_STEPS)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * factor
+        self.optimizer.step()
+        self.ema.update(self.model)
+        return {"loss": noise_loss.item(), "bound": bound.item(), "gradient": norm}
+
+    def averaged(self) -> tuple[PixArt, T5EncoderModel]:
+        """Copies with the averaged weights and the null caption filled in, for evaluation and export."""
+        model = deepcopy(self.model).requires_grad_(False).eval()
+        self.ema.copy_to(model)
+        denoiser, text = model["denoiser"], model["text"].fill_table()
+        length = denoiser.config.caption_length
+        ids = torch.tensor([[END] + [PAD] * (length - 1)])
+        with torch.no_grad():
+            states = text(input_ids=ids, attention_mask=(ids == END).long()).last_hidden_state
+        denoiser.y_embedder.y_embedding.copy_(states[0])
+        return denoiser, text
+
+    def export(self, denoiser_file: Path, text_file: Path) -> None:
+        """Write the averaged weights as fp16 safetensors, the hyper-parameters in their metadata."""
+        denoiser, text = self.averaged()
+        for module, path, metadata in (
+            (denoiser, denoiser_file, {"pixart_config": json.dumps(asdict(denoiser.config))}),
+            (text, text_file, {"t5_config": json.dumps(T5_FIELDS)}),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state = {key: value.half().contiguous() for key, value in module.state_dict().items()}
+            state.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
+            save_file(state, path, metadata)
+
+    def state_dict(self) -> dict:
+        parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["ema"])

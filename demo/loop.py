@@ -1,0 +1,124 @@
+"""The training loop that every stage of the demo shares: time or step budget, resume, atomic checkpoints, a log."""
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+class Stage(Protocol):
+    """One thing to train. What is random in `step` is drawn from the step's number, so a resumed run goes on alike."""
+
+    def step(self, number: int, learning_rate_factor: float, progress: float) -> dict[str, float]: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+def cosine_factor(progress: float, hold: float = 0.0, floor: float = 0.02) -> float:
+    """1 until `hold` of the run, then a half cosine down to `floor`. progress: 0 to 1."""
+    if progress <= hold:
+        return 1.0
+    fraction = min((progress - hold) / (1 - hold), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+class Ema:
+    """A moving average of a module's parameters, with a shorter memory over the first steps."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.updates = 0
+        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        shadows = list(self.shadow.values())
+        torch._foreach_lerp_(shadows, [p.detach() for p in module.parameters() if p.requires_grad], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            if name in self.shadow:
+                parameter.copy_(self.shadow[name])
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for name, value in state["shadow"].items():
+            self.shadow[name].copy_(value)
+
+
+def clip_gradients(parameters: list[Tensor], limit: float) -> float:
+    """Scale the gradients to a total norm of at most `limit`; return the norm before."""
+    return float(nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """Write beside the file, then rename over it: a killed run leaves the last whole checkpoint."""
+    temporary = path.with_suffix(".part")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def fit(
+    stage: Stage,
+    folder: Path,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    resume: bool = True,
+    hold: float = 0.0,
+    save_every_seconds: float = 120,
+) -> int:
+    """Train until the budget is spent, counting the time of earlier parts of a resumed run. Return the steps made.
+
+    The learning rate follows the spent part of the budget; give `steps` where a run must be repeatable bit by bit.
+    Writes folder/checkpoint.pt and folder/log.jsonl.
+    """
+    if (minutes is None) == (steps is None):
+        raise ValueError(f"Training budget: got minutes {minutes} and steps {steps}, expected exactly one. Give one.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "checkpoint.pt"
+    number, spent = 0, 0.0
+    if resume and path.exists():
+        state = torch.load(path, weights_only=True)
+        stage.load_state_dict(state["stage"])
+        number, spent = state["step"], state["seconds"]
+        logger.info("resumed %s at step %d after %.0f s", folder.name, number, spent)
+
+    def save() -> None:
+        save_atomically({"stage": stage.state_dict(), "step": number, "seconds": spent}, path)
+
+    total = steps if steps is not None else round(minutes * 60)
+    last_save = tick = time.monotonic()
+    with tqdm(total=total, initial=number if steps else round(spent), unit="step" if steps else "s") as bar:
+        while (progress := (number / steps if steps else spent / (minutes * 60))) < 1:
+            metrics = stage.step(number, cosine_factor(progress, hold), progress)
+            number += 1
+            now = time.monotonic()
+            spent, tick = spent + now - tick, now
+            bar.update((number if steps else round(spent)) - bar.n)
+            bar.set_postfix({"step": number, **{key: f"{value:.4g}" for key, value in metrics.items()}}, refresh=False)
+            if number % 20 == 0:
+                with (folder / "log.jsonl").open("a") as log:
+                    log.write(json.dumps({"step": number, "seconds": round(spent, 1), **metrics}) + "\n")
+            if now - last_save > save_every_seconds:
+                save()
+                last_save = now
+    save()
+    return number

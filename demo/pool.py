@@ -1,0 +1,87 @@
+"""Scenes and their latents for the denoiser: drawn once, cached, captions drawn anew with every use."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .autoencoder import average_latents
+from .scenes import Scene, draw_scene, random_scene
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Scenes of one picture size. share: of the batches. counts: weights of one, two and three shapes."""
+
+    height_px: int
+    width_px: int
+    scenes: int
+    share: float
+    counts: tuple[int, int, int]
+
+
+_EARLY, _LATE = (50, 35, 15), (32, 45, 23)
+# The position grid spans the same range at any size, so small pictures teach layout at a fraction of the cost.
+SMALL_BUCKETS = (
+    Bucket(64, 64, 14000, 0.45, _EARLY),
+    Bucket(80, 80, 8000, 0.25, _EARLY),
+    Bucket(64, 96, 5000, 0.15, _EARLY),
+    Bucket(96, 64, 5000, 0.15, _EARLY),
+)
+FULL_BUCKETS = (
+    Bucket(128, 128, 26000, 0.58, _LATE),
+    Bucket(96, 160, 7000, 0.14, _LATE),
+    Bucket(160, 96, 7000, 0.14, _LATE),
+    Bucket(112, 144, 3000, 0.05, _LATE),
+    Bucket(144, 112, 3000, 0.05, _LATE),
+    Bucket(104, 152, 1500, 0.02, _LATE),
+    Bucket(152, 104, 1500, 0.02, _LATE),
+)
+
+
+def bucket_scenes(bucket: Bucket, seed: int) -> list[Scene]:
+    """The bucket's scenes; the same for the same seed."""
+    rng = Random(f"bucket {seed} {bucket.height_px}x{bucket.width_px}")
+    counts = rng.choices((1, 2, 3), bucket.counts, k=bucket.scenes)
+    return [random_scene(rng, count, bucket.height_px, bucket.width_px) for count in counts]
+
+
+def _latents(bucket: Bucket, scenes: list[Scene], label: str) -> Tensor:
+    """Draw and encode: (scenes, 4, h, w) float16."""
+    parts = []
+    for start in tqdm(range(0, len(scenes), 256), desc=label, leave=False):
+        pictures = [draw_scene(scene, bucket.height_px, bucket.width_px) for scene in scenes[start : start + 256]]
+        batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+        parts.append(average_latents(batch).half())
+    return torch.cat(parts)
+
+
+class Pool:
+    """Buckets with their scenes and latents; latents are cached under `folder`."""
+
+    def __init__(self, buckets: tuple[Bucket, ...], folder: Path, seed: int = 0):
+        self.buckets = buckets
+        self.scenes, self.latents = [], []
+        folder.mkdir(parents=True, exist_ok=True)
+        for bucket in buckets:
+            scenes = bucket_scenes(bucket, seed)
+            label = f"{bucket.height_px}x{bucket.width_px}_{bucket.scenes}_{seed}"
+            path = folder / f"{label}.pt"
+            if not path.exists():
+                torch.save(_latents(bucket, scenes, label), path.with_suffix(".part"))
+                path.with_suffix(".part").replace(path)
+            self.scenes.append(scenes)
+            self.latents.append(torch.load(path, weights_only=True))
+
+    def draw(self, rng: Random, batch_size: int) -> tuple[Bucket, list[Scene], Tensor]:
+        """A batch out of one bucket: the bucket, its scenes, latents (B, 4, h, w) float32."""
+        index = rng.choices(range(len(self.buckets)), [bucket.share for bucket in self.buckets])[0]
+        chosen = [rng.randrange(len(self.scenes[index])) for _ in range(batch_size)]
+        return self.buckets[index], [self.scenes[index][k] for k in chosen], self.latents[index][chosen].float()
