@@ -10,6 +10,7 @@ from torch import Tensor
 
 TRAIN_STEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
+LAST_START_TIMESTEP = 249  # of the "snr_loss"
 _LOWEST_PROBABILITY = 1e-12
 
 
@@ -23,6 +24,12 @@ def alphas_cumprod(betas: Tensor | None = None) -> Tensor:
     return (1 - (make_betas() if betas is None else betas)).cumprod(0)
 
 
+def respaced_betas(kept: Tensor, betas: Tensor | None = None) -> Tensor:
+    """The betas of a schedule with the timesteps `kept` (ascending, integer) alone: (len(kept),) float64."""
+    cumulative = alphas_cumprod(betas)[kept]
+    return 1 - cumulative / torch.cat([cumulative.new_ones(1), cumulative[:-1]])
+
+
 def _rows(table: Tensor, timestep: Tensor, like: Tensor) -> Tensor:
     """table[timestep] in like's dtype, shaped (B, 1, 1, 1) to broadcast over it."""
     values = table.to(timestep.device)[timestep].to(like.dtype)
@@ -32,7 +39,7 @@ def _rows(table: Tensor, timestep: Tensor, like: Tensor) -> Tensor:
 class Diffusion:
     """Tables over the timesteps, float64, and what follows from them.
 
-    betas: (T,); default PixArt's thousand linear ones. A respaced schedule is its own betas, see `respaced`.
+    betas: (T,); default PixArt's thousand linear ones. For a respaced schedule see `respaced_betas`.
     timesteps passed to the methods are (B,) integer indices into these tables.
     """
 
@@ -80,17 +87,24 @@ class Diffusion:
         divergence, likelihood = (x.flatten(1).mean(1) / math.log(2) for x in (divergence, likelihood))
         return torch.where(timestep == 0, likelihood, divergence)
 
-    def training_losses(self, prediction: Tensor, start: Tensor, noisy: Tensor, timestep: Tensor, noise: Tensor):
+    def training_losses(
+        self, prediction: Tensor, start: Tensor, noisy: Tensor, timestep: Tensor, noise: Tensor, *, snr: bool = False
+    ) -> dict[str, Tensor]:
         """PixArt's loss per sample: {"loss", "mse"} and, when the prediction has variance channels, {"vb"}.
 
         prediction: (B, C or 2C, H, W). The bound sees the predicted noise detached: it trains the variance alone.
+        snr: the original's "snr_loss", which at timesteps up to 249 compares clean latents in place of noises.
         """
         channels = start.shape[1]
-        mse = (noise - prediction[:, :channels]).square().flatten(1).mean(1)
+        predicted = prediction[:, :channels]
+        error = noise - predicted
+        if snr:
+            low = (timestep <= LAST_START_TIMESTEP).reshape(-1, *[1] * (start.ndim - 1))
+            error = torch.where(low, start - self.predict_start(noisy, timestep, predicted), error)
+        mse = error.square().flatten(1).mean(1)
         if prediction.shape[1] == channels:
             return {"loss": mse, "mse": mse}
-        predicted, variance = prediction.split(channels, dim=1)
-        bound = self.vlb_terms(start, noisy, timestep, predicted.detach(), variance)
+        bound = self.vlb_terms(start, noisy, timestep, predicted.detach(), prediction[:, channels:])
         return {"loss": mse + bound, "mse": mse, "vb": bound}
 
 
