@@ -8,17 +8,17 @@ from .exponential import adams_weights, moments
 
 MAX_ORDER = 3
 SHORT_RUN = 10
-LOWER_ORDER_FINAL = ("short_runs", "always", "never")
+LOWER_ORDER_FINAL = ("always", "short_runs", "never")
 
 
 def sample_dpm_solver(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, order=2, lower_order_final="short_runs"
+    model, x, sigmas, extra_args=None, callback=None, disable=None, order=2, lower_order_final="always"
 ):
     """Solve the probability-flow ODE with DPM-Solver++ multistep.
 
     model(x, sigma, **extra_args) -> denoised. x: (B, C, H, W), variance exploding. sigmas: descending, >= 2 values.
-    order: 1 to 3. lower_order_final: lower the order over the last steps in runs of fewer than 10 steps ("short_runs",
-        PixArt-alpha), "always" (PixArt-sigma) or "never". A step to sigma 0 is always of first order.
+    order: 1 to 3. lower_order_final: lower the order over the last steps "always" (PixArt-sigma), in runs of fewer than
+        10 steps ("short_runs", PixArt-alpha) or "never". A step to sigma 0 is always of first order.
     Returns the latent at the last sigma.
     """
     levels = check_sigmas(sigmas)

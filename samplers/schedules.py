@@ -107,7 +107,7 @@ def iddpm(steps, denoise=1.0):
 def ddim(steps, denoise=1.0):
     """DDIM's respacing "ddimN": the smallest integer stride that gives N times. steps values, the last of them 0."""
     span = round(_first_timestep(steps, denoise)) + 1
-    for stride in range(1, span + 1):
+    for stride in range(1, span):
         if len(range(0, span, stride)) == steps:
             return torch.arange(0, span, stride, dtype=torch.float64).flip(0)
     raise ValueError(
