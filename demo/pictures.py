@@ -149,8 +149,6 @@ def contact_sheet(pictures: list[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def size(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"\d+x\d+", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected WIDTHxHEIGHT such as 128x128")
     width_px, height_px = text.split("x")
     return int(width_px), int(height_px)
 

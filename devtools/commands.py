@@ -134,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int)
     command.add_argument("--steps", type=int)
     command.add_argument("--guidance", type=float)
-    command.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels, such as 128x128")
+    command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="in pixels, such as 128x128")
     command.add_argument("--port", type=int, default=0, help="the server's port (default: any free one)")
     command.add_argument("--keep-running", action="store_true", help="leave the server running")
     command = add(serve, "start ComfyUI with this pack and its editor; Ctrl-C stops it")
@@ -145,6 +145,12 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--fix", action="store_true", help="mend what can be mended")
     add(run, "run a program with the pack and the host importable", "FILE|-m MODULE [ARGUMENTS]")
     return parser
+
+
+def size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected WIDTHxHEIGHT such as 128x128")
+    return text
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

