@@ -243,7 +243,7 @@ def make_environment(environment: Environment) -> None:
     check_space(environment.folder)
     say(f"Making the environment in {environment.folder} (once; some minutes, about {SIZE_GB} GB) ...")
     venv = environment.folder / "venv"
-    run_logged([sys.executable, "-m", "venv", venv], environment.log, "Making a virtual environment")
+    run_logged(sys.executable, ["venv", venv], environment.log, "Making a virtual environment")
     if environment.own_host is None:
         fetch_host(environment)
     say("Installing the requirements ...")
@@ -295,14 +295,15 @@ def unpack_host(archive: Path, target: Path) -> None:
 
 
 def run_pip(environment: Environment, arguments: Sequence, doing: str) -> None:
-    pip = [environment.python, LAUNCH, "--follow", "-m", "pip", *arguments]
-    run_logged([*pip, "--no-input", "--progress-bar", "off"], environment.log, doing)
+    pip = ["pip", *arguments, "--no-input", "--progress-bar", "off"]
+    run_logged(environment.python, pip, environment.log, doing)
 
 
-def run_logged(command: Sequence, log: Path, doing: str) -> None:
-    """Run a step of the making, its output in the log and its latest line on the terminal. DevError if it fails."""
+def run_logged(python: str | Path, module: Sequence, log: Path, doing: str) -> None:
+    """Run a module with its output in the log and its latest line on the terminal. Raises DevError if it fails."""
     width = shutil.get_terminal_size().columns - 1
     piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = [python, LAUNCH, "--follow", "-m", *module]
     process = spawn(command, env=child_environment(PIP_DISABLE_PIP_VERSION_CHECK="1"), **piped)
     try:
         output = []

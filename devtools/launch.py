@@ -7,15 +7,18 @@ started it is gone, for whatever reason.
 
 import os
 import runpy
+import signal
 import sys
 import threading
 from pathlib import Path
 
 
 def follow_starter() -> None:
-    """End this process when the other end of standard input is gone."""
+    """End this process, with the group that it heads, when the other end of standard input is gone."""
     while os.read(0, 1):
         pass
+    if os.name != "nt" and os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)
 
 
