@@ -120,7 +120,6 @@ def make_parser() -> argparse.ArgumentParser:
         "the Python environment is dev.py's.",
         parents=[common],
     )
-    parser.set_defaults(env=None, comfyui=None, rest=[])
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(function, text: str, passed_on: str | None = None) -> argparse.ArgumentParser:
@@ -155,12 +154,12 @@ def size(text: str) -> str:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     own, rest = take_own(arguments)
+    passed_on = []
     if rest[:1] and rest[0] in PASSING_ON:
         own_too, passed_on = take_own(rest[1:])
-        options = make_parser().parse_args([*own, rest[0], *own_too])
-        options.rest = passed_on
-        return options
-    return make_parser().parse_args(arguments)
+        arguments = [*own, rest[0], *own_too]
+    # Not set_defaults: a subparser's defaults would overwrite what was given before the command.
+    return make_parser().parse_args(arguments, argparse.Namespace(env=None, comfyui=None, rest=passed_on))
 
 
 def take_own(arguments: list[str]) -> tuple[list[str], list[str]]:

