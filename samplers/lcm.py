@@ -10,9 +10,7 @@ SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
 
 
-def sample_lcm(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None, noise_device="cpu"
-):
+def sample_lcm(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None, noise_device="cpu"):
     """Alternate between the consistency function, which jumps to a clean picture, and noising it to the next level.
 
     model(x, sigma, **extra_args) -> denoised. x: (B, C, H, W), variance exploding. sigmas: descending, >= 2 values.

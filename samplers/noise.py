@@ -7,20 +7,15 @@ _MASK = (1 << 64) - 1
 
 
 class SampleNoise:
-    """Standard normal noise, each sample of the batch from a generator of its own.
+    """Standard normal noise, each sample of the batch from a generator of its own."""
 
-    Sample i of a batch with seed s draws what a batch of one with seed s + i draws. The seeds are scrambled, so that a
-    step's noise is never the initial noise that a host draws from the same seed.
-    """
-
-    def __init__(self, x, seed=None, device="cpu"):
-        """x: (B, ...) gives shape, dtype and device. seed: int or None (random). device: "cpu" or "gpu" (that of x)."""
+    def __init__(self, x, seeds, device="cpu"):
+        """x: (B, ...) gives shape, dtype and device. seeds: B integers. device: "cpu" or "gpu" (that of x)."""
         if device not in NOISE_DEVICES:
             raise ValueError(f"Unknown noise device: got {device!r}, expected cpu or gpu. Choose cpu.")
-        seed = torch.randint(0, 1 << 62, ()).item() if seed is None else seed
         self.like = x
         self.device = x.device if device == "gpu" else torch.device("cpu")
-        self.generators = [torch.Generator(self.device).manual_seed(scramble(seed + i)) for i in range(x.shape[0])]
+        self.generators = [torch.Generator(self.device).manual_seed(scramble(seed)) for seed in seeds]
 
     def __call__(self, sigma, sigma_next):
         """Noise for the step between two noise levels, of x's shape. Drawn in float32 whatever x's dtype is."""
@@ -29,8 +24,20 @@ class SampleNoise:
         return torch.stack(drawn).to(self.like)
 
 
+def batch_seeds(seed, count):
+    """A seed for each sample: sample i of a batch with seed s has what a batch of one with seed s + i has.
+
+    seed: int, or None for a random one.
+    """
+    seed = torch.randint(0, 1 << 62, ()).item() if seed is None else seed
+    return [seed + i for i in range(count)]
+
+
 def scramble(seed):
-    """A seed far from its neighbours: the SplitMix64 mixing function, cut to 63 bits."""
+    """A seed far from its neighbours: the SplitMix64 mixing function, cut to 63 bits.
+
+    So a step's noise is never the initial noise that a host draws from the same seed.
+    """
     z = (seed + 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -41,4 +48,4 @@ def noise_source(x, noise_sampler=None, extra_args=None, device="cpu"):
     """The caller's noise_sampler(sigma, sigma_next), or noise per sample from the "seed" in the extra arguments."""
     if noise_sampler is not None:
         return noise_sampler
-    return SampleNoise(x, (extra_args or {}).get("seed"), device)
+    return SampleNoise(x, batch_seeds((extra_args or {}).get("seed"), x.shape[0]), device)

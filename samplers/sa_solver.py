@@ -63,7 +63,7 @@ def sample_sa_solver(
         predicted = denoise(x, i)
         if step is not None and corrector_order:
             order = min(corrector_order, i + 1, count - i + 2)
-            nodes = levels[i :: -1][:order]
+            nodes = levels[i::-1][:order]
             x = step.advance(source, nodes, [predicted, *outputs][:order], few_steps)
             predicted = denoise.again(x, i) if mode == "PECE" else predicted
         outputs = [predicted, *outputs][:MAX_ORDER]
@@ -133,5 +133,7 @@ def _check_options(predictor_order, corrector_order, mode, count):
     if max(predictor_order, corrector_order) > count:
         logging.warning(
             "SA-Solver of orders %d and %d has only %d steps; it runs at the orders they allow.",
-            predictor_order, corrector_order, count,
+            predictor_order,
+            corrector_order,
+            count,
         )

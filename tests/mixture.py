@@ -52,6 +52,4 @@ class ReferenceRun:
             assert (result - expected).norm() / expected.norm() < 1e-6
             return
         tolerance = self.description["tolerance"]
-        torch.testing.assert_close(
-            result, expected, atol=tolerance["suggested_atol"], rtol=tolerance["suggested_rtol"]
-        )
+        torch.testing.assert_close(result, expected, atol=tolerance["suggested_atol"], rtol=tolerance["suggested_rtol"])

@@ -15,15 +15,20 @@ def test_original_trajectories(case, run, output):
     schedule = "ddim" if settings["timestep_respacing"].startswith("ddim") else "iddpm"
     reference = ReferenceRun(case, run, output, schedule_sigmas(schedule, settings["nfe"]))
     result = sample_ddim(
-        reference.denoise, reference.start, reference.levels, disable=True,
-        noise_sampler=reference.noise_sampler(), eta=settings["eta"], clip_denoised=settings["clip_denoised"],
+        reference.denoise,
+        reference.start,
+        reference.levels,
+        disable=True,
+        noise_sampler=reference.noise_sampler(),
+        eta=settings["eta"],
+        clip_denoised=settings["clip_denoised"],
     )
     reference.check(result)
 
 
-@pytest.mark.parametrize(("output", "dtype", "tolerance"), [
-    ("output", torch.float32, 2e-4), ("output_f64", torch.float64, 1e-6)
-])
+@pytest.mark.parametrize(
+    ("output", "dtype", "tolerance"), [("output", torch.float32, 2e-4), ("output_f64", torch.float64, 1e-6)]
+)
 def test_step_of_the_distillation_solver(output, dtype, tolerance):
     _, tensors = load_golden("losses_lcm")
     grid = tensors["output.ddim_timesteps"]

@@ -19,15 +19,15 @@ def test_the_model_sees_unit_noise_at_400(pure_noise, x):
         return x * 0.5
 
     result = sample_dmd(model, x, LEVELS, disable=True, pure_noise=pure_noise)
-    (scaled, timestep), = seen
+    ((scaled, timestep),) = seen
     torch.testing.assert_close(scaled, NOISE)
     assert timestep == pytest.approx(400.0, abs=1e-9)
     torch.testing.assert_close(result, 0.5 * NOISE * (1 + LEVELS[0] ** 2).sqrt())
 
 
-@pytest.mark.parametrize(("levels", "message"), [
-    ([2.0, 1.0, 0.0], "got 2 steps to sigma 0"), ([2.0, 0.01], "got 1 steps to sigma 0.01")
-])
+@pytest.mark.parametrize(
+    ("levels", "message"), [([2.0, 1.0, 0.0], "got 2 steps to sigma 0"), ([2.0, 0.01], "got 1 steps to sigma 0.01")]
+)
 def test_more_than_one_step(levels, message):
     with pytest.raises(ValueError, match=message):
         sample_dmd(None, NOISE, torch.tensor(levels))

@@ -70,9 +70,14 @@ def test_pipeline_through_the_network():
     case, tensors = load_golden("pipeline_alpha_tiny")
     shape = case["config"]
     config = PixArtConfig(
-        depth=shape["depth"], hidden_size=shape["hidden_size"], num_heads=shape["num_heads"],
-        caption_channels=shape["caption_channels"], caption_length=shape["model_max_length"],
-        base_size=shape["input_size"] // 2, pe_scale=shape["lewei_scale"], micro_condition=False,
+        depth=shape["depth"],
+        hidden_size=shape["hidden_size"],
+        num_heads=shape["num_heads"],
+        caption_channels=shape["caption_channels"],
+        caption_length=shape["model_max_length"],
+        base_size=shape["input_size"] // 2,
+        pe_scale=shape["lewei_scale"],
+        micro_condition=False,
     )
     network = PixArt(config)
     network.load_state_dict({k: v for k, v in take(tensors, "weights").items() if k != "pos_embed"})
@@ -123,7 +128,10 @@ def test_bad_sigmas(sampler, levels, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"order": 4}, "order is out of range: got 4"), ({"lower_order_final": "no"}, "Unknown lower_order_final: got 'no'")],
+    [
+        ({"order": 4}, "order is out of range: got 4"),
+        ({"lower_order_final": "no"}, "Unknown lower_order_final: got 'no'"),
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):

@@ -34,8 +34,9 @@ def exact_weight(nodes, i, z):
 
 def test_the_exact_moment_is_the_integral():
     for k in range(4):
-        integral = mpmath.quad(lambda u, k=k: mpmath.mpf("0.7") * mpmath.exp(-mpmath.mpf("0.7") * (1 - u)) * u**k, [0, 1])
-        assert abs(exact_moment("0.7", k) - integral) < mpmath.mpf(10) ** -50
+        z = mpmath.mpf("0.7")
+        integral = mpmath.quad(lambda u, z=z, k=k: z * mpmath.exp(-z * (1 - u)) * u**k, [0, 1])
+        assert abs(exact_moment(z, k) - integral) < mpmath.mpf(10) ** -50
 
 
 @pytest.mark.parametrize("z", STEPS)

@@ -17,8 +17,12 @@ def test_original_trajectories(case, run, output):
     settings = load_golden(case)[0]["runs"][run]
     reference = ReferenceRun(case, run, output, schedule_sigmas("iddpm", settings["nfe"]))
     result = sample_iddpm(
-        reference.denoise, reference.start, reference.levels, disable=True,
-        noise_sampler=reference.noise_sampler(), variance=lambda: reference.variance,
+        reference.denoise,
+        reference.start,
+        reference.levels,
+        disable=True,
+        noise_sampler=reference.noise_sampler(),
+        variance=lambda: reference.variance,
         clip_denoised=settings["clip_denoised"],
     )
     reference.check(result)
@@ -29,9 +33,14 @@ def test_pipeline_through_the_network_with_the_originals_guidance():
     case, tensors = load_golden("pipeline_alpha_tiny")
     shape = case["config"]
     config = PixArtConfig(
-        depth=shape["depth"], hidden_size=shape["hidden_size"], num_heads=shape["num_heads"],
-        caption_channels=shape["caption_channels"], caption_length=shape["model_max_length"],
-        base_size=shape["input_size"] // 2, pe_scale=shape["lewei_scale"], micro_condition=False,
+        depth=shape["depth"],
+        hidden_size=shape["hidden_size"],
+        num_heads=shape["num_heads"],
+        caption_channels=shape["caption_channels"],
+        caption_length=shape["model_max_length"],
+        base_size=shape["input_size"] // 2,
+        pe_scale=shape["lewei_scale"],
+        micro_condition=False,
     )
     network = PixArt(config)
     network.load_state_dict({k: v for k, v in take(tensors, "weights").items() if k != "pos_embed"})
@@ -54,13 +63,18 @@ def test_pipeline_through_the_network_with_the_originals_guidance():
     levels = schedule_sigmas("iddpm", 10).float()
     starts = levels.double().tolist()
     result = sample_iddpm(
-        guided, tensors["input.z"] * (1.0 + levels[0] ** 2).sqrt(), levels, disable=True,
+        guided,
+        tensors["input.z"] * (1.0 + levels[0] ** 2).sqrt(),
+        levels,
+        disable=True,
         noise_sampler=lambda sigma, sigma_next: tensors["input.iddpm_noises"][starts.index(sigma), :2],
         variance=lambda: seen["variance"],
     )
     torch.testing.assert_close(
-        result, tensors["output.iddpm_cfg"][:2],
-        atol=case["tolerance"]["suggested_atol"], rtol=case["tolerance"]["suggested_rtol"],
+        result,
+        tensors["output.iddpm_cfg"][:2],
+        atol=case["tolerance"]["suggested_atol"],
+        rtol=case["tolerance"]["suggested_rtol"],
     )
 
 

@@ -42,10 +42,15 @@ def test_original_sampler(case, run, output):
     settings = load_golden(case)[0]["runs"][run]
     reference = ReferenceRun(case, run, output, schedule_sigmas("uniform", settings["steps"]))
     result = sample_sa_solver(
-        reference.denoise, reference.start, reference.levels, disable=True,
-        noise_sampler=reference.noise_sampler(offset=1), tau=float(settings["eta"]),
+        reference.denoise,
+        reference.start,
+        reference.levels,
+        disable=True,
+        noise_sampler=reference.noise_sampler(offset=1),
+        tau=float(settings["eta"]),
         predictor_order=settings["settings"]["predictor_order"],
-        corrector_order=settings["settings"]["corrector_order"], mode=settings["settings"]["pc_mode"],
+        corrector_order=settings["settings"]["corrector_order"],
+        mode=settings["settings"]["pc_mode"],
     )
     reference.check(result)
 
@@ -56,8 +61,13 @@ def test_original_scheduler(case, run, output):
     schedule = settings["scheduler_kwargs"].get("timestep_spacing", "linspace")
     reference = ReferenceRun(case, run, output, schedule_sigmas(schedule, settings["steps"]))
     result = sample_sa_solver(
-        reference.denoise, reference.start, reference.levels, disable=True,
-        noise_sampler=reference.noise_sampler(), tau=0.0 if settings["tau"] == "0" else 1.0, tau_at="source",
+        reference.denoise,
+        reference.start,
+        reference.levels,
+        disable=True,
+        noise_sampler=reference.noise_sampler(),
+        tau=0.0 if settings["tau"] == "0" else 1.0,
+        tau_at="source",
     )
     reference.check(result)
 
@@ -83,9 +93,7 @@ def test_step_equals_its_integral_to_the_last_digits(h, tau):
 @pytest.mark.parametrize(("order", "least"), [(1, 0.8), (2, 1.8), (3, 2.8)])
 def test_order_of_convergence_of_the_ode(order, least):
     options = {"tau": 0.0, "few_steps": False, "predictor_order": order, "corrector_order": order}
-    coarse, fine = (
-        (solve(steps, "log_snr", **options) - exact()).square().mean().sqrt() for steps in (120, 240)
-    )
+    coarse, fine = ((solve(steps, "log_snr", **options) - exact()).square().mean().sqrt() for steps in (120, 240))
     assert torch.log2(coarse / fine).item() > least
 
 
@@ -115,8 +123,12 @@ def test_same_seed_same_latent():
 
 @pytest.mark.parametrize(
     ("interval", "unit"),
-    [((199.0, 799.0), "timestep"), ((799.0, 199.0), "timestep"), ((200 / 999, 800 / 999), "percent"),
-     (sigmas([199.0, 799.0]).tolist(), "sigma")],
+    [
+        ((199.0, 799.0), "timestep"),
+        ((799.0, 199.0), "timestep"),
+        ((200 / 999, 800 / 999), "percent"),
+        (sigmas([199.0, 799.0]).tolist(), "sigma"),
+    ],
 )
 def test_tau_interval_in_every_unit(interval, unit):
     assert torch.equal(solve(10), solve(10, tau_interval=interval, tau_unit=unit))

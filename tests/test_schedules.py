@@ -68,14 +68,17 @@ def test_integer_grids_are_the_originals():
         assert SCHEDULES[spacing](run["steps"]).tolist() == [*run["timesteps_table_f64"]["timesteps"], 0]
 
 
-@pytest.mark.parametrize(("steps", "official", "diffusers"), [
-    (1, [999], [999]),
-    (2, [999, 499], [999, 499]),
-    (3, [999, 679, 359], [999, 679, 339]),
-    (4, [999, 759, 519, 279], [999, 759, 499, 259]),
-    (6, [999, 839, 679, 519, 359, 199], [999, 839, 679, 499, 339, 179]),
-    (8, [999, 879, 759, 639, 519, 399, 279, 159], [999, 879, 759, 639, 499, 379, 259, 139]),
-])
+@pytest.mark.parametrize(
+    ("steps", "official", "diffusers"),
+    [
+        (1, [999], [999]),
+        (2, [999, 499], [999, 499]),
+        (3, [999, 679, 359], [999, 679, 339]),
+        (4, [999, 759, 519, 279], [999, 759, 499, 259]),
+        (6, [999, 839, 679, 519, 359, 199], [999, 839, 679, 499, 339, 179]),
+        (8, [999, 879, 759, 639, 519, 399, 279, 159], [999, 879, 759, 639, 499, 379, 259, 139]),
+    ],
+)
 def test_lcm_grids(steps, official, diffusers):
     assert SCHEDULES["lcm"](steps).tolist() == official
     assert SCHEDULES["lcm_diffusers"](steps).tolist() == diffusers
