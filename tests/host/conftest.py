@@ -75,6 +75,7 @@ def pack(comfy: ModuleType) -> list[type]:
     package = sys.modules["pixart_pack"]
     package.__spec__.loader.exec_module(package)
     extension = asyncio.run(package.comfy_entrypoint())
+    asyncio.run(extension.on_load())
     classes = asyncio.run(extension.get_node_list())
     register(classes)
     return classes
