@@ -33,14 +33,15 @@ class BlockInputs(NamedTuple):
     """What every block of one forward pass shares.
 
     modulation: (B, 6, D). caption: (B, L, D), projected. caption_bias: (B, 1, 1, L) additive, or None.
-    grid: (rows, columns) of tokens. attention: see `layers.attend`.
+    grid: (rows, columns) of tokens. self_attention, cross_attention: see `layers.attend`.
     """
 
     modulation: torch.Tensor
     caption: torch.Tensor
     caption_bias: torch.Tensor | None
     grid: tuple[int, int]
-    attention: Attention
+    self_attention: Attention
+    cross_attention: Attention
 
 
 class PixArtBlock(nn.Module):
@@ -62,10 +63,10 @@ class PixArtBlock(nn.Module):
         """x: (B, N, D). Returns (B, N, D)."""
         rows = inputs.modulation + read_table(self.scale_shift_table, x)  # (B, 6, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = rows.chunk(6, dim=1)  # (B, 1, D)
-        attended = self.attn(modulate(x, shift_attn, scale_attn), inputs.grid, inputs.attention)
+        attended = self.attn(modulate(x, shift_attn, scale_attn), inputs.grid, inputs.self_attention)
         x = torch.addcmul(x, gate_attn, attended)
         # The caption is read from the raw stream: no norm, no modulation, no gate.
-        x = x + self.cross_attn(x, inputs.caption, inputs.caption_bias, inputs.attention)
+        x = x + self.cross_attn(x, inputs.caption, inputs.caption_bias, inputs.cross_attention)
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
 
 
@@ -74,9 +75,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: PixArtConfig, *, operations=nn, dtype=None, device=None):
         super().__init__()
-        self.scale_shift_table = make_table(
-            2, config.hidden_size, operations=operations, dtype=dtype, device=device
-        )
+        self.scale_shift_table = make_table(2, config.hidden_size, operations=operations, dtype=dtype, device=device)
         self.linear = operations.Linear(
             config.hidden_size, config.patch_size**2 * config.out_channels, dtype=dtype, device=device
         )
@@ -205,7 +204,7 @@ class PixArt(nn.Module):
             bias = caption_bias(tile_rows(caption_mask.flatten(1), batch), x.dtype)
         projected = tile_rows(self.y_embedder(caption.to(x.dtype)), batch)
         modulation = self.t_block(condition).unflatten(1, (6, -1))
-        return BlockInputs(modulation, projected, bias, grid, attention)
+        return BlockInputs(modulation, projected, bias, grid, attention, attention)
 
     def project(self, x, condition, grid, latent_shape):
         """Tokens (B, N, D) -> prediction (B, C_out, H, W), cropped to the latent's own size."""

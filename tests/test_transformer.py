@@ -102,7 +102,13 @@ def test_matches_the_original(name, run, dtype):
 
 def test_position_grid_has_the_published_values():
     square = position_grid(64, 64, 1152, 64, 2.0)[0]
-    published = {(1, 0): 0.47942554, (1, 1): 0.46555606, (1, 2): 0.45201316, (1, 288): 0.87758256, (64, 576): 0.47942554}
+    published = {
+        (1, 0): 0.47942554,
+        (1, 1): 0.46555606,
+        (1, 2): 0.45201316,
+        (1, 288): 0.87758256,
+        (64, 576): 0.47942554,
+    }
     for (token, channel), value in published.items():
         assert square[token, channel].item() == pytest.approx(value, abs=POSITION_NOISE)
     assert square[1, 576:579].tolist() == [0, 0, 0]

@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,30 +19,31 @@ from transformers import T5TokenizerFast
 from ...pixart.folder import TEXT_ENCODER_STEMS, find_weights, read_json
 from ...pixart.storage import read_tensors
 from ...pixart.t5 import detect_t5_config, encoder_weights, is_t5_folder
+from .folders import find_folders
 
 AUTO, BUILT_IN = "auto", "built-in"
 DEVICES = ("default", "cpu")
+FOLDER_KINDS = ("text_encoders", "diffusers")
 T5_NAME = "t5xxl"  # the host's name for a T5 of any size: its tokens and LoRA keys go by it
 T5_METADATA = "t5_config"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
-_FOLDER_DEPTH = 4  # as deep as a Hugging Face cache lies: models--x/snapshots/y/text_encoder
 _VOCABULARY_SLACK = 256  # rows without a token: T5 has 32128 for 32100, or for the 32000 of its spiece.model
 
 
 def list_text_encoders() -> list[str]:
     """What Load T5 Text Encoder offers: files by their names, folders with a slash at the end. No single shards."""
     files = [name for name in folder_paths.get_filename_list("text_encoders") if not _SHARD.search(name)]
-    return [*files, *_find_folders(is_t5_folder)]
+    return [*files, *find_folders(FOLDER_KINDS, is_t5_folder)]
 
 
 def list_tokenizers() -> list[str]:
     """`auto`, the host's own, and all folders with a T5 tokenizer."""
-    return [AUTO, BUILT_IN, *_find_folders(_is_tokenizer_folder)]
+    return [AUTO, BUILT_IN, *find_folders(FOLDER_KINDS, _is_tokenizer_folder)]
 
 
 def find_text_encoder(name: str) -> Path:
     """The path of one of list_text_encoders. Raises FileNotFoundError."""
-    path = _find_folders(is_t5_folder).get(name) or folder_paths.get_full_path("text_encoders", name)
+    path = find_folders(FOLDER_KINDS, is_t5_folder).get(name) or folder_paths.get_full_path("text_encoders", name)
     if path is None:
         raise FileNotFoundError(
             f"Text encoder not found: got {name}, expected a file or folder in models/text_encoders, models/clip or "
@@ -62,34 +62,13 @@ def find_tokenizer(choice: str, encoder: Path) -> Path | None:
         return next((folder for folder in near if _is_tokenizer_folder(folder)), None)
     if choice == BUILT_IN:
         return None
-    folder = _find_folders(_is_tokenizer_folder).get(choice)
+    folder = find_folders(FOLDER_KINDS, _is_tokenizer_folder).get(choice)
     if folder is None:
         raise FileNotFoundError(
             f"Tokenizer not found: got {choice}, expected a folder with spiece.model or tokenizer.json. "
             f"Press R to refresh the lists, or choose {BUILT_IN}."
         )
     return folder
-
-
-def _find_folders(wanted: Callable[[Path], bool]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for kind in ("text_encoders", "diffusers"):
-        for root in map(Path, folder_paths.get_folder_paths(kind)):
-            for folder in _walk(root, _FOLDER_DEPTH):
-                if wanted(folder):
-                    found.setdefault(f"{folder.relative_to(root).as_posix()}/", folder)
-    return found
-
-
-def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    try:
-        inner = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except OSError:  # absent, or not ours to read
-        return
-    for entry in inner:
-        yield entry
-        if depth > 1:
-            yield from _walk(entry, depth - 1)
 
 
 def _is_tokenizer_folder(folder: Path) -> bool:

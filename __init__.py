@@ -1,0 +1,13 @@
+"""PixArt for ComfyUI. Importing this folder imports nothing else; see `comfy_entrypoint`."""
+
+
+async def comfy_entrypoint():
+    """Give ComfyUI the pack. A failure is logged with its traceback, since the host reports one line of it."""
+    import logging
+
+    try:
+        from .nodes import PixArtExtension
+    except Exception:
+        logging.getLogger(__name__).exception("The PixArt pack could not be loaded:")
+        raise
+    return PixArtExtension()

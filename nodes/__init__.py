@@ -1,0 +1,27 @@
+"""The pack's nodes, as ComfyUI gets them."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import latent, loaders, sampling, text
+from .host.sampling import register_samplers
+
+
+class PixArtExtension(ComfyExtension):
+    """All nodes of the pack; its solvers are entered into KSampler's own lists when it is made ready."""
+
+    async def on_load(self) -> None:
+        register_samplers()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            loaders.LoadCheckpoint,
+            loaders.LoadDiffusers,
+            loaders.LoadVAE,
+            loaders.ModelInfo,
+            text.LoadT5,
+            text.TextEncode,
+            text.Negative,
+            latent.Resolution,
+            latent.FitImage,
+            *sampling.NODES,
+        ]

@@ -1,0 +1,58 @@
+"""Models in the host's folders: files, and folders of the Hugging Face kind, which the host does not list."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import folder_paths
+
+_DEPTH = 4  # as deep as a Hugging Face cache lies: models--x/snapshots/y/text_encoder
+
+
+def find_folders(kinds: tuple[str, ...], wanted: Callable[[Path], bool]) -> dict[str, Path]:
+    """Folders below the host's model folders of these kinds: {name relative to it, with a slash at the end: path}."""
+    found: dict[str, Path] = {}
+    for kind in kinds:
+        for root in map(Path, folder_paths.get_folder_paths(kind)):
+            for folder in _walk(root, _DEPTH):
+                if wanted(folder):
+                    found.setdefault(f"{folder.relative_to(root).as_posix()}/", folder)
+    return found
+
+
+def list_files(kinds: tuple[str, ...]) -> list[str]:
+    """The names of all files of these kinds, each once."""
+    return list(dict.fromkeys(name for kind in kinds for name in folder_paths.get_filename_list(kind)))
+
+
+def find_file(kinds: tuple[str, ...], name: str) -> Path:
+    """The path of a file of these kinds. Raises FileNotFoundError; a name never leads out of the folders."""
+    for kind in kinds:
+        if name in folder_paths.get_filename_list(kind):
+            return Path(folder_paths.get_full_path_or_raise(kind, name))
+    places = " or ".join(f"models/{kind}" for kind in kinds)
+    raise FileNotFoundError(
+        f"File not found: got '{name}', expected a file in {places}. Press R to refresh the lists, and choose another."
+    )
+
+
+def find_folder(kinds: tuple[str, ...], wanted: Callable[[Path], bool], name: str) -> Path:
+    """The path of one of find_folders. Raises FileNotFoundError."""
+    found = find_folders(kinds, wanted).get(name)
+    if found is None:
+        places = " or ".join(f"models/{kind}" for kind in kinds)
+        raise FileNotFoundError(
+            f"Folder not found: got '{name}', expected one in {places}. Press R to refresh the lists, and choose "
+            f"another."
+        )
+    return found
+
+
+def _walk(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        inner = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:  # absent, or not ours to read
+        return
+    for entry in inner:
+        yield entry
+        if depth > 1:
+            yield from _walk(entry, depth - 1)

@@ -1,0 +1,216 @@
+"""PixArt checkpoints and autoencoders from the host's folders, as MODEL and VAE."""
+
+import json
+from pathlib import Path
+
+import comfy.sd
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ...pixart.config import ALPHA_VAE_SCALE, CONFIGS, SIGMA_VAE_SCALE, PixArtConfig
+from ...pixart.folder import TRANSFORMER_STEMS, find_weights, read_json
+from ...pixart.storage import read_checkpoint, read_tensors
+from .folders import find_file, find_folder, find_folders, list_files
+from .model import make_patcher
+from .t5 import load_t5
+
+CHECKPOINT_KINDS = ("diffusion_models", "checkpoints")
+AUTO = "auto"
+VARIANTS = (AUTO, *CONFIGS)
+WEIGHTS = ("ema", "model")
+DTYPES = {
+    "default": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e4m3fn_fast": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+_SCALE_SLACK = 1e-4
+# Words of a file's name that tell an autoencoder's family, where nothing else does.
+_SIGMA_VAE_NAMES = ("sdxl", "xl_vae", "xl-vae", "sigma")
+_ALPHA_VAE_NAMES = ("ft-ema", "ft_ema", "ft-mse", "ft_mse", "sd-vae", "sd_vae", "sd15", "kl-f8")
+
+
+def list_checkpoints() -> list[str]:
+    """What Load PixArt Checkpoint offers."""
+    return list_files(CHECKPOINT_KINDS)
+
+
+def list_pipelines() -> list[str]:
+    """What Load PixArt Diffusers offers: folders with a transformer in them, or that are one."""
+    return list(find_folders(("diffusers",), _is_pipeline))
+
+
+def list_vaes() -> list[str]:
+    """What Load PixArt VAE offers: files of models/vae, and vae folders of models/diffusers."""
+    return [*list_files(("vae",)), *find_folders(("diffusers", "vae"), _is_vae_folder)]
+
+
+def load_checkpoint(name: str, variant: str, dtype: str, weights: str):
+    """The MODEL of one of list_checkpoints. variant: of VARIANTS; dtype: of DTYPES; weights: of WEIGHTS."""
+    return load_patcher(find_file(CHECKPOINT_KINDS, name), variant, dtype, weights)
+
+
+def load_pipeline(name: str, variant: str, dtype: str):
+    """MODEL, CLIP and VAE of one of list_pipelines; CLIP and VAE are None where the folder has none.
+
+    Raises ValueError when the autoencoder is of the other family.
+    """
+    path = find_folder(("diffusers",), _is_pipeline, name)
+    root = path.parent if path.name == "transformer" else path
+    vae_folder, text_folder = root / "vae", root / "text_encoder"
+    patcher = load_patcher(path, variant, dtype, WEIGHTS[0])
+    config = patcher.model.pixart_config
+    if vae_folder.is_dir():
+        check_vae(vae_folder, config)
+    clip = load_t5(text_folder, _tokenizer_of(root)) if text_folder.is_dir() else None
+    return patcher, clip, read_vae(vae_folder) if vae_folder.is_dir() else None
+
+
+def load_vae(name: str, model=None):
+    """The VAE of one of list_vaes. model: a MODEL whose family it must suit, or None."""
+    if name.endswith("/"):
+        path = find_folder(("diffusers", "vae"), _is_vae_folder, name)
+    else:
+        path = find_file(("vae",), name)
+    config = None if model is None else getattr(model.model, "pixart_config", None)
+    if config is not None:
+        check_vae(path, config)
+    return read_vae(path)
+
+
+def load_patcher(path, variant=AUTO, dtype="default", weights=WEIGHTS[0], disable_dynamic=False):
+    """The MODEL of a file or folder. Also what the host calls to load the same once more."""
+    hints = {} if variant == AUTO else {"variant": variant}
+    checkpoint = read_checkpoint(path, weights=weights, **hints)
+    state_dict = dict(checkpoint.state_dict)
+    checkpoint.state_dict.clear()  # so that each tensor of the file goes when its converted twin comes
+    patcher = make_patcher(state_dict, checkpoint.config, DTYPES[dtype], dtype.endswith("_fast"), disable_dynamic)
+    patcher.model.pixart_source = {"file": Path(path).name, "detection": checkpoint.detection}
+    patcher.cached_patcher_init = (load_patcher, (path, variant, dtype, weights))
+    return patcher
+
+
+def read_vae(path: Path):
+    """A VAE from a file, or from a diffusers folder. Raises ValueError naming what is no autoencoder."""
+    files = find_weights(path, TRANSFORMER_STEMS, None)[0] if path.is_dir() else (path,)
+    state_dict, metadata = {}, {}
+    for file in files:
+        tensors, texts = read_tensors(file)
+        state_dict |= tensors
+        metadata |= texts
+    try:
+        vae = comfy.sd.VAE(sd=state_dict, metadata=metadata or None)
+        vae.throw_exception_if_invalid()
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"Not an autoencoder: got '{path.name}', expected a VAE of 4 latent channels. Choose the VAE of PixArt: "
+            f"sd-vae-ft-ema for alpha, the SDXL VAE for Sigma."
+        ) from error
+    return vae
+
+
+def check_vae(path: Path, config: PixArtConfig) -> None:
+    """Raises ValueError when a VAE's config.json, metadata or name says that it is of the other PixArt family."""
+    found = _scale_of_vae(path)
+    if found is None or abs(found[0] - config.vae_scale) < _SCALE_SLACK:
+        return
+    family, fit = ("Sigma", "the SDXL VAE") if config.is_sigma else ("alpha", "sd-vae-ft-ema (SD 1.5's)")
+    raise ValueError(
+        f"VAE of another family: got '{path.name}' with latent scale {found[0]:g} (by its {found[1]}), expected "
+        f"{config.vae_scale:g}. Choose {fit} for this PixArt-{family} model."
+    )
+
+
+def _scale_of_vae(path: Path) -> tuple[float, str] | None:
+    """(latent scale, the sign that tells it), or None."""
+    if path.is_dir():
+        scale = read_json(path / "config.json").get("scaling_factor")
+        return None if scale is None else (float(scale), "config.json")
+    stored = _stored_scale(path)
+    if stored is not None:
+        return stored, "stored scale"
+    name = path.stem.lower()
+    if any(word in name for word in _SIGMA_VAE_NAMES):
+        return SIGMA_VAE_SCALE, "name"
+    if any(word in name for word in _ALPHA_VAE_NAMES):
+        return ALPHA_VAE_SCALE, "name"
+    return None
+
+
+def _stored_scale(path: Path) -> float | None:
+    """The scale that a TAESD file stores beside its weights, None without one."""
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return float(file.get_tensor("vae_scale")) if "vae_scale" in file.keys() else None  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None  # reading the weights will say what is wrong with the file
+
+
+def describe_model(model) -> str:
+    """What a MODEL is, in lines of text: variant, sizes, layers, dtypes, patches, and the signs that told it."""
+    net = model.model
+    config = getattr(net, "pixart_config", None)
+    if config is None:
+        return f"Not a PixArt of this pack: {type(net).__name__}. Load it with Load PixArt Checkpoint."
+    source = getattr(net, "pixart_source", None)
+    family, vae = ("Sigma", "SDXL VAE") if config.is_sigma else ("alpha", "sd-vae-ft-ema (SD 1.5)")
+    parameters = sum(p.numel() for p in net.diffusion_model.parameters())
+    cast = net.manual_cast_dtype
+    lines = [
+        f"PixArt-{family}, trained at {config.base_px} x {config.base_px} px",
+        f"caption: {config.caption_length} tokens of width {config.caption_channels}",
+        f"learned null caption: {'yes' if net.has_null_caption else 'no'}",
+        f"VAE: {vae}, latent scale {config.vae_scale:g}",
+        f"layers: {config.depth}, width {config.hidden_size}, {config.num_heads} heads, "
+        f"{parameters / 1e6:.1f} M parameters",
+        f"size conditioning: {_yes(config.micro_condition)}, variance: {_yes(config.learn_sigma)}, "
+        f"qk norm: {_yes(config.qk_norm)}, key-value compression: {_yes(config.kv_compress_ratio > 1)}",
+        f"weights: {_dtype(net.get_dtype())}" + (f", computed in {_dtype(cast)}" if cast else ""),
+        f"patched weights (LoRA, merges): {len(model.patches)}",
+    ]
+    if source:
+        detection = source["detection"]
+        lines.insert(0, f"file: {source['file']} ({detection.layout} layout)")
+        lines += [f"{field} told by: {sign}" for field, sign in _notable(detection.signs)]
+        lines += [f"overruled: {conflict}" for conflict in detection.conflicts]
+    return "\n".join(lines)
+
+
+def _notable(signs: dict[str, str]):
+    return [(field, signs[field]) for field in ("family", "base_size", "num_heads") if field in signs]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_pipeline(folder: Path) -> bool:
+    inner = folder / "transformer"
+    return (inner if inner.is_dir() else folder).joinpath("config.json").is_file() and (
+        inner.is_dir() or _class_name(folder) in ("Transformer2DModel", "PixArtTransformer2DModel")
+    )
+
+
+def _is_vae_folder(folder: Path) -> bool:
+    return _class_name(folder).startswith("Autoencoder")
+
+
+def _class_name(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name"))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def _tokenizer_of(root: Path) -> Path | None:
+    folder = root / "tokenizer"
+    return folder if any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")) else None

@@ -1,0 +1,399 @@
+"""PixArt as one of ComfyUI's own models: weights under its memory management, patches and wrappers honoured."""
+
+import functools
+import inspect
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.ops
+import comfy.patcher_extension
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+
+from ...pixart.checkpoint import CONFIG_KEY, NULL_CAPTION_KEY, config_to_tensor
+from ...pixart.config import PixArtConfig
+from ...pixart.transformer import PixArt, add_control
+
+TABLE = "scale_shift_table"
+RATIO_UNITS = 1_000_000  # aspect ratios travel as integers, since the host casts floats to the inference dtype
+VARIANCE_SINK = "pixart_variance"  # transformer option: a list that receives (cond_or_uncond, full prediction)
+
+
+class Table(torch.nn.Module, comfy.ops.CastWeightBiasOp):
+    """A scale_shift_table as a leaf module: the host patches, merges and offloads modules with a `weight` only."""
+
+    comfy_cast_weights = True
+
+    def __init__(self, rows, width, dtype=None, device=None):
+        super().__init__()
+        if dtype is not None and dtype.itemsize == 1:
+            dtype = torch.float16  # 0.03 % of the weights, and every token passes them: not worth 8 bits
+        self.weight = torch.nn.Parameter(torch.empty(rows, width, dtype=dtype, device=device), requires_grad=False)
+        self.bias = None
+
+    def forward(self, x):
+        """The rows on x's device and in its dtype: (rows, D)."""
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+        rows = weight + 0 if stream is not None else weight  # an offloaded weight's buffer is reused
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return rows
+
+
+@functools.cache
+def with_table(operations):
+    """The host's operations, and Table among them."""
+    return type("PixArtOperations", (operations,), {"Table": Table})
+
+
+def block_replacement(transformer_options, kind, index, depth):
+    """The patch that replaces block `index`, or its self-attention: patches_replace[kind][("double_block", index)].
+
+    UNet-minded patches of "attn1" name the middle block as ("middle", 0): here block depth // 2.
+    """
+    replaced = transformer_options.get("patches_replace", {}).get(kind, {})
+    found = replaced.get(("double_block", index))
+    if found is None and kind == "attn1" and index == depth // 2:
+        found = replaced.get(("middle", 0))
+    return found
+
+
+def host_attention(transformer_options):
+    """The host's attention, in whatever backend it runs, as a function like `pixart.layers.attend`."""
+    return functools.partial(_host_attend, transformer_options)
+
+
+def _host_attend(transformer_options, q, k, v, num_heads, mask=None):
+    return optimized_attention(q, k, v, num_heads, mask=mask, transformer_options=transformer_options)
+
+
+def _replaced_attention(replacement, transformer_options, q, k, v, num_heads, mask=None):
+    options = {**transformer_options, "n_heads": num_heads, "dim_head": q.shape[2] // num_heads}
+    return replacement(q, k, v, options)
+
+
+class PixArtNet(PixArt):
+    """The transformer behind the host's calling convention; every public patch point of the host works on it."""
+
+    def __init__(self, pixart_config: PixArtConfig, dtype=None, device=None, operations=None, **_):
+        super().__init__(pixart_config, operations=with_table(operations), dtype=dtype, device=device)
+        self.dtype = dtype
+
+    def forward(self, x, timesteps, context, control=None, transformer_options=None, **conds):
+        """x: (B, C, H, W). context: (B, L, caption_channels). Returns the predicted noise, (B, C, H, W)."""
+        options = {} if transformer_options is None else transformer_options
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._predict, self, wrappers)
+        return executor.execute(x, timesteps, context, control, options, **conds)
+
+    def _predict(
+        self,
+        x,
+        timesteps,
+        context,
+        control=None,
+        transformer_options=None,
+        attention_mask=None,
+        c_size=None,
+        c_ar=None,
+        **_,
+    ):
+        options = {} if transformer_options is None else transformer_options
+        ratio = None if c_ar is None else c_ar.double() / RATIO_UNITS
+        tokens, grid = self.embed_latent(x)
+        condition = self.embed_condition(x, timesteps, c_size, None if ratio is None else ratio.float())
+        inputs = self.prepare_blocks(tokens, grid, condition, context, attention_mask, host_attention(options))
+        tokens = self._run_blocks(tokens, inputs, x, condition, _residuals(control), options)
+        prediction = self.project(tokens, condition, grid, x.shape)
+        sink = options.get(VARIANCE_SINK)
+        if sink is not None:
+            sink.append((options.get("cond_or_uncond"), prediction))
+        return prediction[:, : self.config.in_channels]
+
+    def _run_blocks(self, tokens, inputs, x, condition, residuals, options):
+        patches = options.get("patches", {})
+        for patch in patches.get("post_input", ()):
+            given = {"img": tokens, "txt": inputs.caption, "img_ids": None, "txt_ids": None}
+            out = patch({**given, "transformer_options": options})
+            tokens, inputs = out["img"], inputs._replace(caption=out["txt"])
+        options["total_blocks"], options["block_type"] = len(self.blocks), "double"
+        for index, block in enumerate(self.blocks):
+            options["block_index"] = index
+            tokens = add_control(tokens, residuals, index)
+            tokens, inputs = self._run_block(block, index, tokens, inputs, condition, options)
+            for patch in patches.get("double_block", ()):
+                given = {"img": tokens, "txt": inputs.caption, "x": x, "block_index": index}
+                out = patch({**given, "transformer_options": options})
+                tokens, inputs = out["img"], inputs._replace(caption=out.get("txt", inputs.caption))
+        return tokens
+
+    def _run_block(self, block, index, tokens, inputs, condition, options):
+        attention = block_replacement(options, "attn1", index, len(self.blocks))
+        here = inputs
+        if attention is not None:
+            replaced = functools.partial(_replaced_attention, attention, options)
+            here = inputs._replace(self_attention=replaced)
+        replacement = block_replacement(options, "dit", index, len(self.blocks))
+        if replacement is None:
+            return block(tokens, here), inputs
+
+        def original(args):
+            given = here._replace(caption=args.get("txt", here.caption))
+            return {"img": block(args["img"], given), "txt": given.caption}
+
+        args = {"img": tokens, "txt": inputs.caption, "vec": condition, "transformer_options": options}
+        out = replacement(args, {"original_block": original})
+        return out["img"], inputs._replace(caption=out.get("txt", inputs.caption))
+
+
+def _residuals(control):
+    """The host's control dict -> residuals in the order of the blocks they precede, from block 1 on."""
+    return None if control is None else control.get("output")
+
+
+class CaptionCond(comfy.conds.CONDRegular):
+    """A caption or its mask, (B, L, ...): joins others of any length by zeros at the end, which the mask hides."""
+
+    def can_concat(self, other):
+        """True when only the lengths differ."""
+        return self.cond.shape[2:] == other.cond.shape[2:] and self.cond.device == other.cond.device
+
+    def concat(self, others):
+        """Rows of all, padded to the longest: (sum of B, longest L, ...)."""
+        captions = [self.cond, *(other.cond for other in others)]
+        longest = max(caption.shape[1] for caption in captions)
+        return torch.cat([pad_length(caption, longest) for caption in captions])
+
+
+def pad_length(caption, length):
+    """(B, L, ...) -> (B, length, ...), zeros at the end."""
+    missing = length - caption.shape[1]
+    if not missing:
+        return caption
+    return torch.cat([caption, caption.new_zeros(caption.shape[0], missing, *caption.shape[2:])], dim=1)
+
+
+class PixArtSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+    """The host's discrete noise schedule with fractional times, as the original's solvers have them.
+
+    The host rounds a noise level to the nearest of 1000 times; here log alpha is linear between them.
+    Source: DPM-Solver, arXiv 2206.00927, appendix D.4.
+    """
+
+    def set_sigmas(self, sigmas):
+        """Sets the noise level of each integer time."""
+        super().set_sigmas(sigmas)
+        self.register_buffer("log_variance", torch.log1p(self.sigmas.double().square()), persistent=False)
+
+    def _table(self, device):
+        if self.log_variance.device != device:  # moved once: a copy in every step would be one too many
+            self.log_variance = self.log_variance.to(
+                device=device, dtype=torch.float32 if device.type == "mps" else torch.float64
+            )
+        return self.log_variance
+
+    def timestep(self, sigma):
+        """Noise levels -> times in [0, 999], any shape."""
+        table = self._table(sigma.device)
+        target = torch.log1p(sigma.to(table.dtype).square()).contiguous()
+        high = torch.searchsorted(table, target).clamp(1, len(table) - 1)
+        low = high - 1
+        fraction = (target - table[low]) / (table[high] - table[low])
+        return (low + fraction).clamp(0, len(table) - 1).to(torch.float32)
+
+    def sigma(self, timestep):
+        """Times in [0, 999] -> noise levels, any shape."""
+        table = self._table(timestep.device)
+        time = timestep.to(table.dtype).clamp(0, len(table) - 1)
+        low = time.floor().long().clamp(max=len(table) - 2)
+        return torch.expm1(torch.lerp(table[low], table[low + 1], time - low)).sqrt().to(torch.float32)
+
+
+class PixArtModel(comfy.model_base.PixArt):
+    """PixArt as a BaseModel. Subclasses the host's PixArt only for its LoRA key map, which goes by class."""
+
+    def __init__(self, model_config, device=None):
+        # Built without memory: every tensor of the file is assigned, so none is allocated twice.
+        net = functools.partial(_on_meta, PixArtNet)
+        comfy.model_base.BaseModel.__init__(
+            self, model_config, comfy.model_base.ModelType.EPS, device=device, unet_model=net
+        )
+        self.model_sampling = PixArtSampling(model_config)
+
+    @property
+    def pixart_config(self) -> PixArtConfig:
+        """The hyper-parameters."""
+        return self.diffusion_model.config
+
+    @property
+    def has_null_caption(self) -> bool:
+        """Whether the file held the learned "no caption"."""
+        return self.diffusion_model.has_null_caption
+
+    def extra_conds(self, **kwargs):
+        """The conditioning of one prompt as tensors: caption, mask, size in pixels, and aspect ratio."""
+        out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
+        caption = kwargs.get("cross_attn")
+        if caption is None:
+            return out
+        caption, mask = self._caption(caption, kwargs.get("attention_mask"), kwargs.get("pixart_null", False))
+        size = kwargs.get("pixart_size") or (kwargs["height"], kwargs["width"])
+        ratio = kwargs.get("pixart_ratio") or kwargs.get("aspect_ratio") or size[0] / size[1]
+        out["c_crossattn"] = CaptionCond(caption)
+        out["attention_mask"] = CaptionCond(mask)
+        out["c_size"] = comfy.conds.CONDRegular(torch.tensor([size], dtype=torch.long))
+        out["c_ar"] = comfy.conds.CONDRegular(torch.tensor([[round(ratio * RATIO_UNITS)]], dtype=torch.long))
+        return out
+
+    def _caption(self, caption, mask, is_null):
+        """Caption (B, L, channels) and mask (B, L) long, cut to the longest valid caption.
+
+        Tokens that other nodes appended have no mask of their own: they are kept.
+        """
+        channels = self.pixart_config.caption_channels
+        if caption.shape[-1] != channels:
+            raise ValueError(
+                f"Caption width mismatch: got {caption.shape[-1]}, expected {channels}. "
+                f"Connect the T5 text encoder of this PixArt model (T5-XXL for the released ones) to the text node."
+            )
+        batch, length = caption.shape[:2]
+        keep = torch.ones(batch, length, dtype=torch.long, device=caption.device)
+        if mask is not None:
+            mask = comfy.utils.repeat_to_batch_size(mask.flatten(1), batch)[:, :length]
+            keep[:, : mask.shape[1]] = mask.to(keep)
+        if is_null:
+            caption = self._null_caption(batch, length).to(caption)
+            keep = keep[:, : caption.shape[1]]
+        used = keep.any(dim=0).nonzero()
+        longest = int(used[-1]) + 1 if len(used) else 1
+        return caption[:, :longest], keep[:, :longest]
+
+    def _null_caption(self, batch, length):
+        """The learned "no caption", cut to `length` tokens: (B, L, channels)."""
+        if not self.has_null_caption:
+            raise ValueError(
+                "This PixArt file has no learned null caption: got a diffusers-layout file, expected the original "
+                "layout. Set PixArt Negative to 'empty' or 'text', or load the original .pth."
+            )
+        return self.diffusion_model.y_embedder.y_embedding[None, :length].expand(batch, -1, -1)
+
+    def load_model_weights(self, sd, unet_prefix="", assign=True):
+        """Loads a state dict in the original layout, strictly, by assignment. Raises ValueError naming the keys."""
+        state = {key[len(unet_prefix) :]: sd.pop(key) for key in list(sd) if key.startswith(unet_prefix)}
+        state = self.model_config.process_unet_state_dict(state)
+        try:
+            self.diffusion_model.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"PixArt weights do not fit the model: got {str(error).splitlines()[1:4]}, expected the keys and "
+                f"shapes of {self.pixart_config}. Choose the right variant in the loader, or download the file again."
+            ) from error
+        self.diffusion_model.requires_grad_(False)
+        comfy.model_management.archive_model_dtypes(self.diffusion_model)
+        return self
+
+
+def _on_meta(net_class, **fields):
+    return net_class(**{**fields, "device": "meta"})
+
+
+class PixArtModelConfig(comfy.supported_models_base.BASE):
+    """What the host wants to know of a model before it builds it."""
+
+    sampling_settings = {
+        "beta_schedule": "sqrt_linear",  # the host's name for betas that are linear themselves
+        "linear_start": 0.0001,
+        "linear_end": 0.02,
+        "timesteps": 1000,
+    }
+    unet_extra_config = {}
+    memory_usage_factor = 0.5
+    vae_key_prefix = ["vae."]
+    text_encoder_key_prefix = ["text_encoders."]
+
+    def __init__(self, config: PixArtConfig):
+        self.latent_format = comfy.latent_formats.SDXL if config.is_sigma else comfy.latent_formats.SD15
+        super().__init__(
+            {
+                "image_model": "pixart_sigma" if config.is_sigma else "pixart_alpha",
+                "pixart_config": config,
+                "depth": config.depth,
+                "hidden_size": config.hidden_size,
+                "in_channels": config.in_channels,
+            }
+        )
+        self.latent_format.scale_factor = config.vae_scale
+
+    def get_model(self, state_dict, prefix="", device=None):
+        """The model without its weights; see PixArtModel.load_model_weights."""
+        return PixArtModel(self, device=device).eval()
+
+    def inpaint_model(self):
+        """PixArt has no inpainting channels; masks work by blending."""
+        return False
+
+    def process_unet_state_dict(self, state_dict):
+        """Original names -> the module's: a table is a leaf module here."""
+        return {f"{key}.weight" if key.endswith(TABLE) else key: value for key, value in state_dict.items()}
+
+    def process_unet_state_dict_for_saving(self, state_dict):
+        """The module's names -> original ones behind the host's prefix, with the config among them."""
+        config = self.unet_config["pixart_config"]
+        named = {}
+        for key, value in state_dict.items():
+            named[key.removesuffix(".weight") if key.endswith(f"{TABLE}.weight") else key] = value
+        named[CONFIG_KEY] = config_to_tensor(config)  # says what the shapes cannot tell
+        return super().process_unet_state_dict_for_saving(named)
+
+
+def make_patcher(state_dict, config, dtype=None, fp8_optimizations=False, disable_dynamic=False):
+    """A MODEL from a state dict in the original layout, which is emptied on the way.
+
+    dtype: of the weights; None lets the host choose by the file and the device.
+    Raises ValueError when weights and config do not fit.
+    """
+    management = comfy.model_management
+    load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
+    model_config = PixArtModelConfig(config)
+    supported = list(model_config.supported_inference_dtypes)
+    if dtype is None:
+        dtype = management.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(state_dict),
+            supported_dtypes=supported,
+            weight_dtype=comfy.utils.weight_dtype(state_dict),
+        )
+    manual_cast = management.unet_manual_cast(dtype, load_device, supported)
+    set_inference_dtype(model_config, dtype, manual_cast, load_device)
+    model_config.optimizations["fp8"] = fp8_optimizations
+    model = model_config.get_model(state_dict)
+    patchers = comfy.model_patcher
+    patcher_class = (
+        patchers.ModelPatcher if disable_dynamic else getattr(patchers, "CoreModelPatcher", patchers.ModelPatcher)
+    )
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    for key in list(state_dict):  # one by one, so that the file's tensors go as ours come
+        state_dict[key] = cast_weight(key, state_dict[key], dtype)
+    model.load_model_weights(state_dict, assign=True)
+    if not management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    return patcher
+
+
+def set_inference_dtype(model_config, dtype, manual_cast, device):
+    """Tells the host's config the dtypes of weights and maths; hosts before 0.30 do not ask for the device."""
+    takes_device = "device" in inspect.signature(model_config.set_inference_dtype).parameters
+    model_config.set_inference_dtype(dtype, manual_cast, **({"device": device} if takes_device else {}))
+
+
+def cast_weight(key, tensor, dtype):
+    """A tensor of the file in the dtype that its parameter has in the host."""
+    if not tensor.is_floating_point():
+        return tensor
+    if dtype.itemsize == 1 and (key.endswith(TABLE) or key == NULL_CAPTION_KEY):
+        dtype = torch.float16
+    return tensor.to(dtype)

@@ -1,0 +1,183 @@
+"""Loader nodes: checkpoints, diffusers folders, autoencoders, and what a loaded model is."""
+
+from comfy_api.latest import io, ui
+
+from .host.loading import (
+    DTYPES,
+    VARIANTS,
+    WEIGHTS,
+    describe_model,
+    list_checkpoints,
+    list_pipelines,
+    list_vaes,
+    load_checkpoint,
+    load_pipeline,
+    load_vae,
+)
+from .host.schema import node_input, schema
+from .host.text import show_text
+
+CATEGORY = "PixArt/loaders"
+
+
+def _variant_input():
+    return node_input(
+        io.Combo,
+        "variant",
+        options=list(VARIANTS),
+        default=VARIANTS[0],
+        optional=True,
+        advanced=True,
+        tooltip="Which released PixArt the file is. auto reads it from the weights, the files around them and the "
+        "name; PixArt Model Info shows by which sign. Choose it where auto is wrong.",
+    )
+
+
+def _dtype_input():
+    return node_input(
+        io.Combo,
+        "weight_dtype",
+        options=list(DTYPES),
+        default="default",
+        optional=True,
+        tooltip="Precision of the weights. default: as ComfyUI thinks best for the file and the device. fp8 halves "
+        "the memory at a small loss.",
+    )
+
+
+class LoadCheckpoint(io.ComfyNode):
+    """Load a PixArt from a file."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtLoadCheckpoint",
+            display_name="Load PixArt Checkpoint",
+            category=CATEGORY,
+            description="Load a PixArt-alpha or Sigma transformer from a file: the original .pth, safetensors in the "
+            "original or diffusers layout, or what ComfyUI saved. The MODEL works with every node.",
+            search_aliases=["pixart", "load pixart", "pixart sigma", "pixart alpha", "diffusion model", "unet loader"],
+            inputs=[
+                node_input(
+                    io.Combo,
+                    "checkpoint",
+                    options=list_checkpoints(),
+                    tooltip="A file of models/diffusion_models or models/checkpoints, "
+                    "such as PixArt-XL-2-1024-MS.pth or PixArt-Sigma-XL-2-1024-MS.pth.",
+                ),
+                _dtype_input(),
+                _variant_input(),
+                node_input(
+                    io.Combo,
+                    "weights",
+                    options=list(WEIGHTS),
+                    default=WEIGHTS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of a training checkpoint that holds both: ema takes the averaged weights, which are "
+                    "better pictures; model the raw ones. Files with one set ignore this.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The PixArt model, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, checkpoint, weight_dtype="default", variant=VARIANTS[0], weights=WEIGHTS[0]):
+        return io.NodeOutput(load_checkpoint(checkpoint, variant, weight_dtype, weights))
+
+
+class LoadDiffusers(io.ComfyNode):
+    """Load a whole PixArt pipeline from a diffusers folder."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtLoadDiffusers",
+            display_name="Load PixArt Diffusers",
+            category=CATEGORY,
+            description="Load transformer, T5 and VAE of a PixArt folder in diffusers' layout, as on Hugging Face, "
+            "sharded or not. A part that the folder lacks has no output.",
+            search_aliases=["pixart diffusers", "diffusers folder", "hugging face", "pipeline"],
+            inputs=[
+                node_input(
+                    io.Combo,
+                    "folder",
+                    options=list_pipelines(),
+                    tooltip="A folder of models/diffusers, such as PixArt-XL-2-1024-MS/ with transformer/, "
+                    "text_encoder/, tokenizer/ and vae/ in it.",
+                ),
+                _dtype_input(),
+                _variant_input(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The PixArt model, for any sampler."),
+                io.Clip.Output(display_name="clip", tooltip="The folder's T5 encoder."),
+                io.Vae.Output(display_name="vae", tooltip="The folder's autoencoder."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, folder, weight_dtype="default", variant=VARIANTS[0]):
+        return io.NodeOutput(*load_pipeline(folder, variant, weight_dtype))
+
+
+class LoadVAE(io.ComfyNode):
+    """Load an autoencoder and check that it is of the model's family."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtLoadVAE",
+            display_name="Load PixArt VAE",
+            category=CATEGORY,
+            description="Load the autoencoder of PixArt from a file or a diffusers folder. With the model connected, "
+            "one of the other family is refused: alpha needs SD 1.5's, Sigma SDXL's.",
+            search_aliases=["pixart vae", "autoencoder", "sd-vae-ft-ema", "sdxl vae"],
+            inputs=[
+                node_input(
+                    io.Combo,
+                    "vae",
+                    options=list_vaes(),
+                    tooltip="A file of models/vae, or a vae/ folder of models/diffusers.",
+                ),
+                node_input(
+                    io.Model,
+                    "model",
+                    optional=True,
+                    tooltip="The PixArt model that the autoencoder is for. Connected, it is checked before sampling.",
+                ),
+            ],
+            outputs=[io.Vae.Output(display_name="vae", tooltip="The autoencoder, for any VAE node.")],
+        )
+
+    @classmethod
+    def execute(cls, vae, model=None):
+        return io.NodeOutput(load_vae(vae, model))
+
+
+class ModelInfo(io.ComfyNode):
+    """Say what a PixArt model is."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtModelInfo",
+            display_name="PixArt Model Info",
+            category="PixArt/info",
+            description="What the connected model is: variant, trained size, caption length, the VAE it needs, layers, "
+            "precision, LoRAs, and by which signs that was found out.",
+            search_aliases=["pixart info", "which model", "inspect", "details"],
+            inputs=[node_input(io.Model, "model", tooltip="Any MODEL; a PixArt of this pack is described in full.")],
+            outputs=[io.String.Output(display_name="info", tooltip="The same text, for other nodes.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model):
+        text = describe_model(model)
+        show_text(cls.hidden, text)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+NODES: list[type[io.ComfyNode]] = [LoadCheckpoint, LoadDiffusers, LoadVAE, ModelInfo]
