@@ -9,6 +9,7 @@ place of their bytes, memory-mapped where that is possible.
 import logging
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file by torch.save before version 1.6
+_MEMO_LIMIT = 2**24  # objects in one pickle; a training checkpoint has some thousands
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -194,6 +196,7 @@ _ALLOWED = {
 def _load_pickle(file, path: Path) -> tuple[object, dict[str, _Storage]]:
     unpickler = _Unpickler(file)
     try:
+        _refuse_huge_memo(file)
         content = unpickler.load()
     except _PICKLE_ERRORS as error:
         raise ValueError(
@@ -204,6 +207,15 @@ def _load_pickle(file, path: Path) -> tuple[object, dict[str, _Storage]]:
         names = ", ".join(sorted(unpickler.foreign)[:8])
         log.info("%s: skipped objects that are no weights (%s); nothing of them was run.", path.name, names)
     return content, unpickler.storages
+
+
+def _refuse_huge_memo(file) -> None:
+    """Look through the coming pickle: C's unpickler allocates its memo up to the highest number that is named."""
+    start = file.tell()
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= _MEMO_LIMIT:
+            raise pickle.UnpicklingError("a huge memo")
+    file.seek(start)
 
 
 def _open_zip(path: Path) -> tuple[object, dict[str, int]]:

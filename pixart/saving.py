@@ -58,7 +58,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
+        with temporary.open("xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes its files readable to their owner alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
