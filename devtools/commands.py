@@ -18,6 +18,8 @@ PASSING_ON = ("test", "bench", "run")  # from the first argument that is not dev
 def ready(options: argparse.Namespace) -> Environment:
     environment = choose_environment(options.env, options.comfyui)
     prepare(environment)
+    if environment.own_host:
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # not even caches are written into the user's ComfyUI
     return environment
 
 

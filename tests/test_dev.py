@@ -55,9 +55,9 @@ def refuse(env: environment.Environment) -> None:
 
 def alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
-        return (
-            f"{pid} (" in Path(f"/proc/{pid}/stat").read_text() and ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-        )
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or ") Z " not in stat.read_text()  # a zombie has ended
     return False
 
 
