@@ -464,7 +464,7 @@ def test_a_stopped_command_lets_its_program_clean_up(tmp_path, number):
         import sys
         sys.path.insert(0, {str(ROOT)!r})
         from devtools import process
-        process.GRACE_S = 1
+        process.GRACE_S = 3
         process.stop_on_signals()
         process.foreground([sys.executable, "-c", {textwrap.dedent(program)!r}])
     """
@@ -472,7 +472,7 @@ def test_a_stopped_command_lets_its_program_clean_up(tmp_path, number):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as started:
         assert started.stdout.readline() == "ready\n"
         started.send_signal(number)
-        assert started.wait(30) == 128 + number
+        assert started.wait(60) == 128 + number
     assert (tmp_path / "clean").exists()
 
 
