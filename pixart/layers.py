@@ -139,9 +139,11 @@ class CaptionEmbedder(nn.Module):
             dtype=dtype,
             device=device,
         )
-        # A buffer, as in the original: it is never trained and has no optimiser state.
-        null = torch.zeros(config.caption_length, config.caption_channels, dtype=dtype, device=device)
-        self.register_buffer("y_embedding", null)
+        rows, width = config.caption_length, config.caption_channels
+        if hasattr(operations, "Table"):
+            self.y_embedding = operations.Table(rows, width, dtype=dtype, device=device)
+        else:  # a buffer, as in the original: it is never trained and has no optimiser state
+            self.register_buffer("y_embedding", torch.zeros(rows, width, dtype=dtype, device=device))
 
     def forward(self, caption):
         """(B, L, caption_channels) -> (B, L, D)."""

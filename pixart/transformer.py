@@ -276,8 +276,9 @@ def _accept_original_keys(model, state_dict, prefix, *_):
     """Before a strict load: drops what is recomputed, and fills in what a diffusers file does not hold."""
     for key in RECOMPUTED_KEYS:
         state_dict.pop(prefix + key, None)
+    own = {f"y_embedder.{name}": like for name, like in model.y_embedder.state_dict().items()}
     for key in OPTIONAL_KEYS:
-        model.has_null_caption = prefix + key in state_dict
+        name = key if key in own else f"{key}.weight"  # a module where the host needs one, see `make_table`
+        model.has_null_caption = prefix + name in state_dict
         if not model.has_null_caption:
-            like = model.y_embedder.y_embedding
-            state_dict[prefix + key] = torch.zeros(like.shape, dtype=like.dtype)
+            state_dict[prefix + name] = torch.zeros(own[name].shape, dtype=own[name].dtype)

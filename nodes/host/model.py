@@ -16,24 +16,24 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
-from ...pixart.checkpoint import CONFIG_KEY, NULL_CAPTION_KEY, config_to_tensor
+from ...pixart.checkpoint import CONFIG_KEY, config_to_tensor
 from ...pixart.config import PixArtConfig
 from ...pixart.transformer import PixArt, add_control
 
-TABLE = "scale_shift_table"
+TABLES = ("scale_shift_table", "y_embedding")  # parameters that are modules of their own here
 RATIO_UNITS = 1_000_000  # aspect ratios travel as integers, since the host casts floats to the inference dtype
 VARIANCE_SINK = "pixart_variance"  # transformer option: a list that receives (cond_or_uncond, full prediction)
 
 
 class Table(torch.nn.Module, comfy.ops.CastWeightBiasOp):
-    """A scale_shift_table as a leaf module: the host patches, merges and offloads modules with a `weight` only."""
+    """A bare parameter as a leaf module: the host patches, merges and offloads modules with a `weight` only."""
 
     comfy_cast_weights = True
 
     def __init__(self, rows, width, dtype=None, device=None):
         super().__init__()
         if dtype is not None and dtype.itemsize == 1:
-            dtype = torch.float16  # 0.03 % of the weights, and every token passes them: not worth 8 bits
+            dtype = torch.float16  # 0.1 % of the weights, and every token passes them: not worth 8 bits
         self.weight = torch.nn.Parameter(torch.empty(rows, width, dtype=dtype, device=device), requires_grad=False)
         self.bias = None
 
@@ -267,20 +267,20 @@ class PixArtModel(comfy.model_base.PixArt):
             mask = comfy.utils.repeat_to_batch_size(mask.flatten(1), batch)[:, :length]
             keep[:, : mask.shape[1]] = mask.to(keep)
         if is_null:
-            caption = self._null_caption(batch, length).to(caption)
+            caption = self._null_caption(batch, length, caption)
             keep = keep[:, : caption.shape[1]]
         used = keep.any(dim=0).nonzero()
         longest = int(used[-1]) + 1 if len(used) else 1
         return caption[:, :longest], keep[:, :longest]
 
-    def _null_caption(self, batch, length):
-        """The learned "no caption", cut to `length` tokens: (B, L, channels)."""
+    def _null_caption(self, batch, length, like):
+        """The learned "no caption", cut to `length` tokens, in the dtype of `like`: (B, L, channels)."""
         if not self.has_null_caption:
             raise ValueError(
                 "This PixArt file has no learned null caption: got a diffusers-layout file, expected the original "
                 "layout. Set PixArt Negative to 'empty' or 'text', or load the original .pth."
             )
-        return self.diffusion_model.y_embedder.y_embedding[None, :length].expand(batch, -1, -1)
+        return self.diffusion_model.y_embedder.y_embedding(like)[None, :length].expand(batch, -1, -1)
 
     def load_model_weights(self, sd, unet_prefix="", assign=True):
         """Loads a state dict in the original layout, strictly, by assignment. Raises ValueError naming the keys."""
@@ -339,14 +339,15 @@ class PixArtModelConfig(comfy.supported_models_base.BASE):
 
     def process_unet_state_dict(self, state_dict):
         """Original names -> the module's: a table is a leaf module here."""
-        return {f"{key}.weight" if key.endswith(TABLE) else key: value for key, value in state_dict.items()}
+        return {f"{key}.weight" if key.endswith(TABLES) else key: value for key, value in state_dict.items()}
 
     def process_unet_state_dict_for_saving(self, state_dict):
         """The module's names -> original ones behind the host's prefix, with the config among them."""
         config = self.unet_config["pixart_config"]
         named = {}
         for key, value in state_dict.items():
-            named[key.removesuffix(".weight") if key.endswith(f"{TABLE}.weight") else key] = value
+            bare = key.removesuffix(".weight")
+            named[bare if bare.endswith(TABLES) else key] = value
         named[CONFIG_KEY] = config_to_tensor(config)  # says what the shapes cannot tell
         return super().process_unet_state_dict_for_saving(named)
 
@@ -394,6 +395,6 @@ def cast_weight(key, tensor, dtype):
     """A tensor of the file in the dtype that its parameter has in the host."""
     if not tensor.is_floating_point():
         return tensor
-    if dtype.itemsize == 1 and (key.endswith(TABLE) or key == NULL_CAPTION_KEY):
+    if dtype.itemsize == 1 and key.endswith(TABLES):
         dtype = torch.float16
     return tensor.to(dtype)

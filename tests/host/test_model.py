@@ -1,0 +1,260 @@
+"""PixArt as the host's MODEL, in this process: what it computes, what it batches, and what may patch it."""
+
+import importlib
+
+import pytest
+import torch
+
+from pixart_pack.tests.tiny_pixart import make_model, make_weights, tiny_config
+
+CONFIG = tiny_config()
+FLOAT_NOISE = 2e-5  # float32 sums in another order, values of a few units
+
+
+@pytest.fixture(scope="module")
+def host_model(pack):
+    return importlib.import_module("pixart_pack.nodes.host.model")
+
+
+@pytest.fixture(scope="module")
+def patcher(host_model):
+    return host_model.make_patcher(make_weights(CONFIG), CONFIG, dtype=torch.float32)
+
+
+def caption(length, seed, keep=None):
+    """One conditioning entry: states of `length` tokens, of which the first `keep` count."""
+    states = torch.randn(1, length, CONFIG.caption_channels, generator=torch.Generator().manual_seed(seed))
+    mask = {} if keep is None else {"attention_mask": (torch.arange(length) < keep)[None]}
+    return [states, {"pooled_output": None, **mask}]
+
+
+def sample(comfy, model, positive, negative, size=(9, 13), batch=1, steps=2, **options):
+    comfy_sample = importlib.import_module("comfy.sample")
+    latent = torch.zeros(batch, 4, *size)
+    noise = comfy_sample.prepare_noise(latent, 5)
+    settings = {"cfg": 4.5, "sampler_name": "euler", "scheduler": "simple", "seed": 5, **options}
+    with torch.inference_mode():
+        return comfy_sample.sample(
+            model, noise, steps, settings.pop("cfg"), settings.pop("sampler_name"), settings.pop("scheduler"),
+            [positive], [negative], latent, **settings,
+        )  # fmt: skip
+
+
+def count_forwards(model):
+    """A clone of the MODEL, and the list of the shapes that its network is called with."""
+    extension = importlib.import_module("comfy.patcher_extension")
+    seen, clone = [], model.clone()
+
+    def note(executor, *args, **kwargs):
+        seen.append((tuple(args[0].shape), tuple(args[2].shape)))
+        return executor(*args, **kwargs)
+
+    clone.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "note", note)
+    return clone, seen
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (1, 2)])
+def test_equals_the_plain_model(patcher, size):
+    generator = torch.Generator().manual_seed(1)
+    latent, timestep = torch.randn(2, 4, *size, generator=generator), torch.tensor([927.643, 3.25])
+    states, mask = caption(7, 2)[0], torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        ours = patcher.model.diffusion_model(latent, timestep, states.repeat(2, 1, 1), attention_mask=mask)
+        plain = make_model(CONFIG)(latent, timestep, states, mask)
+    torch.testing.assert_close(ours, plain[:, :4], atol=FLOAT_NOISE, rtol=0)
+
+
+def test_captions_of_different_length_make_one_forward(comfy, patcher):
+    model, seen = count_forwards(patcher)
+    together = sample(comfy, model, caption(40, 1, keep=31), caption(3, 2, keep=1), batch=2)
+    assert seen == [((4, 4, 9, 13), (4, 31, CONFIG.caption_channels))] * 2
+    for positive, negative in [(caption(31, 1), caption(3, 2, keep=1)), (caption(40, 1, keep=31), caption(3, 2))]:
+        assert positive[0].shape != negative[0].shape
+        sample(comfy, model, positive, negative)
+    # The same numbers as with each prompt in a forward of its own, as the host does without enough memory.
+    alone = sample(comfy, model, caption(40, 1, keep=31), caption(3, 2, keep=1), batch=2, cfg=4.5)
+    torch.testing.assert_close(together, alone)
+
+
+def test_padding_is_hidden_whatever_it_holds(comfy, patcher):
+    short, padded = caption(5, 1), caption(12, 1, keep=5)
+    padded[0][:, :5], padded[0][:, 5:] = short[0], 50.0
+    negative = caption(9, 2)
+    # cfg 4.5 and sigma 157 multiply the network's float32 noise in the first step.
+    torch.testing.assert_close(
+        sample(comfy, patcher, short, negative), sample(comfy, patcher, padded, negative), atol=2e-3, rtol=1e-4
+    )
+
+
+def test_conditioning_is_not_changed(comfy, patcher):
+    positive, negative = caption(12, 1, keep=5), caption(3, 2)
+    before = [(entry[0].clone(), dict(entry[1])) for entry in (positive, negative)]
+    sample(comfy, patcher, positive, negative)
+    for entry, (states, extra) in zip((positive, negative), before, strict=True):
+        assert torch.equal(entry[0], states)
+        assert entry[1].keys() == extra.keys()
+
+
+def test_size_reaches_the_model_exactly(patcher):
+    kwargs = {"cross_attn": caption(3, 1)[0], "width": 1032, "height": 1048, "device": torch.device("cpu")}
+    conds = patcher.model.extra_conds(noise=torch.zeros(1, 4, 131, 129), **kwargs)
+    assert conds["c_size"].cond.tolist() == [[1048, 1032]]  # height first
+    assert conds["c_ar"].cond.item() == round(1048 / 1032 * 1_000_000)
+    named = patcher.model.extra_conds(pixart_size=(832, 1216), pixart_ratio=0.68, noise=None, **kwargs)
+    assert named["c_size"].cond.tolist() == [[832, 1216]]
+    assert named["c_ar"].cond.item() == 680_000
+    assert all(not conds[key].cond.is_floating_point() for key in ("c_size", "c_ar", "attention_mask"))
+
+
+def test_learned_null_caption(comfy, patcher):
+    positive = caption(10, 1, keep=6)
+    learned = [torch.zeros(1, 10, CONFIG.caption_channels), {**positive[1], "pixart_null": True}]
+    written = [patcher.model.diffusion_model.y_embedder.y_embedding.weight[None, :10], dict(positive[1])]
+    assert torch.equal(sample(comfy, patcher, positive, learned), sample(comfy, patcher, positive, written))
+
+
+def test_a_file_without_null_caption_says_so(comfy, host_model):
+    weights = make_weights(CONFIG)
+    del weights["y_embedder.y_embedding"]
+    model = host_model.make_patcher(weights, CONFIG, dtype=torch.float32)
+    assert not model.model.has_null_caption
+    positive = caption(4, 1)
+    with pytest.raises(ValueError, match="has no learned null caption"):
+        sample(comfy, model, positive, [positive[0], {"pixart_null": True}])
+
+
+def test_appended_tokens_count(patcher):
+    """ConditioningConcat makes the caption longer than its mask."""
+    states = caption(12, 1)[0]
+    conds = patcher.model.extra_conds(
+        cross_attn=states, attention_mask=torch.tensor([[1, 1, 1, 0, 0]]), width=64, height=64, noise=None,
+        device=states.device,
+    )  # fmt: skip
+    assert conds["attention_mask"].cond.tolist() == [[1, 1, 1, 0, 0] + [1] * 7]
+
+
+def test_times_are_fractional_and_exact(patcher):
+    sampling = patcher.model.model_sampling
+    table = importlib.import_module("pixart_pack.samplers.schedules")
+    times = torch.tensor([0.0, 3.25, 71.357, 279.0, 927.643, 999.0])
+    levels = table.sigmas(times)
+    torch.testing.assert_close(sampling.sigma(times).double(), levels, atol=0, rtol=2e-7)
+    torch.testing.assert_close(sampling.timestep(levels.float()), times, atol=1e-4, rtol=0)
+    assert sampling.timestep(torch.tensor(1e9)) == 999
+    assert sampling.timestep(sampling.sigma_max) == 999
+
+
+def test_wrong_text_encoder_is_refused_before_sampling(comfy, patcher):
+    wrong = [torch.zeros(1, 77, 768), {}]
+    with pytest.raises(ValueError, match=r"Caption width mismatch: got 768, expected 24\. Connect the T5"):
+        sample(comfy, patcher, wrong, wrong)
+
+
+def test_weights_are_loaded_strictly(host_model):
+    weights = make_weights(CONFIG)
+    weights.pop("blocks.1.attn.qkv.bias")
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv\.bias"):
+        host_model.make_patcher(weights, CONFIG)
+
+
+def test_nothing_is_left_without_memory(patcher):
+    tensors = [*patcher.model.named_parameters(), *patcher.model.named_buffers()]
+    assert not [name for name, tensor in tensors if tensor.is_meta]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_low_precision_weights(comfy, host_model, patcher, dtype):
+    model = host_model.make_patcher(make_weights(CONFIG), CONFIG, dtype=dtype)
+    table = model.model.diffusion_model.blocks[0].scale_shift_table.weight
+    assert table.dtype == (torch.float16 if dtype.itemsize == 1 else dtype)
+    result = sample(comfy, model, caption(9, 1), caption(2, 2), size=(8, 8))
+    exact = sample(comfy, patcher, caption(9, 1), caption(2, 2), size=(8, 8))
+    relative = (result - exact).norm() / exact.norm()
+    # eps of the format (2**-8, 2**-11, 2**-4, 2**-3), through 3 blocks and guidance 4.5
+    assert relative < {torch.bfloat16: 0.1, torch.float16: 0.01}.get(dtype, 1.0)
+    assert result.isfinite().all()
+
+
+def test_attention_override_sees_every_attention(comfy, patcher):
+    calls, model = [], patcher.clone()
+
+    def override(function, *args, **kwargs):
+        calls.append(args[0].shape[1])
+        return function(*args, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    expected = sample(comfy, patcher, caption(5, 1), caption(5, 2))
+    assert torch.equal(sample(comfy, model, caption(5, 1), caption(5, 2)), expected)
+    assert len(calls) == 2 * CONFIG.depth * 2
+
+
+def test_block_replacement_and_patches(comfy, patcher):
+    seen, model = [], patcher.clone()
+
+    def skip(args, _):
+        seen.append(sorted(args))
+        return args
+
+    def note(args):
+        seen.append((args["block_index"], args["transformer_options"]["total_blocks"]))
+        return args
+
+    model.set_model_patch_replace(skip, "dit", "double_block", 1)
+    model.set_model_patch(note, "double_block")
+    skipped = sample(comfy, model, caption(5, 1), caption(5, 2), steps=1)
+    assert seen == [(0, 3), ["img", "transformer_options", "txt", "vec"], (1, 3), (2, 3)]
+    assert not torch.allclose(skipped, sample(comfy, patcher, caption(5, 1), caption(5, 2), steps=1))
+
+    same = patcher.clone()
+    same.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", 1)
+    expected = sample(comfy, patcher, caption(5, 1), caption(5, 2))
+    assert torch.equal(sample(comfy, same, caption(5, 1), caption(5, 2)), expected)
+
+
+def test_self_attention_replacement(comfy, patcher, core_nodes):
+    """The host's PerturbedAttentionGuidance replaces "attn1" of the middle block."""
+    shapes, model = [], patcher.clone()
+
+    def values(q, k, v, options):
+        shapes.append((tuple(v.shape), options["n_heads"], options["dim_head"]))
+        return v
+
+    model.set_model_attn1_replace(values, "middle", 0)
+    sample(comfy, model, caption(5, 1), caption(5, 2), size=(8, 8), steps=1)
+    assert shapes == [((2, 16, 48), 4, 12)]
+    guided = core_nodes["PerturbedAttentionGuidance"].execute(patcher, 3.0)[0]
+    positive, negative = caption(5, 1), caption(5, 2)
+    result = sample(comfy, guided, positive, negative)
+    assert not torch.allclose(result, sample(comfy, patcher, positive, negative))
+
+
+def test_control_residuals_go_before_the_next_block(patcher):
+    net = patcher.model.diffusion_model
+    latent, timestep, states = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), caption(5, 1)[0]
+    residuals = [torch.randn(1, 16, 48) for _ in range(2)]
+    with torch.no_grad():
+        ours = net(latent, timestep, states, control={"output": residuals})
+        plain = make_model(CONFIG)(latent, timestep, states, control=residuals)
+    torch.testing.assert_close(ours, plain[:, :4], atol=FLOAT_NOISE, rtol=0)
+
+
+def test_tables_are_merged_and_patched(patcher, host_model):
+    other = host_model.make_patcher(make_weights(CONFIG, seed=1), CONFIG, dtype=torch.float32)
+    names = set(patcher.model.diffusion_model.state_dict())
+    merged = patcher.clone()
+    merged.add_patches(other.get_key_patches("diffusion_model."), 0.75, 0.25)
+    assert {f"diffusion_model.{name}" for name in names} == set(merged.patches)
+    saved = merged.state_dict_for_saving()
+    for name, weight in make_weights(CONFIG).items():
+        expected = 0.25 * weight + 0.75 * make_weights(CONFIG, seed=1)[name]
+        found = saved[f"model.diffusion_model.{name}"]
+        torch.testing.assert_close(found.to("cpu").float(), expected, atol=1e-6, rtol=0)
+
+
+def test_saving_names_are_the_original_ones(patcher):
+    saved = patcher.state_dict_for_saving()
+    checkpoint = importlib.import_module("pixart_pack.pixart.checkpoint")
+    state = checkpoint.unwrap(saved)
+    assert checkpoint.detect_config(saved) == CONFIG
+    original = checkpoint.to_original(state)
+    assert set(original) >= set(make_weights(CONFIG)) - {"pixart_config"}
