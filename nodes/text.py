@@ -66,6 +66,8 @@ def _encode(clip, captions, cleaning, length_choice, custom_length, model, extra
         check_caption_width(conditioning, config)
     if cleaning == "official" and any(map(PROMPT_WEIGHT.search, captions)):
         notice += "\nThe official cleaning has removed the prompt weights."
+    if config is None and length_choice == "auto" and conditioning[0][0].shape[1] > ALPHA_CAPTION_LENGTH:
+        notice += f"\nPixArt-alpha takes {ALPHA_CAPTION_LENGTH} tokens: connect the model, or choose the length."
     return conditioning, notice
 
 

@@ -90,15 +90,17 @@ def detect_t5_config(weights: Mapping[str, torch.Tensor], name: str, declared: M
             f"Incomplete text encoder: got {name} without {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}, "
             f"expected {len(rows)} tensors for {1 + max(layers)} layers. Download the file again."
         )
-    for key, expected in rows.items():
-        if weights[key].shape[:1] != (expected,):
+    width = rows["encoder.final_layer_norm.weight"]
+    for key, count in rows.items():
+        expected = (count, width) if key == "shared.weight" else (count,)
+        if weights[key].shape[: len(expected)] != expected:
             raise ValueError(
-                f"Wrong shape of {key}: got {tuple(weights[key].shape)} in {name}, expected {expected} rows. "
+                f"Wrong shape of {key}: got {tuple(weights[key].shape)} in {name}, expected to begin with {expected}. "
                 f"Download the file again."
             )
     num_heads = weights[_RELATIVE_BIAS].shape[-1]
     config = {
-        "d_model": rows["encoder.final_layer_norm.weight"],
+        "d_model": width,
         "d_ff": rows["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"],
         "d_kv": rows[MARKER] // max(num_heads, 1),
         "num_heads": num_heads,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -78,7 +78,7 @@ def test_incomplete_and_misshapen_weights(weights):
                 detect_t5_config({**weights, key: torch.zeros(shape)}, "a.bin")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_damaged_shapes_never_end_otherwise(data):
     weights = weights_of(TINY)

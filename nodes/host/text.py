@@ -1,6 +1,7 @@
 """Captions as the host's CONDITIONING, and what a MODEL says about them."""
 
 import logging
+import sys
 
 import torch
 
@@ -99,9 +100,8 @@ def sizes_of(conditioning: list | None) -> dict:
 
 def show_text(hidden, text: str) -> None:
     """Show text on a node in the editor. hidden: the node's hidden inputs. Without a server nothing is shown."""
-    from server import PromptServer
-
-    instance = getattr(PromptServer, "instance", None)
+    server = sys.modules.get("server")  # imported by ComfyUI at its start; other programs have none
+    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
     node_id = getattr(hidden, "unique_id", None)
     if instance is not None and node_id is not None:
         instance.send_progress_text(text, node_id)

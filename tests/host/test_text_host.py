@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -354,7 +355,8 @@ def test_caption_length_comes_from_the_model(nodes, clip):
     width = tiny_t5.SIZES["d_model"]
     for name, expected in (("alpha-512", 120), ("sigma-1024", 300)):
         assert encode(nodes, clip, text, model=fake_model(name, channels=width))[0].shape[1] == expected
-    assert encode(nodes, clip, text)[0].shape[1] == 300
+    unknown = run(nodes.TextEncode, clip=clip, text=text)
+    assert unknown[0][0][0].shape[1] == 300 and "PixArt-alpha takes 120 tokens" in unknown.ui.value
     assert encode(nodes, clip, text, caption_length="custom", custom_length=7)[0].shape[1] == 7
 
 
@@ -416,10 +418,10 @@ def test_negative_says_what_is_missing(nodes, clip):
 
 
 def test_text_is_shown_on_the_node(nodes, clip, monkeypatch):
-    server = importlib.import_module("server")
     shown = []
     instance = SimpleNamespace(send_progress_text=lambda text, node_id: shown.append((text, node_id)))
-    monkeypatch.setattr(server.PromptServer, "instance", instance, raising=False)
+    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=instance))
+    monkeypatch.setitem(sys.modules, "server", server)
     monkeypatch.setattr(nodes.TextEncode, "hidden", SimpleNamespace(unique_id="7"))
     run(nodes.TextEncode, clip=clip, text="a cat")
     assert shown == [("4 of 300 tokens", "7")]
