@@ -10,6 +10,8 @@ from PIL import Image
 import pixart_pack.demo.client as client
 from pixart_pack.devtools.server import PACK, Server, prepare_base
 
+PREVIEWS = ("--preview-method", "latent2rgb")
+
 
 class Host(client.ComfyClient):
     """A running server and a connection to it: `queue`, `wait`, `run`, `interrupt` as ComfyClient has them, and more.
@@ -58,7 +60,7 @@ def start(comfyui: Path, base: Path, flags: tuple[str, ...]) -> Host:
     for folder in ("checkpoints", "diffusers", "diffusion_models", "text_encoders", "vae", "loras", "controlnet"):
         (base / "models" / folder).mkdir(parents=True, exist_ok=True)
     only_ours = ("--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK)
-    server = Server(Path(sys.executable), comfyui, base, flags=("--cpu", *only_ours, *flags))
+    server = Server(Path(sys.executable), comfyui, base, flags=("--cpu", *PREVIEWS, *only_ours, *flags))
     try:
         server.start()
         return Host(server, base)
