@@ -92,8 +92,6 @@ class Progress:
             if self._samples:
                 self.sampling_s += time.perf_counter() - self._node_began
             self._node_began, self._samples = time.perf_counter(), False
-            if data["node"] is None:
-                self.bar.close()
 
 
 def make_pictures(client: ComfyClient, options: argparse.Namespace) -> list[tuple[str, Image.Image]]:
@@ -105,7 +103,9 @@ def make_pictures(client: ComfyClient, options: argparse.Namespace) -> list[tupl
     for number, caption in enumerate(captions, start=1):
         began = time.perf_counter()
         progress = Progress(f"{number}/{len(captions)} {caption[:60]}")
-        entry = client.wait(client.queue(fill_workflow(template, caption, options)), timeout_s=3600, on_event=progress)
+        with progress.bar:
+            prompt_id = client.queue(fill_workflow(template, caption, options))
+            entry = client.wait(prompt_id, timeout_s=3600, on_event=progress)
         taken_s = time.perf_counter() - began
         for index, content in enumerate(client.images(entry)):
             words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40].strip("-")
