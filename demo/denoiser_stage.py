@@ -37,7 +37,7 @@ BOUND_WEIGHT = 0.003
 MAX_BOUND = 20.0  # bits; the first timesteps' likelihood has outliers
 LEARNING_RATES = {"edges": 4e-4, "text": 1e-3, "body": 1.5e-3}
 WARM_UP_STEPS = 150
-HOLD = 0.4  # share of the run at the full learning rate
+HOLD = 0.6  # share of the run at the full learning rate
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def start_as_identity(model: PixArt) -> None:
 def draw_timesteps(count: int, generator: torch.Generator, steps: int) -> Tensor:
     """Half uniform, half around the noise levels at which the layout is decided."""
     uniform = torch.rand(count, generator=generator) * steps
-    middle = (0.66 + 0.15 * torch.randn(count, generator=generator)) * steps
+    middle = (0.6 + 0.16 * torch.randn(count, generator=generator)) * steps
     timestep = torch.where(torch.rand(count, generator=generator) < 0.5, uniform, middle)
     return timestep.long().clamp(0, steps - 1)
 
@@ -86,8 +86,8 @@ class DenoiserStage:
         *,
         config: PixArtConfig = CONFIG,
         seed: int = 0,
-        batch_size: int = 64,
-        ema_decay: float = 0.999,
+        batch_size: int = 48,
+        ema_decay: float = 0.995,
         buckets: tuple[tuple[Bucket, ...], tuple[Bucket, ...]] = (SMALL_BUCKETS, FULL_BUCKETS),
     ):
         torch.manual_seed(seed)
@@ -130,7 +130,7 @@ class DenoiserStage:
         return (weight * losses["mse"]).mean(), losses["vb"].clamp(max=MAX_BOUND).mean()
 
     def _batch(self, progress: float) -> int:
-        return self.batch_size * 3 // 2 if progress < SMALL_UNTIL else self.batch_size
+        return self.batch_size * 2 if progress < SMALL_UNTIL else self.batch_size
 
     def step(self, number: int, learning_rate_factor: float, progress: float) -> dict[str, float]:
         rng = Random(f"denoiser {self.seed} {number}")

@@ -36,13 +36,13 @@ SMALL_BUCKETS = (
     Bucket(96, 64, 5000, 0.15, _EARLY),
 )
 FULL_BUCKETS = (
-    Bucket(128, 128, 26000, 0.58, _LATE),
-    Bucket(96, 160, 7000, 0.14, _LATE),
-    Bucket(160, 96, 7000, 0.14, _LATE),
-    Bucket(112, 144, 3000, 0.05, _LATE),
-    Bucket(144, 112, 3000, 0.05, _LATE),
-    Bucket(104, 152, 1500, 0.02, _LATE),
-    Bucket(152, 104, 1500, 0.02, _LATE),
+    Bucket(128, 128, 20000, 0.64, _LATE),
+    Bucket(96, 160, 5000, 0.12, _LATE),
+    Bucket(160, 96, 5000, 0.12, _LATE),
+    Bucket(112, 144, 2000, 0.04, _LATE),
+    Bucket(144, 112, 2000, 0.04, _LATE),
+    Bucket(104, 152, 1000, 0.02, _LATE),
+    Bucket(152, 104, 1000, 0.02, _LATE),
 )
 
 

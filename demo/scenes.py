@@ -34,8 +34,8 @@ HELD_OUT_EVERY = 8  # one in so many (shape, colour, position) triples is never 
 
 _SUPERSAMPLING = 4
 _GAP = 0.03  # least free space between two boxes, over the geometric mean of the picture's sides
-_MARGIN = 0.02
-_JITTER = 0.03
+_MARGIN = 0.05
+_JITTER = 0.01
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def item_box(item: Item, height_px: int, width_px: int) -> tuple[float, float, f
     row, column = POSITIONS[item.position]
 
     def start(index: int, extent: int, shift: float) -> float:
-        margin = (_MARGIN + _JITTER) * mean_side
+        margin = _MARGIN * mean_side
         low, high = margin, extent - margin - side
         return low + (high - low) * index / 2 + shift * _JITTER * mean_side
 
@@ -185,7 +185,7 @@ def random_scene(
                 size,
                 rng.uniform(-1, 1),
                 rng.uniform(-1, 1),
-                rng.uniform(0.94, 1.06),
+                rng.uniform(0.98, 1.02),
             )
             box = item_box(item, height_px, width_px)
             free = item.position not in (other.position for other in items) and _fits(box, boxes, mean_side)
