@@ -13,7 +13,7 @@ from pixart_pack.tests.goldens import load_golden, take
 CASE, TENSORS = load_golden("losses_training")
 INPUTS = take(TENSORS, "input")
 HUNDRED = torch.tensor([round(k * 999 / 99) for k in range(100)])
-# float32: the tolerance measured with the case, since the bound cancels numbers up to 100 and the tables are gathered in
+# float32: the tolerance measured with the case, as the bound cancels numbers up to 100 and the tables are gathered in
 # float32, as in the original. float64: what is left of the results' storage in float32.
 TOLERANCES = {
     torch.float32: {name: CASE["tolerance"][f"suggested_{name}"] for name in ("rtol", "atol")},
