@@ -118,7 +118,9 @@ class ComfyClient:
 
     def images(self, entry: dict) -> list[bytes]:
         """The picture files of a history entry, in the order of its nodes, as they lie on the server's disk."""
-        files = [file for output in entry["outputs"].values() for file in output.get("images", ())]
+        # The server reports them as they were run; by number is the order in which the workflow has them.
+        outputs = sorted(entry["outputs"].items(), key=lambda output: (len(output[0]), output[0]))
+        files = [file for _, output in outputs for file in output.get("images", ())]
         return [self.get("/view", **{name: file[name] for name in ("filename", "subfolder", "type")}) for file in files]
 
     def run(self, workflow: dict, timeout_s: float = 600) -> list[Image.Image]:
