@@ -81,7 +81,8 @@ def _sampler_function(name):
         if name == "iddpm":
             extra_args, options = _with_variance(x, extra_args, options)
         if name == "dmd":
-            options["pure_noise"] = model.latent_image is None or not torch.count_nonzero(model.latent_image)
+            latent = getattr(model, "latent_image", None)
+            options["pure_noise"] = latent is None or not torch.count_nonzero(latent)
         result = solve(model, x, levels, extra_args, callback, disable, **options)
         return _restore_unmasked(model, result, levels, extra_args)
 
@@ -108,8 +109,8 @@ def _fingerprint(tensor):
 class _VarianceSink:
     """Collects what the model's calls of one evaluation predicted. No list: the host would copy that."""
 
-    def __init__(self, channels, shape):
-        self.channels, self.shape = channels, shape
+    def __init__(self, x):
+        self.channels, self.shape, self.device = x.shape[1], x.shape, x.device
         self.predictions = []
 
     def append(self, item):
@@ -127,7 +128,7 @@ class _VarianceSink:
             for index, chunk in zip(order, prediction.chunk(len(order)), strict=True):
                 variance = chunk[:, self.channels :]
                 if index == CONDITIONAL and variance.shape == self.shape:
-                    found.append(variance.float())
+                    found.append(variance.to(self.device, torch.float32))
         return found
 
 
@@ -137,7 +138,7 @@ def _with_variance(x, extra_args, options):
     mode = options.pop("guidance", GUIDANCE_MODES[0])
     if mode not in GUIDANCE_MODES:
         raise ValueError(f"Unknown guidance: got {mode!r}, expected {' or '.join(GUIDANCE_MODES)}. Choose original.")
-    sink = _VarianceSink(x.shape[1], x.shape)
+    sink = _VarianceSink(x)
     model_options = dict(extra_args.get("model_options", {}))
     model_options["transformer_options"] = {**model_options.get("transformer_options", {}), VARIANCE_SINK: sink}
     if mode == GUIDANCE_MODES[0]:

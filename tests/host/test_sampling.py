@@ -1,16 +1,15 @@
 """The solvers, schedules and presets through ComfyUI's own sampling, on a tiny PixArt."""
 
-import dataclasses
 import importlib
 
 import pytest
 import torch
 
-from pixart_pack.pixart.config import CONFIGS
 from pixart_pack.samplers import SAMPLERS
 from pixart_pack.samplers.schedules import ENDS_CLEAN, SCHEDULES, schedule_sigmas
+from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
+from pixart_pack.tests.tiny_t5 import SIZES
 
-TINY = {"depth": 2, "hidden_size": 48, "num_heads": 4, "caption_channels": 32, "caption_length": 8}
 NAMES = sorted(SAMPLERS)
 STEPS = {"dmd": 1, "lcm": 4, "iddpm": 6, "ddim": 5}
 NODES = {
@@ -39,16 +38,10 @@ def host_sampling(pack):
 @pytest.fixture(scope="module")
 def make_model(host_model):
     """A function that makes a MODEL with random weights: make_model("alpha-512", learn_sigma=False)."""
-    transformer = importlib.import_module("pixart_pack.pixart.transformer")
 
-    def make(name="alpha-512", **fields):
-        config = dataclasses.replace(CONFIGS[name], **TINY, **fields)
-        torch.manual_seed(0)
-        network = transformer.PixArt(config)
-        transformer.initialize_weights(network)
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-        return host_model.make_patcher(dict(network.state_dict()), config, dtype=torch.float32)
+    def make(variant="alpha-512", **fields):
+        config = tiny_config(variant, **fields)
+        return host_model.make_patcher(make_weights(config), config, dtype=torch.float32)
 
     return make
 
@@ -61,7 +54,7 @@ def model(make_model):
 @pytest.fixture(scope="module")
 def captions():
     generator = torch.Generator().manual_seed(1)
-    return [[[torch.randn(1, 8, 32, generator=generator), {}]] for _ in range(2)]
+    return [[[torch.randn(1, 8, SIZES["d_model"], generator=generator), {}]] for _ in range(2)]
 
 
 @pytest.fixture
