@@ -223,6 +223,8 @@ def _open_zip(path: Path) -> tuple[object, dict[str, int]]:
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             entries = {entry.filename: entry for entry in archive.infolist()}
+            if any(entry.header_offset < 0 for entry in entries.values()):
+                raise _truncated(path)
             pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
             if len(pickles) != 1 or any(name.endswith("constants.pkl") for name in entries):
                 kind = "a TorchScript program" if pickles else "a zip archive of other files"
@@ -253,8 +255,6 @@ def _open_zip(path: Path) -> tuple[object, dict[str, int]]:
 
 def _position(file, entry: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin: behind its local header, whose name and extra field have their own lengths."""
-    if entry.header_offset < 0:
-        raise zipfile.BadZipFile("negative offset")
     file.seek(entry.header_offset + 26)
     name_length, extra_length = struct.unpack("<HH", file.read(4))
     return entry.header_offset + 30 + name_length + extra_length
@@ -292,25 +292,22 @@ def _open_legacy(path: Path) -> tuple[object, dict[str, int]]:
 
 def _read_tensors(path: Path, wanted: dict, places: dict, mapped: bool) -> dict[str, torch.Tensor]:
     size = path.stat().st_size
-    mapping = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if mapped and wanted else None
+    mapping = torch.UntypedStorage.from_file(str(path), False, size) if mapped and wanted else None
     read, tensors = {}, {}
     with path.open("rb", buffering=0) as file:
         for name, stored in wanted.items():
-            if 0 in stored.shape:
-                tensors[name] = torch.empty(stored.shape, dtype=stored.dtype)
-                continue
-            place = places[stored.storage] + stored.offset * stored.dtype.itemsize
             span = sum((length - 1) * step for length, step in zip(stored.shape, stored.stride, strict=True)) + 1
-            count = span * stored.dtype.itemsize
+            place = places[stored.storage] + stored.offset * stored.dtype.itemsize
+            count = span * stored.dtype.itemsize if 0 not in stored.shape else 0
             if place + count > size:
                 raise _truncated(path)
-            if mapping is not None and place % stored.dtype.itemsize == 0:
-                flat = mapping[place : place + count].view(stored.dtype)
+            if mapping is not None and count and place % stored.dtype.itemsize == 0:
+                storage = mapping[place : place + count]
             else:
                 if (place, count) not in read:
                     read[place, count] = _read_bytes(file, path, place, count)
-                flat = read[place, count].view(stored.dtype)
-            tensors[name] = flat.as_strided(stored.shape, stored.stride)
+                storage = read[place, count].untyped_storage()
+            tensors[name] = torch.empty(0, dtype=stored.dtype).set_(storage, 0, stored.shape, stored.stride)
     return tensors
 
 

@@ -22,7 +22,7 @@ WEIGHTS = {name: torch.full(shape, 0.5) for name, shape in expected_shapes(CONFI
 NAMES = sorted(WEIGHTS)
 
 fuzz = settings(
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -118,7 +118,7 @@ HOSTILE_PIECES = [
 ]  # fmt: skip
 
 
-@settings(fuzz, max_examples=400)
+@settings(fuzz, max_examples=200)
 @given(pieces=st.lists(st.sampled_from(HOSTILE_PIECES), max_size=40), protocol=st.sampled_from([2, 4]))
 def test_random_programs_run_nothing(tmp_path, canary, pieces, protocol):
     program = b"".join([b"\x80", bytes([protocol]), *pieces, b"."])

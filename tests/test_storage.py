@@ -76,6 +76,7 @@ class Schedule:
         self.table = {"a": (1, 2.0, None), "path": pathlib.Path("x")}
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_foreign_objects_are_skipped(tmp_path, zipped, protocol, caplog):
