@@ -35,11 +35,11 @@ def write_spiece(tokenizer_json: Path, path: Path) -> None:
     normalizer = source["normalizer"]
     steps = normalizer.get("normalizers", [normalizer])
     charsmap = next(step["precompiled_charsmap"] for step in steps if "precompiled_charsmap" in step)
-    model = b""
+    parts = []
     for index, (piece, score) in enumerate(source["model"]["vocab"][:PIECES]):
         entry = field(1, piece.encode()) + field(2, float(score)) + field(3, KINDS.get(index, NORMAL))
-        model += field(1, entry)
+        parts.append(field(1, entry))
     special_ids = field(40, 2) + field(41, -1) + field(42, 1) + field(43, 0)  # unknown, begin, end, pad
-    model += field(2, field(3, UNIGRAM) + special_ids)
-    model += field(3, field(2, base64.b64decode(charsmap)))
-    path.write_bytes(model)
+    parts.append(field(2, field(3, UNIGRAM) + special_ids))
+    parts.append(field(3, field(2, base64.b64decode(charsmap))))
+    path.write_bytes(b"".join(parts))
