@@ -223,24 +223,10 @@ def _open_zip(path: Path) -> tuple[object, dict[str, int]]:
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             entries = {entry.filename: entry for entry in archive.infolist()}
-            if any(entry.header_offset < 0 for entry in entries.values()):
-                raise _truncated(path)
-            pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
-            if len(pickles) != 1 or any(name.endswith("constants.pkl") for name in entries):
-                kind = "a TorchScript program" if pickles else "a zip archive of other files"
-                raise ValueError(
-                    f"Not a checkpoint: got {kind} in '{path.name}', expected a file by torch.save. "
-                    f"Unpack the archive, or choose the checkpoint itself."
-                )
-            folder = pickles[0].removesuffix("data.pkl")
+            folder = _checkpoint_folder(path, entries)
             order = entries.get(f"{folder}byteorder")
-            if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries.values()):
-                raise ValueError(
-                    f"Packed checkpoint: got compressed or locked entries in '{path.name}', expected them stored as "
-                    f"torch.save does. Unpack the archive, or download the checkpoint again."
-                )
             _require_little_endian(path, order is None or archive.read(order) == b"little")
-            with archive.open(pickles[0]) as data:
+            with archive.open(f"{folder}data.pkl") as data:
                 content, storages = _load_pickle(data, path)
             places = {}
             for storage in storages.values():
@@ -251,6 +237,25 @@ def _open_zip(path: Path) -> tuple[object, dict[str, int]]:
             return content, places
     except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error) as error:
         raise _truncated(path) from error
+
+
+def _checkpoint_folder(path: Path, entries: Mapping[str, zipfile.ZipInfo]) -> str:
+    """The folder in the archive that holds data.pkl, "" or with its slash. Raises ValueError for another archive."""
+    if any(entry.header_offset < 0 for entry in entries.values()):
+        raise _truncated(path)
+    pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
+    if len(pickles) != 1 or any(name.endswith("constants.pkl") for name in entries):
+        kind = "a TorchScript program" if pickles else "a zip archive of other files"
+        raise ValueError(
+            f"Not a checkpoint: got {kind} in '{path.name}', expected a file by torch.save. "
+            f"Unpack the archive, or choose the checkpoint itself."
+        )
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries.values()):
+        raise ValueError(
+            f"Packed checkpoint: got compressed or locked entries in '{path.name}', expected them stored as "
+            f"torch.save does. Unpack the archive, or download the checkpoint again."
+        )
+    return pickles[0].removesuffix("data.pkl")
 
 
 def _position(file, entry: zipfile.ZipInfo) -> int:

@@ -135,7 +135,7 @@ def _naming(path: Path):
 
 
 def _recognise(path: Path) -> str:
-    """ "safetensors" or "torch", by content. Raises ValueError saying what the file is else."""
+    """Tell "safetensors" from "torch" by content. Raises ValueError saying what the file is else."""
     if not path.is_file():
         raise FileNotFoundError(f"File not found: got '{path}', expected a checkpoint. Choose another file.")
     with path.open("rb") as file:

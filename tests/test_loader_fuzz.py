@@ -276,6 +276,20 @@ def test_odd_safetensors_headers(tmp_path, header, tail):
         assert read_or_refuse(tmp_path / "odd.safetensors") is None
 
 
+def test_archive_whose_entries_begin_before_it(tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive, zipfile.ZipFile(io.BytesIO(FILES["zip"])) as source:
+        for entry in source.infolist():
+            archive.writestr(entry.filename, source.read(entry))
+    (tmp_path / "plain.pth").write_bytes(buffer.getvalue())
+    assert read_or_refuse(tmp_path / "plain.pth") is not None
+    content = bytearray(buffer.getvalue())
+    place = content.rfind(b"PK\x05\x06") + 16  # where the list of entries is said to begin
+    content[place : place + 4] = struct.pack("<I", struct.unpack_from("<I", content, place)[0] + 5000)
+    (tmp_path / "shifted.pth").write_bytes(content)
+    assert read_or_refuse(tmp_path / "shifted.pth") is None
+
+
 def test_deeply_nested_pickle(tmp_path):
     program = b"\x80\x02" + b"(" * 10_000 + b"]" + b"\x85" * 10_000 + b"."
     with zipfile.ZipFile(tmp_path / "deep.pth", "w") as archive:
