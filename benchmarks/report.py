@@ -11,17 +11,15 @@ def markdown_table(head, rows):
     return "\n".join(lines) + "\n"
 
 
-def save_plot(path, curves, title, x_label, y_label, logarithmic=True):
-    """A line plot as SVG. curves: label -> (x values, y values, matplotlib style options)."""
+def save_plot(path, curves, title, x_label, y_label, logarithmic=("x", "y")):
+    """A line plot as SVG. curves: label -> (x values, y values, matplotlib style options). logarithmic: which axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     for label, (x, y, style) in curves.items():
         axes.plot(x, y, label=label, marker="o", markersize=3, **style)
-    if logarithmic:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+    axes.set(**{f"{axis}scale": "log" for axis in logarithmic})
     ticks = sorted({value for x, _, _ in curves.values() for value in x})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()

@@ -1,6 +1,5 @@
 """Every solver and preset through a real server's queue, as a user runs them, on a tiny PixArt with random weights."""
 
-import io
 import shutil
 
 import numpy as np
@@ -73,12 +72,9 @@ class Graph:
 
 
 def run(host, graph):
-    """The pictures of a run that does not use cached results, in the order in which the graph saves them."""
+    """The pictures of a run that does not use cached results."""
     host.unload()
-    entry = host.wait(host.queue(graph.nodes))
-    entry["outputs"] = {number: entry["outputs"][number] for number in sorted(entry["outputs"], key=int)}
-    pictures = map(Image.open, map(io.BytesIO, host.images(entry)))
-    return [np.asarray(picture.convert("RGB"), np.float32) for picture in pictures]
+    return [np.asarray(picture.convert("RGB"), np.float32) for picture in host.run(graph.nodes)]
 
 
 @pytest.fixture(scope="module")
