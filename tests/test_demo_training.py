@@ -65,7 +65,7 @@ def test_autoencoder_keys_are_taesds():
     assert shapes["taesd_encoder.0.weight"] == (64, 3, 3, 3)
     assert shapes["taesd_encoder.14.weight"] == (4, 64, 3, 3)
     assert shapes["taesd_decoder.1.weight"] == (64, 4, 3, 3)
-    assert shapes["taesd_decoder.18.weight"] == (3, 64, 3, 3)
+    assert shapes["taesd_decoder.19.weight"] == (3, 64, 3, 3)
     assert shapes["vae_scale"] == shapes["vae_shift"] == ()
     assert not any("skip" in name for name in shapes)
 
@@ -154,7 +154,7 @@ def test_pool_is_repeatable_and_holds_nothing_held_out(tmp_path):
 def test_timesteps_cover_the_range():
     drawn = draw_timesteps(20000, torch.Generator().manual_seed(0), 1000)
     assert drawn.min() == 0 and drawn.max() == 999
-    assert 0.55 < drawn.float().mean() / 1000 < 0.61
+    assert 0.54 < drawn.float().mean() / 1000 < 0.56
 
 
 def test_cosine_factor():
