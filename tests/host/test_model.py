@@ -244,6 +244,7 @@ def test_tables_are_merged_and_patched(patcher, host_model):
     merged = patcher.clone()
     merged.add_patches(other.get_key_patches("diffusion_model."), 0.75, 0.25)
     assert {f"diffusion_model.{name}" for name in names} == set(merged.patches)
+    importlib.import_module("comfy.model_management").load_models_gpu([merged])  # as every saving node does
     saved = merged.state_dict_for_saving()
     for name, weight in make_weights(CONFIG).items():
         expected = 0.25 * weight + 0.75 * make_weights(CONFIG, seed=1)[name]

@@ -117,8 +117,8 @@ def test_area_and_timestep_range(server):
     graph = PictureGraph(*FILES)
     second = graph.add("PixArtTextEncode", clip=graph.clip, text="a blue square")
     area = graph.add("ConditioningSetArea", conditioning=second, width=64, height=64, x=32, y=8, strength=1.0)
-    early = graph.add("ConditioningSetTimestepRange", conditioning=graph.positive, start=0.0, end=0.5)
-    late = graph.add("ConditioningSetTimestepRange", conditioning=second, start=0.5, end=1.0)
+    early = graph.add("ConditioningSetTimestepRange", conditioning=second, start=0.0, end=0.3)
+    late = graph.add("ConditioningSetTimestepRange", conditioning=graph.positive, start=0.3, end=1.0)
     both = graph.add("ConditioningCombine", conditioning_1=graph.positive, conditioning_2=area)
     ranged = graph.add("ConditioningCombine", conditioning_1=early, conditioning_2=late)
     joined = graph.add("ConditioningConcat", conditioning_to=graph.positive, conditioning_from=second)
@@ -128,8 +128,9 @@ def test_area_and_timestep_range(server):
     for positive in (graph.positive, both, ranged, joined, average):
         graph.save(graph.sample(graph.empty(128, 128), positive=positive))
     found = pictures(server, graph.nodes)
-    assert len(found) == 5
-    assert all(differ(picture, found[0]) for picture in found[1:])
+    changes = [np.abs(picture - found[0]).max() for picture in found[1:]]
+    assert len(changes) == 4
+    assert min(changes) > ROUNDING, changes
 
 
 @pytest.mark.parametrize("name", [PEFT, DIFFUSERS])
