@@ -26,6 +26,7 @@ CAPTION_LENGTH = {ALPHA: ALPHA_CAPTION_LENGTH, SIGMA: SIGMA_CAPTION_LENGTH}
 VAE_SCALE = {ALPHA: ALPHA_VAE_SCALE, SIGMA: SIGMA_VAE_SCALE}
 # Signs, in the words that a user reads.
 CHOSEN, SAVED, CONFIG_JSON, VAE = "chosen by you", "saved configuration", "config.json", "autoencoder next to it"
+_LARGEST = 1e9  # no number of a configuration comes near it; NaN is not below it either
 _BLOCK_NAME = re.compile(r"blocks\.([0-9]{1,4})\.(.+)")
 
 
@@ -140,7 +141,7 @@ def _checked(value, default):
         fits = isinstance(value, list) and all(type(item) is int for item in value)
     else:
         kinds = (int,) if isinstance(default, int) else (int, float)
-        fits = type(value) in kinds and math.isfinite(value) and value > 0
+        fits = type(value) in kinds and 0 < value < _LARGEST
     if not fits:
         raise ValueError(f"got {value!r}, expected a value like {default!r}")
     return tuple(value) if isinstance(default, tuple) else value
@@ -377,4 +378,5 @@ def _read_name(name: str) -> tuple[str | None, int | None]:
 
 def _number(values: Mapping | None, key: str) -> float | None:
     value = values.get(key) if isinstance(values, Mapping) else None
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < _LARGEST else None

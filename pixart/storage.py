@@ -89,7 +89,7 @@ def read_checkpoint(
             metadata=metadata,
             model_config=folder.model_config,
             vae_config=folder.vae_config,
-            name="/".join(path.absolute().parts[-3:]),
+            name="/".join(path.absolute().parts[-4:]),  # a download cache names the model three folders up
             **hints,
         )
         state_dict = to_original(tensors, consume=True)

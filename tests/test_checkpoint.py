@@ -387,7 +387,16 @@ def test_saved_configuration_says_what_shapes_cannot():
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"num_heads": "4"}', '{"base_size": -1}', '{"pe_scale": NaN}', "[" * 9999]
+    "text",
+    [
+        "{",
+        "[]",
+        '{"num_heads": "4"}',
+        '{"base_size": -1}',
+        '{"pe_scale": NaN}',
+        '{"depth": 1%s}' % ("0" * 400),
+        "[" * 9999,
+    ],
 )
 def test_unreadable_saved_configuration_is_refused(text):
     with pytest.raises(ValueError, match="Unreadable saved configuration"):
