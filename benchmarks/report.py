@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -13,8 +15,6 @@ def markdown_table(head, rows):
 
 def save_plot(path, curves, title, x_label, y_label, logarithmic=("x", "y")):
     """A line plot as SVG. curves: label -> (x values, y values, matplotlib style options). logarithmic: which axes."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     for label, (x, y, style) in curves.items():

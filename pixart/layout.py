@@ -243,9 +243,9 @@ def advice(layout: str) -> str:
     texts = {
         ORIGINAL: "Load it with Load PixArt Checkpoint.",
         DIFFUSERS: "Load it with Load PixArt Checkpoint.",
-        CONTROLNET: "Load it with Load PixArt ControlNet.",
-        CONTROL: "Load it with Load PixArt ControlNet.",
-        LORA: "Load the base model here and the LoRA with Load PixArt LoRA.",
+        CONTROLNET: "This loader takes the model alone: choose its base checkpoint.",
+        CONTROL: "This loader takes the model alone: choose its base checkpoint.",
+        LORA: "Load the base model here and the LoRA with ComfyUI's LoraLoaderModelOnly.",
         UNKNOWN: "Choose a PixArt-alpha or PixArt-Sigma checkpoint.",
         "T5 text encoder": "Load it with Load T5 Text Encoder.",
         "VAE": "Load it with Load VAE.",

@@ -233,10 +233,10 @@ def test_a_file_without_weights_says_so(content):
 @pytest.mark.parametrize(
     ("key", "layout", "advice"),
     [
-        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "lora", "Load PixArt LoRA"),
-        ("base_model.model.blocks.0.attn.qkv.lora_B.default.weight", "lora", "Load PixArt LoRA"),
-        ("lora_transformer_transformer_blocks_0_attn1_to_q.lora_up.weight", "lora", "Load PixArt LoRA"),
-        ("controlnet.0.copied_block.attn.qkv.weight", "control", "Load PixArt ControlNet"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "lora", "LoraLoaderModelOnly"),
+        ("base_model.model.blocks.0.attn.qkv.lora_B.default.weight", "lora", "LoraLoaderModelOnly"),
+        ("lora_transformer_transformer_blocks_0_attn1_to_q.lora_up.weight", "lora", "LoraLoaderModelOnly"),
+        ("controlnet.0.copied_block.attn.qkv.weight", "control", "base checkpoint"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5 text encoder", "Load T5 Text Encoder"),
         ("text_model.encoder.layers.0.mlp.fc1.weight", "CLIP text encoder", "Choose a PixArt checkpoint"),
         ("decoder.conv_in.weight", "VAE", "Load VAE"),
@@ -261,7 +261,7 @@ def test_controlnet_file_is_parted():
     file = {f"base_model.{name}": tensor for name, tensor in base.items()}
     file |= {f"controlnet.{name}": tensor for name, tensor in control.items()}
     assert detect_layout({"state_dict": file}) == "controlnet"
-    with pytest.raises(ValueError, match="Load PixArt ControlNet"):
+    with pytest.raises(ValueError, match="base checkpoint"):
         to_original(file)
     found_base, found_control = split_controlnet({"state_dict": file})
     assert same(found_base, base) and same(found_control, control)

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+
 from pixart_pack.pixart.config import CONFIGS, PixArtConfig
 from pixart_pack.pixart.layers import position_grid
 from pixart_pack.pixart.transformer import PixArt, initialize_weights
-
 from pixart_pack.tests.goldens import load_golden, take
 
 CASES = [

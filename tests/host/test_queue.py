@@ -75,9 +75,7 @@ def test_custom_sampler_with_previews_and_interrupt(server):
         latent = made.add(
             "SamplerCustomAdvanced",
             noise=made.add("RandomNoise", noise_seed=3),
-            guider=made.add(
-                "CFGGuider", model=made.model, positive=made.positive, negative=made.negative, cfg=3.0
-            ),
+            guider=made.add("CFGGuider", model=made.model, positive=made.positive, negative=made.negative, cfg=3.0),
             sampler=made.add("KSamplerSelect", sampler_name="euler"),
             sigmas=made.add("BasicScheduler", model=made.model, scheduler="simple", steps=steps, denoise=1.0),
             latent_image=made.empty(),
