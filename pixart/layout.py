@@ -358,7 +358,7 @@ def _concatenate(name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
 def _cut_rows(name: str, tensor: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     if count == 1:
         return (tensor,)
-    if tensor.ndim == 0 or tensor.shape[0] % count:
+    if tensor.ndim == 0 or not tensor.shape[0] or tensor.shape[0] % count:
         raise ValueError(
             f"Wrong shape of {name}: got {tuple(tensor.shape)}, expected rows in {count} equal parts. "
             f"Download the file again."
