@@ -23,7 +23,6 @@ from pixart_pack.pixart.checkpoint import (
     unwrap,
 )
 from pixart_pack.tests.goldens import load_golden, take
-from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 
 MAPS = [
     "conversion_map_alpha_1024ms",
@@ -169,9 +168,10 @@ def test_missing_part_of_a_merged_tensor_is_named():
         to_original(weights)
 
 
-def test_rows_that_cannot_be_cut_are_named():
-    weights = random_weights(TINY) | {"blocks.1.attn.qkv.bias": torch.zeros(143)}
-    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv\.bias.*143"):
+@pytest.mark.parametrize("rows", [0, 143])
+def test_rows_that_cannot_be_cut_are_named(rows):
+    weights = random_weights(TINY) | {"blocks.1.attn.qkv.bias": torch.zeros(rows)}
+    with pytest.raises(ValueError, match=rf"blocks\.1\.attn\.qkv\.bias.*{rows},"):
         to_diffusers(weights)
 
 
@@ -440,10 +440,3 @@ def test_check_allows_the_learned_null_to_be_missing():
     del weights[NULL_CAPTION_KEY]
     check_weights(weights | {"pos_embed": torch.zeros(1, 4, 48)}, TINY)
     check_weights({name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items()}, TINY)
-
-
-@pytest.mark.parametrize("rows", [0, 7])
-def test_rows_that_cannot_be_cut_are_named(rows):
-    state_dict = make_weights(tiny_config("alpha-512")) | {"blocks.0.attn.qkv.bias": torch.ones(rows)}
-    with pytest.raises(ValueError, match=r"Wrong shape of blocks\.0\.attn\.qkv\.bias: got \(\d,\)"):
-        to_diffusers(state_dict)
