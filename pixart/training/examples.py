@@ -1,0 +1,131 @@
+"""What a trainer is fed: one encoded picture, a batch of them, and the set they come from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+
+from ..text import batch_captions
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture with its caption, encoded.
+
+    latent: (4, h, w) float, the mean of the autoencoder's posterior, NOT multiplied by the latent scale.
+    deviation: (4, h, w) its standard deviation for sampling mean + deviation * noise as the original does, or None.
+    caption: (L, D) T5 states, cut to the caption's true length.
+    size_px: (height, width) for the size condition; aspect_ratio: height / width for the ratio condition.
+    hint: (4, h, w) latent of the control picture, not scaled either, or None.
+    is_prior: a picture of the class that DreamBooth is to keep. text: the caption as it was encoded.
+    """
+
+    latent: torch.Tensor
+    caption: torch.Tensor
+    size_px: tuple[int, int]
+    aspect_ratio: float
+    deviation: torch.Tensor | None = None
+    hint: torch.Tensor | None = None
+    is_prior: bool = False
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one latent size, stacked; tensors are as Example describes them, with B in front.
+
+    caption: (B, L, D), padded with zeros to the longest. caption_mask: (B, L) bool, True = keep.
+    resolution: (B, 2) float32, (height, width) in pixels. aspect_ratio: (B, 1) float32. is_prior: (B,) bool.
+    """
+
+    latent: torch.Tensor
+    caption: torch.Tensor
+    caption_mask: torch.Tensor
+    resolution: torch.Tensor
+    aspect_ratio: torch.Tensor
+    is_prior: torch.Tensor
+    deviation: torch.Tensor | None = None
+    hint: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.latent.shape[0]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Batch":
+        """The same on a device; dtype is for latents and captions alone, since sizes would be rounded by it."""
+        moved = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                cast = dtype if field.name in ("latent", "deviation", "caption", "hint") else None
+                moved[field.name] = tensor.to(device=device, dtype=cast)
+        return replace(self, **moved)
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Stack examples of one latent size and caption width.
+
+    Deviations and hints are stacked where all have one. Raises ValueError for no examples, for sizes that differ, and
+    for hints that only some have.
+    """
+    if not examples:
+        raise ValueError("Empty batch: got no pictures, expected at least one. Connect a dataset with pictures.")
+    _check_equal("latent sizes", {tuple(example.latent.shape) for example in examples})
+    _check_equal("caption widths", {example.caption.shape[-1] for example in examples})
+    hints = [example.hint for example in examples if example.hint is not None]
+    if hints and len(hints) < len(examples):
+        raise ValueError(
+            f"Control pictures are missing: got {len(hints)} for {len(examples)} pictures, expected one for each. "
+            f"Add those that are missing to the dataset, or encode it with a control method."
+        )
+    deviations = [example.deviation for example in examples]
+    caption, mask = batch_captions([example.caption[None] for example in examples])
+    return Batch(
+        latent=torch.stack([example.latent for example in examples]),
+        deviation=None if any(each is None for each in deviations) else torch.stack(deviations),
+        caption=caption,
+        caption_mask=mask,
+        resolution=torch.tensor([example.size_px for example in examples], dtype=torch.float32),
+        aspect_ratio=torch.tensor([[example.aspect_ratio] for example in examples], dtype=torch.float32),
+        hint=torch.stack(hints) if hints else None,
+        is_prior=torch.tensor([example.is_prior for example in examples]),
+    )
+
+
+def _check_equal(what: str, found: set) -> None:
+    if len(found) > 1:
+        listed = " and ".join(map(str, sorted(found)))
+        raise ValueError(
+            f"Different {what} in one batch: got {listed}, expected one. Take the batches from a BucketSampler over "
+            f"the bins of one encoded dataset."
+        )
+
+
+class FeatureSet(Protocol):
+    """Encoded pictures by number.
+
+    bins: (h_latent, w_latent) of each, without reading it. null_caption: (L, D) T5 states of the empty caption, which
+    stands in for dropped captions where a model has no learned one; None when nobody encoded it.
+    """
+
+    bins: list[tuple[int, int]]
+    null_caption: torch.Tensor | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class ListFeatures:
+    """A FeatureSet of examples in memory."""
+
+    def __init__(self, examples: Sequence[Example], null_caption: torch.Tensor | None = None):
+        self.examples = list(examples)
+        self.bins = [tuple(example.latent.shape[-2:]) for example in self.examples]
+        self.null_caption = null_caption
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
