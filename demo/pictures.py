@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
+from ..pixart.sheet import labelled_sheet
 from .client import ComfyClient, PromptError
 
 WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "demo.json"
@@ -30,8 +31,6 @@ CAPTIONS = (
 )
 CELL_PX = 256
 COLUMNS = 4
-MARGIN_PX = 16
-FONT_PX = 16
 
 
 def find_prompt_node(workflow: dict) -> dict:
@@ -116,38 +115,6 @@ def make_pictures(client: ComfyClient, options: argparse.Namespace) -> list[tupl
     return pictures
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
-    """Break a text into lines no wider than width_px, words kept whole."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width_px:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
-
-
-def contact_sheet(pictures: list[tuple[str, Image.Image]]) -> Image.Image:
-    """All pictures in rows of COLUMNS, each fitted into a square cell, its caption under it."""
-    font = ImageFont.load_default(FONT_PX)
-    captions = [wrap(caption, font, CELL_PX) for caption, _ in pictures]
-    line_px = FONT_PX * 5 // 4
-    row_px = CELL_PX + MARGIN_PX // 2 + line_px * max(caption.count("\n") + 1 for caption in captions) + MARGIN_PX
-    columns = min(COLUMNS, len(pictures))
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (CELL_PX + MARGIN_PX) + MARGIN_PX, rows * row_px + MARGIN_PX), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (caption, (_, picture)) in enumerate(zip(captions, pictures, strict=True)):
-        left = MARGIN_PX + index % columns * (CELL_PX + MARGIN_PX)
-        top = MARGIN_PX + index // columns * row_px
-        scale = CELL_PX / max(picture.size)
-        fitted = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
-        sheet.paste(fitted, (left + (CELL_PX - fitted.width) // 2, top + (CELL_PX - fitted.height) // 2))
-        draw.text((left, top + CELL_PX + MARGIN_PX // 2), caption, "black", font, spacing=line_px - FONT_PX)
-    return sheet
-
-
 def size(text: str) -> tuple[int, int]:
     width_px, height_px = text.split("x")
     return int(width_px), int(height_px)
@@ -181,7 +148,8 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("error: The workflow gave no pictures: expected a SaveImage node in it\n")
         return 1
     path = options.output / "demo_contact_sheet.png"
-    contact_sheet(pictures).save(path)
+    captions, images = zip(*pictures, strict=True)
+    labelled_sheet(images, captions, COLUMNS, (CELL_PX, CELL_PX)).save(path)
     sys.stdout.write(f"{path}\n{len(pictures)} pictures in {time.perf_counter() - began:.1f} s\n")
     return 0
 

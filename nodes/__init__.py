@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import latent, loaders, sampling, text
+from . import compare, latent, loaders, sampling, styles, text
 from .host.sampling import register_samplers
 
 
@@ -24,4 +24,6 @@ class PixArtExtension(ComfyExtension):
             latent.Resolution,
             latent.FitImage,
             *sampling.NODES,
+            *styles.NODES,
+            *compare.NODES,
         ]

@@ -21,6 +21,7 @@ LIBRARIES = {
 MORE_LIBRARIES = {
     "pixart.text": {"transformers", "sentencepiece", "ftfy"},
     "pixart.resolution": {"PIL"},
+    "pixart.sheet": {"PIL"},
     "pixart.training": {"transformers", "sentencepiece", "PIL", "accelerate", "tqdm"},
 }
 # Packages that a package may reach by relative imports, besides itself.

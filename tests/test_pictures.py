@@ -1,11 +1,10 @@
-"""The demo's client program: what it does to a workflow, and the contact sheet."""
+"""The demo's client program: what it does to a workflow."""
 
 import argparse
 import json
 import re
 
 import pytest
-from PIL import Image, ImageFont
 
 from pixart_pack.demo import pictures
 from pixart_pack.demo.scenes import Item, is_held_out
@@ -62,23 +61,3 @@ def test_captions_are_of_combinations_held_out_of_training():
         items = [Item(shape, colour, position, size) for size, colour, shape, position in thing.findall(caption)]
         assert len(items) == 1 + caption.count(" and ")
         assert all(map(is_held_out, items)), caption
-
-
-def test_captions_are_wrapped_to_the_cell():
-    font = ImageFont.load_default(pictures.FONT_PX)
-    text = pictures.wrap("a large purple triangle in the bottom right and " + "x" * 60, font, 200)
-    lines = text.split("\n")
-    assert " ".join(lines) == "a large purple triangle in the bottom right and " + "x" * 60
-    assert all(font.getlength(line) <= 200 for line in lines[:-1])
-    assert len(lines) > 2
-
-
-@pytest.mark.parametrize(("count", "columns"), [(1, 1), (4, 4), (5, 4)])
-def test_the_contact_sheet_holds_every_picture_whole(count, columns):
-    cell, margin = pictures.CELL_PX, pictures.MARGIN_PX
-    sheet = pictures.contact_sheet([("a red picture", Image.new("RGB", (64, 128), "red"))] * count)
-    assert sheet.width == columns * (cell + margin) + margin
-    red = sum(number for number, colour in sheet.getcolors(1 << 20) if colour == (255, 0, 0))
-    assert red == count * cell * cell // 2
-    dark = [colour for _, colour in sheet.getcolors(1 << 20) if max(colour) < 100]
-    assert dark, "no caption is to be seen"
