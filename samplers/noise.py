@@ -1,5 +1,7 @@
 """Noise for the stochastic solvers, drawn sample by sample so that it does not depend on the batch."""
 
+import hashlib
+
 import torch
 
 NOISE_DEVICES = ("cpu", "gpu")
@@ -31,6 +33,16 @@ def batch_seeds(seed, count):
     """
     seed = torch.randint(0, 1 << 62, ()).item() if seed is None else seed
     return [seed + i for i in range(count)]
+
+
+def noise_seeds(initial):
+    """A seed for each sample from its initial noise (B, ...), so that the seed follows the sample into any batch."""
+    return [_fingerprint(sample) for sample in initial.float().cpu()]
+
+
+def _fingerprint(tensor):
+    """64 bits that depend on every bit of a float32 tensor on the CPU."""
+    return int.from_bytes(hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=8).digest(), "little")
 
 
 def scramble(seed):

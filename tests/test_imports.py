@@ -22,6 +22,8 @@ MORE_LIBRARIES = {
     "pixart.text": {"transformers", "sentencepiece", "ftfy"},
     "pixart.resolution": {"PIL"},
     "pixart.sheet": {"PIL"},
+    "pixart.text_encoder": {"transformers"},
+    "pixart.autoencoder": {"diffusers"},
     "pixart.training": {"transformers", "sentencepiece", "PIL", "accelerate", "tqdm"},
 }
 # Packages that a package may reach by relative imports, besides itself.

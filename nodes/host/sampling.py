@@ -1,6 +1,5 @@
 """The solvers and schedules as ComfyUI's SAMPLER, SIGMAS and entries of KSampler's lists."""
 
-import hashlib
 import logging
 
 import comfy.k_diffusion.sampling
@@ -10,7 +9,7 @@ import comfy.samplers
 import torch
 
 from ...samplers import SAMPLERS
-from ...samplers.noise import SampleNoise, batch_seeds
+from ...samplers.noise import SampleNoise, batch_seeds, noise_seeds
 from ...samplers.presets import PRESETS
 from ...samplers.schedules import SCHEDULES, schedule_sigmas, sigmas
 from .model import VARIANCE_SINK
@@ -98,12 +97,7 @@ def _step_noise(model, x, extra_args, device):
     initial = getattr(model, "noise", None)
     if initial is None or not torch.count_nonzero(initial):
         return SampleNoise(x, batch_seeds(extra_args.get("seed"), x.shape[0]), device)
-    return SampleNoise(x, [_fingerprint(sample) for sample in initial.float().cpu()], device)
-
-
-def _fingerprint(tensor):
-    """64 bits that depend on every bit of a float32 tensor on the CPU."""
-    return int.from_bytes(hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=8).digest(), "little")
+    return SampleNoise(x, noise_seeds(initial), device)
 
 
 class _VarianceSink:
