@@ -136,7 +136,8 @@ class PixArt(nn.Module):
         caption: (B, L, caption_channels) T5 states. caption_mask: (B, L) bool, True = keep.
         resolution: (B, 2) height and width in pixels; aspect_ratio: (B, 1) height / width. Both are read only
         when config.micro_condition, and default to the latent's own.
-        control: list of (B, N, hidden_size) residuals; the i-th is added before block i + 1.
+        control: list of (B, N, hidden_size) residuals; the i-th is added before block i + 1. In place of a residual
+        there may be None, or a function of (tokens, BlockInputs) that computes it then: see `PixArtControlNet.attach`.
         Everything but the latent may have fewer rows, which are then tiled over the batch.
         Returns (B, C_out, H, W). Raises ValueError for shapes that do not fit the config.
         Source: PixArt-alpha, arXiv 2310.00426, section 2.3.
@@ -145,7 +146,7 @@ class PixArt(nn.Module):
         condition = self.embed_condition(latent, timestep, resolution, aspect_ratio)
         inputs = self.prepare_blocks(x, grid, condition, caption, caption_mask, self.attention)
         for index, block in enumerate(self.blocks):
-            x = block(add_control(x, control, index), inputs)
+            x = block(add_control(x, control, index, inputs), inputs)
         return self.project(x, condition, grid, latent.shape)
 
     def embed_latent(self, latent):
@@ -215,11 +216,12 @@ class PixArt(nn.Module):
         return x[:, :, : latent_shape[2], : latent_shape[3]]
 
 
-def add_control(x, control, index):
-    """Adds the residual that belongs in front of block `index`; block 0 has none."""
+def add_control(x, control, index, inputs: BlockInputs):
+    """Adds the residual that belongs in front of block `index`; block 0 has none. See PixArt.forward."""
     if not control or index == 0 or index > len(control) or control[index - 1] is None:
         return x
-    return x + control[index - 1].to(x)
+    residual = control[index - 1]
+    return x + (residual(x, inputs) if callable(residual) else residual).to(x)
 
 
 def caption_bias(caption_mask, dtype):

@@ -124,7 +124,7 @@ class PixArtNet(PixArt):
         options["total_blocks"], options["block_type"] = len(self.blocks), "double"
         for index, block in enumerate(self.blocks):
             options["block_index"] = index
-            tokens = add_control(tokens, residuals, index)
+            tokens = add_control(tokens, residuals, index, inputs)
             tokens, inputs = self._run_block(block, index, tokens, inputs, condition, options)
             for patch in patches.get("double_block", ()):
                 given = {"img": tokens, "txt": inputs.caption, "x": x, "block_index": index}

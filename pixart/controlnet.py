@@ -1,0 +1,192 @@
+"""PixArt ControlNet: copies of a base model's first blocks that steer the next ones by an image."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .config import PixArtConfig
+from .layers import tile_rows
+from .transformer import BlockInputs, PixArt, PixArtBlock
+
+DEFAULT_COPIES = 13  # of 28 blocks: the "half" form, the only one released
+
+Residual = Callable[[torch.Tensor, BlockInputs], torch.Tensor]
+
+
+class ControlBlock(nn.Module):
+    """A copy of one base block, and the projections that start at zero and so leave the base as it was."""
+
+    def __init__(self, config: PixArtConfig, index: int, *, operations=nn, dtype=None, device=None):
+        super().__init__()
+        factory = {"operations": operations, "dtype": dtype, "device": device}
+        width = config.hidden_size
+        compress = config.kv_compress_ratio > 1 and index in config.kv_compress_layers
+        self.copied_block = PixArtBlock(config, compress=compress, **factory)
+        if index == 0:
+            self.before_proj = operations.Linear(width, width, dtype=dtype, device=device)
+        self.after_proj = operations.Linear(width, width, dtype=dtype, device=device)
+
+    def forward(self, condition, tokens, inputs: BlockInputs):
+        """condition: (B, N, D) of the block before. tokens: (B, N, D) of the base; the first block alone reads them.
+
+        The first block's condition may have fewer rows, which are tiled over the batch.
+        Returns the residual for the base, and the condition for the next block, both (B, N, D).
+        """
+        if hasattr(self, "before_proj"):
+            condition = self.before_proj(condition)
+            condition = tokens + (condition if len(condition) == 1 else tile_rows(condition, len(tokens)))
+        condition = self.copied_block(condition, inputs)
+        return self.after_proj(condition), condition
+
+
+class PixArtControlNet(nn.Module):
+    """The control branch of PixArt-delta over any PixArt: single- or multi-scale, alpha or Sigma.
+
+    config: the base model's. num_copies: how many of its first blocks are copied, at most depth - 1 ("full").
+    Copy i reads the output of copy i - 1; its projected output is added in front of base block i + 1.
+    Parameter names are the original checkpoints' keys (`controlnet.0.copied_block...`); `load_state_dict` takes them
+    without `controlnet.` as well. Call `reset_projections` or `from_base` for a branch that is to be trained.
+    Raises ValueError when the base has too few blocks.
+    Source: PixArt-delta, arXiv 2401.05252, section 4.
+    """
+
+    def __init__(
+        self, config: PixArtConfig, num_copies: int = DEFAULT_COPIES, *, operations=nn, dtype=None, device=None
+    ):
+        super().__init__()
+        if not 1 <= num_copies < config.depth:
+            raise ValueError(
+                f"Too many copied blocks: got {num_copies}, expected 1 to {config.depth - 1} over a base of "
+                f"{config.depth} blocks. Choose a ControlNet and a PixArt model that belong together."
+            )
+        self.config = config
+        factory = {"operations": operations, "dtype": dtype, "device": device}
+        self.controlnet = nn.ModuleList(ControlBlock(config, index, **factory) for index in range(num_copies))
+        self.register_load_state_dict_pre_hook(_accept_bare_keys)
+
+    @classmethod
+    def from_base(cls, base: PixArt, num_copies: int | None = None, **factory) -> "PixArtControlNet":
+        """A branch that is ready to be trained: copies of the base's blocks between projections of zeros.
+
+        num_copies: 13, or as many as a smaller base allows. Controlled by it, the base predicts exactly what it did.
+        """
+        if num_copies is None:
+            num_copies = min(DEFAULT_COPIES, base.config.depth - 1)
+        control = cls(base.config, num_copies, **factory)
+        control.copy_base(base)
+        return control
+
+    @property
+    def num_copies(self) -> int:
+        """How many base blocks are copied."""
+        return len(self.controlnet)
+
+    def copy_base(self, base: PixArt) -> None:
+        """Takes over the weights of the base's first blocks, and sets the projections to zero."""
+        for block, original in zip(self.controlnet, base.blocks, strict=False):
+            block.copied_block.load_state_dict(original.state_dict())
+        self.reset_projections()
+
+    def reset_projections(self) -> None:
+        """Sets the projections to zero, so that the branch adds nothing yet."""
+        for block in self.controlnet:
+            for projection in (getattr(block, "before_proj", None), block.after_proj):
+                if projection is not None:
+                    nn.init.zeros_(projection.weight)
+                    nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        base: PixArt,
+        latent,
+        timestep,
+        caption,
+        condition,
+        caption_mask=None,
+        resolution=None,
+        aspect_ratio=None,
+    ):
+        """The residuals for `base(..., control=residuals)`: a list of num_copies (B, N, hidden_size).
+
+        condition: (B, C, H, W), the control image encoded and scaled like the latent; fewer rows are tiled over the
+        batch.
+        The rest: see PixArt.forward. This embeds the latent and runs the base's first block, which the base then
+        does once more; `attach` spares that.
+        """
+        self.check_base(base.config)
+        tokens, grid = base.embed_latent(latent)
+        embedded = base.embed_condition(latent, timestep, resolution, aspect_ratio)
+        inputs = base.prepare_blocks(tokens, grid, embedded, caption, caption_mask, base.attention)
+        return self.residuals(base.blocks[0](tokens, inputs), self.embed(base, condition), inputs)
+
+    def embed(self, base: PixArt, condition):
+        """The control image's latent (B, C, H, W) as tokens (B, N, D), by the base's own embedding."""
+        return base.embed_latent(condition)[0]
+
+    def residuals(self, tokens, condition, inputs: BlockInputs) -> list[torch.Tensor]:
+        """All residuals at once. tokens: (B, N, D) after the base's first block. condition: (B, N, D), see `embed`."""
+        found = []
+        for block in self.controlnet:
+            residual, condition = block(condition, tokens, inputs)
+            found.append(residual)
+        return found
+
+    def attach(self, base: PixArt, condition) -> list[Residual]:
+        """What `base(..., control=...)` takes to run this branch in step with the base, block by block.
+
+        condition: (B, C, H, W), as in `forward`. Good for one forward pass of the base. Nothing is computed twice, and
+        no more than one residual is held.
+        Raises ValueError for a base of another shape.
+        """
+        self.check_base(base.config)
+        branch = ControlBranch(self, base, condition)
+        return [branch.residual_at(index) for index in range(self.num_copies)]
+
+    def check_base(self, config: PixArtConfig) -> None:
+        """Raises ValueError when a base of this configuration has blocks that these cannot be copies of."""
+        if self.num_copies >= config.depth:
+            raise ValueError(
+                f"ControlNet too deep: got {self.num_copies} copied blocks over a base model of {config.depth}, "
+                f"expected at most {config.depth - 1}. Connect the PixArt model that the ControlNet was trained on."
+            )
+        for field in ("hidden_size", "num_heads", "mlp_ratio", "qk_norm", "kv_compress_ratio"):
+            ours, theirs = getattr(self.config, field), getattr(config, field)
+            if ours != theirs:
+                raise ValueError(
+                    f"ControlNet of another PixArt: got {field} {ours}, expected {theirs} as in the base model. "
+                    f"Connect the PixArt model that the ControlNet was trained on."
+                )
+
+
+class ControlBranch:
+    """One pass of a control branch beside one pass of its base; each copy runs when the base gets there."""
+
+    def __init__(self, control: PixArtControlNet, base: PixArt, condition):
+        self.control, self.base = control, base
+        self.latent = condition
+        self.condition = None
+        self.done = 0  # copies that have run
+
+    def residual_at(self, index: int) -> Residual:
+        """The function that gives residual `index` when the base calls it in front of block index + 1."""
+        return lambda tokens, inputs: self.advance(index, tokens, inputs)
+
+    def advance(self, index: int, tokens, inputs: BlockInputs):
+        """Runs the copies up to `index` and returns its residual, (B, N, D). tokens: (B, N, D) of the base."""
+        if self.done == 0:
+            self.condition = self.control.embed(self.base, self.latent.to(tokens))
+        residual = None
+        while self.done <= index:
+            block = self.control.controlnet[self.done]
+            residual, self.condition = block(self.condition, tokens, inputs)
+            self.done += 1
+        if self.done == self.control.num_copies:
+            self.condition = None
+        return residual
+
+
+def _accept_bare_keys(control, state_dict, prefix, *_):
+    """Before a load: `0.copied_block...` -> `controlnet.0.copied_block...`."""
+    for key in [key for key in state_dict if key.startswith(prefix) and key[len(prefix) : len(prefix) + 1].isdigit()]:
+        state_dict[f"{prefix}controlnet.{key[len(prefix) :]}"] = state_dict.pop(key)
