@@ -1,0 +1,30 @@
+"""What tells contents and models apart: hashes for the keys of a cache."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+_DIGEST_BYTES = 20
+_SAMPLES = 256  # numbers read of each tensor: enough that any training or merge of it shows
+
+
+def digest(*parts: bytes | str) -> str:
+    """A content hash of texts and bytes, as hexadecimal; it depends on where one part ends and the next begins."""
+    state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of a model by the names, shapes, dtypes and evenly spaced numbers of its tensors, in any order."""
+    return digest(*sorted(digest(name, *_sample(tensor)) for name, tensor in tensors))
+
+
+def _sample(tensor: torch.Tensor) -> tuple[str, bytes]:
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // _SAMPLES)].cpu().contiguous()
+    return f"{tuple(tensor.shape)} {tensor.dtype}", some.view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,148 @@
+"""Training pictures: where one is kept, what identifies it, and how it is decoded."""
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from .identity import digest
+
+PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_HUGE_PIXELS = 2**24  # from here on a picture is first halved in steps, so that it never stands in memory as floats
+_SHRINK_GAP = 2  # and keeps at least this many times the wanted size, so that the fit decides how it looks
+
+
+class Picture(Protocol):
+    """A picture somewhere. content: what identifies it, as bytes. open: what those bytes show."""
+
+    def content(self) -> bytes: ...
+
+    def open(self, content: bytes) -> Any: ...
+
+
+class _EncodedPicture:
+    """A picture in a file format that PIL reads."""
+
+    def open(self, content: bytes):
+        from PIL import Image
+
+        return Image.open(io.BytesIO(content))
+
+
+@dataclass(frozen=True)
+class FilePicture(_EncodedPicture):
+    """A picture file."""
+
+    path: Path
+
+    def content(self) -> bytes:
+        return self.path.read_bytes()
+
+
+@dataclass(frozen=True)
+class RowPicture(_EncodedPicture):
+    """A picture in a Hugging Face dataset whose picture column is not decoded.
+
+    folder: where the paths in its cells begin; with confined they may not leave it.
+    """
+
+    rows: Any
+    index: int
+    column: str
+    folder: Path
+    confined: bool = False
+
+    def content(self) -> bytes:
+        cell = self.rows[self.index][self.column] or {}
+        if cell.get("bytes") is not None:
+            return cell["bytes"]
+        path = Path(os.path.normpath(self.folder / (cell.get("path") or "")))
+        if self.confined and not path.is_relative_to(os.path.normpath(self.folder)):
+            raise ValueError(f"'{cell['path']}' leads out of the dataset's folder")
+        return path.read_bytes()
+
+
+@dataclass(frozen=True, eq=False)
+class TensorPicture:
+    """A picture in memory: (H, W, C) float in [0, 1], of 1, 3 or 4 channels."""
+
+    pixels: torch.Tensor
+
+    def content(self) -> bytes:
+        pixels = self.pixels.detach().float().cpu().contiguous()
+        return str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()
+
+    def open(self, content: bytes) -> torch.Tensor:
+        return self.pixels
+
+
+def read_picture(picture: Picture, least_px: tuple[int, int] = (0, 0), expected: str | None = None) -> torch.Tensor:
+    """Decode a picture to (H, W, 3) float32 RGB in [0, 1], upright; transparent parts are laid over white.
+
+    least_px: (height, width) that the caller will fit it into. A picture of more than 16 megapixels is shrunk by a
+    whole number while it stays twice as large. expected: the digest of its content when it was listed.
+    Raises ValueError when the content has changed since, OSError and what PIL raises for what cannot be decoded.
+    """
+    content = picture.content()
+    if expected is not None and digest(content) != expected:
+        raise ValueError(
+            f"Picture has changed while it was encoded: got another content in {picture}, expected that of the check. "
+            f"Run it again."
+        )
+    opened = picture.open(content)
+    if isinstance(opened, torch.Tensor):
+        return _to_rgb(opened.detach().float().cpu())
+    from PIL import ImageOps
+
+    return _to_rgb(_to_tensor(_shrink(ImageOps.exif_transpose(opened), least_px)))
+
+
+def measure_picture(picture: Picture, content: bytes) -> tuple[int, int]:
+    """(height, width) of a picture as it is shown, read from its header alone."""
+    opened = picture.open(content)
+    return tuple(opened.shape[:2]) if isinstance(opened, torch.Tensor) else upright_size(opened)
+
+
+def upright_size(image) -> tuple[int, int]:
+    """(height, width) of a PIL picture after the rotation that its EXIF asks for."""
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _shrink(image, least_px: tuple[int, int]):
+    height_px, width_px = least_px
+    if not (height_px and width_px) or image.width * image.height < _HUGE_PIXELS or image.mode in ("P", "1"):
+        return image
+    factor = min(image.height // (height_px * _SHRINK_GAP), image.width // (width_px * _SHRINK_GAP))
+    return image.reduce(factor) if factor > 1 else image
+
+
+def _to_tensor(image) -> torch.Tensor:
+    """(H, W, C) float32 in [0, 1] of a PIL picture, C being 1, 3 or 4."""
+    if image.mode.startswith(("I", "F")):
+        grey = np.asarray(image).astype(np.float32) / _peak_of(image)
+        return torch.from_numpy(grey)[..., None].clamp(0, 1)
+    has_alpha = "A" in image.getbands() or "transparency" in image.info
+    pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+    return torch.from_numpy(pixels.astype(np.float32) / 255.0)
+
+
+def _peak_of(image) -> float:
+    """What white is in a grey picture of PIL's wide modes: 16-bit integers, or floats up to 1 or to 255."""
+    if image.mode != "F":
+        return 65535.0
+    return 1.0 if image.getextrema()[1] <= 1.0 else 255.0
+
+
+def _to_rgb(pixels: torch.Tensor) -> torch.Tensor:
+    """(H, W, C) -> (H, W, 3), over white."""
+    if pixels.shape[-1] == 1:
+        return pixels.repeat(1, 1, 3)
+    if pixels.shape[-1] == 4:
+        alpha = pixels[..., 3:]
+        return pixels[..., :3] * alpha + (1 - alpha)
+    return pixels[..., :3]

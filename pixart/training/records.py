@@ -1,0 +1,187 @@
+"""A dataset before it is encoded: its pictures, captions and control pictures, and the table of what is wrong."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from .identity import digest
+from .pictures import Picture, measure_picture
+
+EXTREME_RATIO = 4.5  # PixArt's bins end at 4; PixArt-Sigma's own training left out what is wider than this
+POLICIES = ("skip", "error")
+_SHOWN_ROWS = 40
+_READERS = 4
+
+
+@dataclass(frozen=True)
+class Record:
+    """A picture and its caption. name: what tables and errors call it. caption: None when there is none.
+
+    problem: what the source could not make out, such as a file that is missing. is_prior: see examples.Example.
+    """
+
+    name: str
+    picture: Picture | None
+    caption: str | None
+    control: Picture | None = None
+    is_prior: bool = False
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table. kind: such as 'no caption'. Rows that are not `fatal` are notes."""
+
+    kind: str
+    name: str
+    detail: str
+    fatal: bool = True
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Records that passed the check, and the table of it."""
+
+    records: tuple[Record, ...]
+    report: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __add__(self, other: "Dataset") -> "Dataset":
+        return Dataset(self.records + other.records, f"{self.report}\n\n{other.report}")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What reading a record's picture told: its content's digest and size, or the error."""
+
+    digest: str = ""
+    size_px: tuple[int, int] = (0, 0)
+    error: str | None = None
+
+
+def check_records(
+    records: Sequence[Record],
+    *,
+    smallest_px: int = 0,
+    policy: str = POLICIES[0],
+    fallback_caption: str = "",
+    is_prior: bool = False,
+) -> Dataset:
+    """Read every picture, and keep the records that can be trained with.
+
+    smallest_px: pictures whose shorter side is less are too small; 0 lets all pass. policy: "skip" leaves out what is
+    wrong, "error" refuses the dataset. fallback_caption: for pictures without one. is_prior: marks the records.
+    Raises ValueError with the table for policy "error", and when nothing is left.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"Unknown policy: got '{policy}', expected one of {', '.join(POLICIES)}. Choose one of them.")
+    if not records:
+        raise ValueError("Empty dataset: got no pictures, expected at least one. Choose a folder or file with some.")
+    records = [_settle(record, fallback_caption, is_prior) for record in records]
+    with ThreadPoolExecutor(_READERS) as pool:
+        seen = list(pool.map(_read, records))
+    findings: list[Finding] = []
+    kept, contents = [], {}
+    for record, sight in zip(records, seen, strict=True):
+        found = _judge(record, sight, smallest_px, contents)
+        findings += found
+        if not any(finding.fatal for finding in found):
+            kept.append(record)
+            contents.setdefault(sight.digest, record)
+    if any(record.control for record in kept):
+        findings += [
+            Finding("no control", record.name, "needed to train a ControlNet", False)
+            for record in kept
+            if not record.control
+        ]
+    report = describe(kept, findings)
+    if policy == "error" and any(finding.fatal for finding in findings):
+        raise ValueError(f"Dataset with problems:\n{report}\nMend them, or choose to skip such pictures.")
+    if not kept:
+        raise ValueError(
+            f"No usable picture: got {len(records)} entries, expected at least one with a readable picture and a "
+            f"caption. Mend what the table names.\n{report}"
+        )
+    return Dataset(tuple(kept), report)
+
+
+def _settle(record: Record, fallback_caption: str, is_prior: bool) -> Record:
+    caption = (record.caption or "").strip() or fallback_caption.strip() or None
+    return replace(record, caption=caption, is_prior=record.is_prior or is_prior)
+
+
+def _read(record: Record) -> _Seen:
+    """Decode the whole picture, since a cut file shows itself only so, and the control picture."""
+    if record.problem or record.picture is None:
+        return _Seen(error=record.problem or "no picture")
+    try:
+        content, size = _decode(record.picture)
+        if record.control is not None:
+            _decode(record.control)  # its content counts for nothing here, but it must be readable
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, _bomb_error()) as error:  # what PIL raises
+        return _Seen(error=" ".join(str(error).split()) or type(error).__name__)
+    return _Seen(digest(content), size)
+
+
+def _decode(picture: Picture) -> tuple[bytes, tuple[int, int]]:
+    content = picture.content()
+    opened = picture.open(content)
+    if hasattr(opened, "load"):
+        opened.load()
+    return content, measure_picture(picture, content)
+
+
+def _bomb_error() -> type[Exception]:
+    from PIL import Image
+
+    return Image.DecompressionBombError
+
+
+def _judge(record: Record, sight: _Seen, smallest_px: int, contents: dict[str, Record]) -> list[Finding]:
+    found = []
+
+    def add(kind: str, detail: str, fatal: bool = True) -> None:
+        found.append(Finding(kind, record.name, detail, fatal))
+
+    if record.caption is None:
+        add("no caption", "add a .txt file or a caption in the table")
+    if sight.error:
+        add("unreadable", sight.error)
+        return found
+    height, width = sight.size_px
+    if min(height, width) < smallest_px:
+        add("too small", f"{width} x {height} px, expected at least {smallest_px} on the shorter side")
+    if max(height, width) > EXTREME_RATIO * min(height, width):
+        add("too narrow", f"{width} x {height} px, expected sides of at most 1 to {EXTREME_RATIO:g}")
+    twin = contents.get(sight.digest)
+    if twin is not None:
+        same = twin.caption == record.caption
+        detail = f"the same picture as {twin.name}" + ("" if same else ", with another caption: kept")
+        add("duplicate", detail, fatal=same)
+    return found
+
+
+def describe(kept: Sequence[Record], findings: Sequence[Finding]) -> str:
+    """The table: how many are used, how many have which problem, and each of them by name."""
+    names = {finding.name for finding in findings if finding.fatal}
+    controls = sum(record.control is not None for record in kept)
+    prior = sum(record.is_prior for record in kept)
+    lines = [
+        f"{len(kept)} pictures"
+        + (f", {controls} with a control picture" if controls else "")
+        + (f", {prior} of the class to keep" if prior else "")
+        + (f"; {len(names)} left out" if names else "")
+    ]
+    if not findings:
+        return lines[0]
+    rows = [(finding.kind, finding.name, finding.detail) for finding in findings]
+    kinds = sorted({row[0] for row in rows})
+    lines.append(", ".join(f"{kind}: {sum(row[0] == kind for row in rows)}" for kind in kinds))
+    table = [("problem", "picture", "what"), *rows[:_SHOWN_ROWS]]
+    first, second = (max(len(row[column]) for row in table) for column in range(2))
+    lines += [f"{kind:<{first}}  {name:<{second}}  {detail}" for kind, name, detail in table]
+    if len(rows) > _SHOWN_ROWS:
+        lines.append(f"... and {len(rows) - _SHOWN_ROWS} more")
+    return "\n".join(lines)

@@ -1,0 +1,318 @@
+"""Datasets as they lie on disk: folders, tables, PixArt's own layouts and Hugging Face's, read into records."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+from .pictures import PICTURE_SUFFIXES, FilePicture, RowPicture
+from .records import Record
+
+AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE = "auto", "folder", "csv", "jsonl", "pixart json", "sam", "datasets"
+KINDS = (AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE)
+_CAPTION_SUFFIXES = (".txt", ".caption")
+# Column names in use, best first: MindOne's dir,text; Hugging Face's file_name,text; PixArt's path,prompt.
+PICTURE_COLUMNS = ("dir", "file_name", "path", "image", "file", "filename", "picture")
+CAPTION_COLUMNS = ("text", "prompt", "caption")
+CONTROL_COLUMNS = ("control", "conditioning_image", "conditioning", "hint")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold picture, caption and control picture; empty: by their usual names, control optional."""
+
+    picture: str = ""
+    caption: str = ""
+    control: str = ""
+
+
+def read_dataset(
+    path: str | os.PathLike,
+    kind: str = AUTO,
+    columns: Columns | None = None,
+    *,
+    control_folder: str | os.PathLike | None = None,
+    confined: bool = False,
+) -> list[Record]:
+    """The records of a dataset; kind: one of KINDS. Pictures are named, not read.
+
+    control_folder: holds control pictures under the names of the pictures, with any picture suffix.
+    confined: tables may name pictures below the dataset's own folder alone; others become problems in the check.
+    Raises FileNotFoundError when there is nothing at path, ValueError for another kind or missing columns.
+    """
+    path = Path(path)
+    if kind not in KINDS:
+        raise ValueError(f"Unknown dataset kind: got '{kind}', expected one of {', '.join(KINDS)}. Choose one of them.")
+    if not path.exists():
+        raise FileNotFoundError(f"Dataset not found: got '{path}', expected a folder or file. Correct the path.")
+    kind = detect_kind(path) if kind == AUTO else kind
+    place = _Place(path if path.is_dir() else path.parent, confined)
+    control = None if control_folder is None else _Stems(Path(control_folder))
+    return list(_READERS[kind](path, place, columns or Columns(), control))
+
+
+def detect_kind(path: Path) -> str:
+    """The kind of what lies at path: by the suffix of a file, by the names in a folder."""
+    if path.is_file():
+        kinds = {".csv": CSV, ".tsv": CSV, ".jsonl": JSONL, ".json": PIXART}
+        if path.suffix.lower() not in kinds:
+            raise ValueError(
+                f"Unknown dataset file: got '{path.name}', expected .csv, .tsv, .jsonl or .json. Choose such a file, "
+                f"or a folder of pictures."
+            )
+        return kinds[path.suffix.lower()]
+    if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+        return HUGGING_FACE
+    if _find_json(path):
+        return PIXART
+    if (path / "images").is_dir() and (path / "captions").is_dir():
+        return SAM
+    tables = _tables_in(path)
+    return (CSV if tables[0].suffix.lower() != ".jsonl" else JSONL) if len(tables) == 1 else FOLDER
+
+
+def _tables_in(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in (".csv", ".tsv", ".jsonl"))
+
+
+def _find_json(folder: Path) -> Path | None:
+    places = (folder / inner / "data_info.json" for inner in ("", "partition", "partition_filter"))
+    return next((place for place in places if place.is_file()), None)
+
+
+class _Place:
+    """Finds the pictures that a table names, as Windows or others write paths."""
+
+    def __init__(self, root: Path, confined: bool):
+        self.root, self.confined = root, confined
+
+    def find(self, name: str, *bases: Path) -> tuple[Path | None, str | None]:
+        """(the file, None) or (None, what is wrong); bases are searched after the root."""
+        if not name:
+            return None, "the table names no picture"
+        spellings = dict.fromkeys((name, PureWindowsPath(name).as_posix()))
+        paths = [Path(os.path.normpath(base / spelling)) for base in (self.root, *bases) for spelling in spellings]
+        if self.confined:
+            root = os.path.normpath(self.root)
+            inside = [path for path in paths if path.is_relative_to(root)]
+            if not inside:
+                return None, f"'{name}' leads out of the dataset's folder"
+            paths = inside
+        found = next((path for path in paths if path.is_file()), None)
+        return found, None if found else f"no such file: '{name}'"
+
+
+class _Stems:
+    """The pictures of a folder by their names below it, without suffix."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"Control folder not found: got '{folder}', expected a folder of pictures. Correct the path, or leave "
+                f"it empty."
+            )
+        self.folder = folder
+        self.paths = {_stem(path.relative_to(folder)): path for path in _walk_pictures(folder)}
+
+    def find(self, name: Path) -> FilePicture | None:
+        path = self.paths.get(_stem(name)) or self.paths.get(name.stem)
+        return None if path is None else FilePicture(path)
+
+
+def _stem(name: Path) -> str:
+    return name.with_suffix("").as_posix()
+
+
+def _walk_pictures(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (
+            Path(root, name)
+            for name in sorted(names)
+            if Path(name).suffix.lower() in PICTURE_SUFFIXES and not name.startswith(".")
+        )
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8 or UTF-16 with a mark, else in Windows' western code page, whose every byte is a letter."""
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace")
+
+
+def _read_folder(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
+    inner = path if path.is_dir() else path.parent
+    for picture in _walk_pictures(inner):
+        if control and picture.is_relative_to(control.folder):
+            continue
+        name = picture.relative_to(inner)
+        texts = (picture.with_suffix(suffix) for suffix in _CAPTION_SUFFIXES)
+        text = next((text for text in texts if text.is_file()), None)
+        hint = control.find(name) if control else None
+        yield Record(name.as_posix(), FilePicture(picture), read_text(text) if text else None, hint)
+
+
+def _read_csv(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
+    table = _only_table(path, (".csv", ".tsv"))
+    text = read_text(table)
+    separator = "\t" if table.suffix.lower() == ".tsv" else _separator(text)
+    rows = list(csv.DictReader(io.StringIO(text), delimiter=separator))
+    yield from _read_rows(rows, table, place, columns, control)
+
+
+def _separator(text: str) -> str:
+    heading = text.split("\n", 1)[0]
+    return max(",;\t", key=heading.count)
+
+
+def _read_jsonl(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
+    table = _only_table(path, (".jsonl",))
+    lines = [(number, line) for number, line in enumerate(read_text(table).splitlines(), 1) if line.strip()]
+    rows = []
+    for number, line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise _wrong_table(table, f"line {number} that is no JSON ({error.msg})", "one object a line") from error
+    yield from _read_rows(rows, table, place, columns, control)
+
+
+def _read_pixart(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
+    """Source: PixArt-alpha, diffusion/data/datasets/InternalData.py: a list of {path, prompt, height, width, ratio}."""
+    table = path if path.is_file() else _find_json(path)
+    if table is None:
+        raise FileNotFoundError(f"Dataset not found: got '{path}' without data_info.json, expected one. Choose a file.")
+    try:
+        rows = json.loads(read_text(table))
+    except json.JSONDecodeError as error:
+        raise _wrong_table(table, f"no JSON ({error.msg})", "a list of objects") from error
+    root = table.parent.parent if table.parent.name.startswith("partition") else table.parent
+    place = _Place(root, place.confined)
+    twin = Path(str(root).replace("InternData", "InternImgs"))
+    yield from _read_rows(rows, table, place, columns, control, twin, root / "images", table.parent)
+
+
+def _read_rows(rows, table: Path, place: _Place, columns: Columns, control, *bases: Path) -> Iterator[Record]:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise _wrong_table(table, "other content", "a list of rows with named columns")
+    found = list(dict.fromkeys(name for row in rows[:100] for name in row if name))
+    picture = _column(columns.picture, PICTURE_COLUMNS, found, "picture", table)
+    caption = _column(columns.caption, CAPTION_COLUMNS, found, "caption", table)
+    hint = _column(columns.control, CONTROL_COLUMNS, found, "control", table) if rows else None
+    for number, row in enumerate(rows, 1):
+        name = str(row.get(picture) or "").strip()
+        path, problem = place.find(name, *bases)
+        hint_picture, problem = _find_control(row, hint, control, name, place, bases, problem)
+        text = row.get(caption)
+        yield Record(
+            name or f"row {number}",
+            None if path is None else FilePicture(path),
+            None if text is None else str(text),
+            hint_picture,
+            problem=problem,
+        )
+
+
+def _find_control(row, column, control: _Stems | None, name: str, place: _Place, bases, problem):
+    """(the control picture or None, the problem so far or the control picture's)."""
+    if control is not None:
+        return control.find(Path(PureWindowsPath(name).as_posix())), problem
+    if column is None or not row.get(column):
+        return None, problem
+    path, missing = place.find(str(row[column]).strip(), *bases)
+    return (None if path is None else FilePicture(path)), problem or (missing and f"control picture: {missing}")
+
+
+def _column(wanted: str, usual: tuple[str, ...], found: list[str], what: str, table: Path) -> str | None:
+    name = wanted or next((name for name in usual if name in found), None)
+    if name in found or (name is None and what == "control") or not found:
+        return name
+    raise ValueError(
+        f"No {what} column in {table.name}: got the columns {', '.join(found)}, expected "
+        f"{wanted or ' or '.join(usual)}. Enter the name of the column with the {what}."
+    )
+
+
+def _read_sam(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
+    """images, captions, partition/*.txt with one stem a line. Source: PixArt-alpha, diffusion/data/datasets/SA.py."""
+    images, captions = path / "images", path / "captions"
+    if not images.is_dir():
+        raise FileNotFoundError(
+            f"Dataset not found: got '{path}' without a folder images, expected images, captions and partition. "
+            f"Choose the folder above them."
+        )
+    pictures = {_stem(picture.relative_to(images)): picture for picture in _walk_pictures(images)}
+    parts = sorted((path / "partition").glob("*.txt")) if (path / "partition").is_dir() else []
+    lines = [line.strip() for part in parts for line in read_text(part).splitlines() if line.strip()]
+    listed = [_stem(Path(line)) if Path(line).suffix.lower() in PICTURE_SUFFIXES else line for line in lines]
+    for stem in listed or pictures:
+        picture, text = pictures.get(stem), Path(os.path.normpath(captions / f"{stem}.txt"))
+        has_text = text.is_relative_to(os.path.normpath(captions)) and text.is_file()
+        yield Record(
+            stem,
+            None if picture is None else FilePicture(picture),
+            read_text(text) if has_text else None,
+            control.find(Path(stem)) if control else None,
+            problem=None if picture else f"no picture images/{stem}",
+        )
+
+
+def _read_hugging_face(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
+    try:
+        from datasets import DatasetDict, Image, concatenate_datasets, load_from_disk
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "Package missing: got no 'datasets', expected it for a Hugging Face dataset on disk. Install it with: "
+            "pip install datasets"
+        ) from error
+    try:
+        rows = load_from_disk(str(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise _wrong_table(path, f"another folder ({error})", "one that save_to_disk wrote") from error
+    if isinstance(rows, DatasetDict):
+        rows = rows["train"] if "train" in rows else concatenate_datasets(list(rows.values()))
+    found = rows.column_names
+    picture = _column(columns.picture, ("image", *PICTURE_COLUMNS), found, "picture", path)
+    caption = _column(columns.caption, CAPTION_COLUMNS, found, "caption", path)
+    hint = _column(columns.control, CONTROL_COLUMNS, found, "control", path)
+    for name in filter(None, (picture, hint)):
+        if not isinstance(rows.features[name], Image):
+            raise _wrong_table(path, f"the type {rows.features[name]} in {name}", "pictures (the feature Image)")
+        rows = rows.cast_column(name, Image(decode=False))
+    for index, text in enumerate(rows[caption]):
+        hint_picture = RowPicture(rows, index, hint, place.root, place.confined) if hint else None
+        own = RowPicture(rows, index, picture, place.root, place.confined)
+        yield Record(f"row {index + 1}", own, text, hint_picture)
+
+
+def _only_table(path: Path, suffixes: tuple[str, ...]) -> Path:
+    if path.is_file():
+        return path
+    tables = [table for table in _tables_in(path) if table.suffix.lower() in suffixes]
+    if len(tables) != 1:
+        names = ", ".join(table.name for table in tables) or "none"
+        raise ValueError(
+            f"Which table is meant: got {names} in '{path.name}', expected one {suffixes[0]} file. Enter its path."
+        )
+    return tables[0]
+
+
+def _wrong_table(path: Path, got: str, expected: str) -> ValueError:
+    return ValueError(f"Dataset cannot be read: got {got} in {path.name}, expected {expected}. Correct the file.")
+
+
+_READERS = {
+    FOLDER: _read_folder,
+    CSV: _read_csv,
+    JSONL: _read_jsonl,
+    PIXART: _read_pixart,
+    SAM: _read_sam,
+    HUGGING_FACE: _read_hugging_face,
+}

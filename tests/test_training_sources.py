@@ -1,0 +1,259 @@
+"""Datasets on disk: every layout, paths of every system, and the table of what is wrong."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixart_pack.pixart.training.pictures import FilePicture, TensorPicture, measure_picture, read_picture
+from pixart_pack.pixart.training.records import Record, check_records
+from pixart_pack.pixart.training.sources import Columns, detect_kind, read_dataset
+
+
+def draw(path, size=(40, 30), seed=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, **options)
+    return path
+
+
+def captions(records):
+    return {record.name: record.caption for record in records}
+
+
+def test_folder(tmp_path):
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "sub" / "Ünïcode 猫.JPG", seed=1)
+    draw(tmp_path / ".hidden" / "no.png")
+    draw(tmp_path / "bare.webp", seed=2)
+    (tmp_path / "a.txt").write_text("a cat\n", encoding="utf-8")
+    (tmp_path / "sub" / "Ünïcode 猫.txt").write_text("ein Kätzchen", encoding="utf-16")
+    (tmp_path / "bare.caption").write_bytes("café".encode("cp1252"))
+    records = read_dataset(tmp_path)
+    assert captions(records) == {"a.png": "a cat\n", "bare.webp": "café", "sub/Ünïcode 猫.JPG": "ein Kätzchen"}
+    dataset = check_records(records)
+    assert len(dataset) == 3 and dataset.records[0].caption == "a cat"
+
+
+def test_folder_with_control_pictures_inside(tmp_path):
+    draw(tmp_path / "a.png")
+    control = draw(tmp_path / "edges" / "a.jpg")
+    (record,) = read_dataset(tmp_path, control_folder=tmp_path / "edges")
+    assert record.control == FilePicture(control)
+    with pytest.raises(FileNotFoundError, match="Control folder not found"):
+        read_dataset(tmp_path, control_folder=tmp_path / "none")
+
+
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_csv_of_mindone_with_windows_paths(tmp_path, separator):
+    draw(tmp_path / "images" / "one.png")
+    draw(tmp_path / "two.png", seed=1)
+    rows = ["dir,text".replace(",", separator), f'images\\one.png{separator}"a cat{separator} sitting"']
+    (tmp_path / "table.csv").write_text("\r\n".join([*rows, f"two.png{separator}a dog"]), encoding="utf-8-sig")
+    assert detect_kind(tmp_path) == "csv"
+    records = read_dataset(tmp_path)
+    assert captions(records) == {"images\\one.png": f"a cat{separator} sitting", "two.png": "a dog"}
+    assert len(check_records(records, policy="error")) == 2
+
+
+def test_csv_with_chosen_columns_and_control(tmp_path):
+    draw(tmp_path / "x.png")
+    draw(tmp_path / "edge.png", seed=2)
+    table = tmp_path / "t.tsv"
+    table.write_text("Bild\tWorte\tKante\nx.png\tein Hund\tedge.png\n", encoding="utf-8")
+    (record,) = read_dataset(table, columns=Columns("Bild", "Worte", "Kante"))
+    assert record.caption == "ein Hund" and record.control == FilePicture(tmp_path / "edge.png")
+    with pytest.raises(ValueError, match="No picture column in t.tsv: got the columns Bild, Worte, Kante"):
+        read_dataset(table)
+    with pytest.raises(ValueError, match="No caption column in t.tsv: .* expected words"):
+        read_dataset(table, columns=Columns("Bild", "words"))
+
+
+def test_jsonl(tmp_path):
+    draw(tmp_path / "x.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "one"}\n\n', encoding="utf-8")
+    assert captions(read_dataset(tmp_path)) == {"x.png": "one"}
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "one"}\n{"a\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2 that is no JSON"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["", "partition"])
+def test_pixarts_json(tmp_path, where):
+    root = tmp_path / "InternData"
+    rows = [{"path": "dir/x.png", "prompt": "one", "height": 30, "width": 40, "ratio": 0.75}]
+    (root / where).mkdir(parents=True)
+    (root / where / "data_info.json").write_text(json.dumps(rows), encoding="utf-8")
+    picture = draw(tmp_path / "InternImgs" / "dir" / "x.png")
+    (record,) = read_dataset(root)
+    assert record.picture == FilePicture(picture) and record.caption == "one"
+
+
+def test_sam_layout(tmp_path):
+    for number in range(3):
+        draw(tmp_path / "images" / f"sa_{number}.jpg", seed=number)
+        (tmp_path / "captions").mkdir(exist_ok=True)
+        (tmp_path / "captions" / f"sa_{number}.txt").write_text(f"number {number}", encoding="utf-8")
+    assert len(read_dataset(tmp_path)) == 3
+    (tmp_path / "partition").mkdir()
+    (tmp_path / "partition" / "part0.txt").write_text("sa_1\nsa_2.jpg\nsa_9\n../../etc\n", encoding="utf-8")
+    records = read_dataset(tmp_path)
+    assert captions(records) == {"sa_1": "number 1", "sa_2": "number 2", "sa_9": None, "../../etc": None}
+    assert len(check_records(records)) == 2
+
+
+def test_hugging_face_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = [draw(tmp_path / f"{number}.png", seed=number) for number in range(2)]
+    columns = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files], "text": ["one", "two"]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features).save_to_disk(str(tmp_path / "set"))
+    records = read_dataset(tmp_path / "set")
+    assert captions(records) == {"row 1": "one", "row 2": "two"}
+    assert torch.equal(read_picture(records[1].picture), read_picture(FilePicture(files[1])))
+    with pytest.raises(ValueError, match="expected one that save_to_disk wrote"):
+        read_dataset(tmp_path, "datasets")
+
+
+def test_tables_do_not_lead_out_of_a_confined_dataset(tmp_path):
+    draw(tmp_path / "secret.png")
+    folder = tmp_path / "set"
+    draw(folder / "in.png", seed=1)
+    rows = ["dir,text", "../secret.png,a", "..\\secret.png,b", f"{tmp_path / 'secret.png'},c", "in.png,d"]
+    (folder / "t.csv").write_text("\n".join(rows), encoding="utf-8")
+    dataset = check_records(read_dataset(folder, confined=True))
+    assert [record.caption for record in dataset.records] == ["d"]
+    assert dataset.report.count("leads out of the dataset's folder") == 2
+    assert "no such file: '..\\secret.png'" in dataset.report  # where a backslash is a letter like others
+    assert len(check_records(read_dataset(folder))) == 4
+
+
+def test_what_is_no_dataset(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Dataset not found"):
+        read_dataset(tmp_path / "none")
+    with pytest.raises(ValueError, match="Unknown dataset kind: got 'zip'"):
+        read_dataset(tmp_path, "zip")
+    with pytest.raises(ValueError, match="Unknown dataset file: got 'a.zip'"):
+        (tmp_path / "a.zip").write_bytes(b"")
+        read_dataset(tmp_path / "a.zip")
+    with pytest.raises(ValueError, match="Empty dataset: got no pictures"):
+        check_records(read_dataset(tmp_path))
+    (tmp_path / "empty.csv").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="Empty dataset: got no pictures"):
+        check_records(read_dataset(tmp_path / "empty.csv"))
+
+
+def make_faulty(folder):
+    draw(folder / "good.png", (64, 64), seed=1)
+    draw(folder / "twin.png", (64, 64), seed=1)
+    draw(folder / "small.png", (64, 20), seed=2)
+    draw(folder / "narrow.png", (300, 64), seed=3)
+    draw(folder / "mute.png", (64, 64), seed=4)
+    cut = draw(folder / "cut.jpg", (64, 64), seed=5, quality=95)
+    cut.write_bytes(cut.read_bytes()[:2000])
+    (folder / "page.png").write_text("<html>")
+    for name in ("good", "twin", "small", "narrow", "cut", "page"):
+        (folder / f"{name}.txt").write_text("a shape")
+    (folder / "mute.txt").write_text("  \n")
+    return read_dataset(folder)
+
+
+def test_one_table_names_every_problem(tmp_path):
+    dataset = check_records(make_faulty(tmp_path), smallest_px=32)
+    assert [record.name for record in dataset.records] == ["good.png"]
+    lines = dataset.report.splitlines()
+    assert lines[0] == "1 pictures; 6 left out"
+    assert lines[1] == "duplicate: 1, no caption: 1, too narrow: 1, too small: 1, unreadable: 2"
+    kinds = {line[:12].strip() for line in lines[3:]}
+    assert kinds == {"duplicate", "no caption", "too narrow", "too small", "unreadable"}
+    assert "small.png   64 x 20 px, expected at least 32 on the shorter side" in dataset.report
+    with pytest.raises(ValueError, match=r"Dataset with problems:\n1 pictures; 6 left out"):
+        check_records(make_faulty(tmp_path), smallest_px=32, policy="error")
+
+
+def test_a_fallback_caption_and_another_caption_for_the_same_picture(tmp_path):
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "b.png")
+    (tmp_path / "b.txt").write_text("mine")
+    dataset = check_records(read_dataset(tmp_path), fallback_caption="a photo of sks dog", is_prior=True)
+    assert [record.caption for record in dataset.records] == ["a photo of sks dog", "mine"]
+    assert all(record.is_prior for record in dataset.records)
+    assert "with another caption: kept" in dataset.report and "left out" not in dataset.report
+
+
+def test_only_captions_or_only_bad_pictures(tmp_path):
+    (tmp_path / "t.csv").write_text("dir,text\nnone.png,a\n")
+    with pytest.raises(ValueError, match=r"No usable picture: got 1 entries[\s\S]*no such file: 'none.png'"):
+        check_records(read_dataset(tmp_path))
+
+
+def encoded(image, kind="PNG", **options):
+    class Encoded:
+        def content(self):
+            buffer = io.BytesIO()
+            image.save(buffer, kind, **options)
+            return buffer.getvalue()
+
+        def open(self, content):
+            return Image.open(io.BytesIO(content))
+
+    return Encoded()
+
+
+def test_picture_modes_become_rgb():
+    half = np.full((4, 6), 128, np.uint8)
+    wide = np.full((4, 6), 32896, np.uint16)  # 128 / 255 in 16 bits
+    for image in (
+        Image.fromarray(half),
+        Image.fromarray(wide),
+        Image.fromarray(np.full((4, 6), 128 / 255, np.float32)),
+    ):
+        kind = "TIFF" if image.mode == "F" else "PNG"
+        pixels = read_picture(encoded(image, kind))
+        assert pixels.shape == (4, 6, 3) and torch.allclose(pixels, torch.full_like(pixels, 128 / 255), atol=1e-6)
+    palette = Image.fromarray(np.dstack([half, half, half])).quantize(4)
+    assert read_picture(encoded(palette)).sub(128 / 255).abs().max() < 0.02
+    cmyk = Image.new("CMYK", (6, 4), (0, 255, 255, 0))
+    assert read_picture(encoded(cmyk, "JPEG", quality=95))[0, 0].sub(torch.tensor([1.0, 0, 0])).abs().max() < 0.05
+
+
+def test_transparency_is_laid_over_white():
+    pixels = read_picture(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 0))))
+    assert torch.equal(pixels, torch.ones(2, 2, 3))
+    half = read_picture(TensorPicture(torch.tensor([1.0, 0.0, 0.0, 0.5]).expand(2, 2, 4)))
+    assert torch.equal(half[0, 0], torch.tensor([1.0, 0.5, 0.5]))
+    keyed = Image.new("P", (2, 2), 0)
+    keyed.putpalette([9, 9, 9])
+    assert torch.equal(read_picture(encoded(keyed, transparency=0)), torch.ones(2, 2, 3))
+
+
+def test_exif_rotation():
+    image = Image.new("RGB", (6, 4), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = encoded(image, "PNG", exif=exif)
+    pixels = read_picture(picture)
+    assert pixels.shape == (6, 4, 3) and pixels[0, -1].sum() == 3
+    assert measure_picture(picture, picture.content()) == (6, 4)
+
+
+def test_a_huge_picture_is_shrunk_before_it_becomes_floats():
+    image = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (4200, 17))[:, :4300])
+    pixels = read_picture(encoded(image.convert("RGB"), compress_level=1), least_px=(512, 512))
+    assert pixels.shape == (1050, 1075, 3)
+    assert read_picture(encoded(image, compress_level=1)).shape == (4200, 4300, 3)
+
+
+def test_a_picture_that_changes_meanwhile_is_noticed(tmp_path):
+    picture = FilePicture(draw(tmp_path / "a.png"))
+    with pytest.raises(ValueError, match="Picture has changed while it was encoded"):
+        read_picture(picture, expected="0" * 40)
+
+
+def test_record_without_picture():
+    with pytest.raises(ValueError, match="No usable picture"):
+        check_records([Record("x", None, "a")])
