@@ -176,7 +176,7 @@ def test_an_autoencoder_or_text_encoder_that_overflows(tmp_path):
     with pytest.raises(ValueError, match="The VAE overflows: got NaN or infinity for the picture"):
         encoder.encode_pictures(lambda pixels: (torch.full((len(pixels), 4, 8, 8), torch.nan), None))
     with pytest.raises(ValueError, match="The text encoder overflows: .* the caption ''"):
-        encoder.encode_captions(lambda texts: [torch.full((1, 2), 1e5)] * len(texts)  # beyond fp16)
+        encoder.encode_captions(lambda texts: [torch.full((1, 2), 1e5)] * len(texts))  # beyond fp16
     with pytest.raises(ValueError, match=r"Wrong autoencoder: got latents of the shape \(1, 16, 8, 8\)"):
         encoder.encode_pictures(lambda pixels: (torch.zeros(1, 16, 8, 8), None))
 
