@@ -53,6 +53,13 @@ class Diffusion:
         # The first variance is zero; its log takes the second's place.
         self.posterior_log_variance = torch.cat([variance[1:2], variance[1:]]).log()
 
+    def to(self, device: torch.device | str) -> "Diffusion":
+        """Move the tables to where the latents are, once instead of in every call; float32 where float64 is unknown."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        for name, table in vars(self).items():
+            setattr(self, name, table.to(device, dtype))
+        return self
+
     def q_sample(self, start: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Noise clean latents (B, C, H, W) to their timesteps."""
         kept = _rows(self.alphas_cumprod, timestep, start)

@@ -1,0 +1,108 @@
+"""From a PixArt and settings to the objective: what is frozen, what is added, what is trained."""
+
+from copy import deepcopy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..controlnet import PixArtControlNet
+from ..transformer import PixArt
+from .adapters import add_adapters
+from .frozen import freeze
+from .objectives import (
+    AdapterDistillation,
+    ControlPrediction,
+    Distillation,
+    FullDistillation,
+    NoisePrediction,
+    Objective,
+)
+from .settings import TrainingSettings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_objective(
+    model: PixArt, settings: TrainingSettings, device: torch.device | str = "cpu", null_caption: Tensor | None = None
+) -> Objective:
+    """What the settings ask to minimise, on `device`. The model becomes a part of it and is changed.
+
+    null_caption: (L, D) T5 states of the empty caption, for a model without a learned one.
+    Raises ValueError for settings that do not fit the model.
+    """
+    dtype = DTYPES[settings.dtype]
+    if settings.train_variance and not model.config.learn_sigma:
+        raise ValueError(
+            "No variance to train: got train_variance with a model that predicts the noise alone, expected a model "
+            "with learned sigma. Turn train_variance off."
+        )
+    made = _MAKERS[settings.kind](model.to(device), settings, dtype, null_caption)
+    if settings.checkpointing:
+        for block in _trained_blocks(made):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return made
+
+
+def _lora(model, settings, dtype, null_caption):
+    add_adapters(freeze(model, dtype, settings.base_dtype), settings)
+    return NoisePrediction(model, settings, dtype, null_caption)
+
+
+def _full(model, settings, dtype, null_caption):
+    _check_base_dtype(settings)
+    model.float().requires_grad_(True)
+    return NoisePrediction(model, settings, dtype, null_caption)
+
+
+def _controlnet(model, settings, dtype, null_caption):
+    copies = min(settings.control_blocks, model.config.depth - 1)
+    device = next(model.parameters()).device
+    control = PixArtControlNet.from_base(model, copies, dtype=torch.float32, device=device)
+    freeze(model, dtype, settings.base_dtype)
+    return ControlPrediction(model, settings, dtype, null_caption, control)
+
+
+def _lcm_lora(model, settings, dtype, null_caption):
+    adapters = add_adapters(freeze(model, dtype, settings.base_dtype), settings)
+    return AdapterDistillation(model, settings, dtype, null_caption, adapters)
+
+
+def _lcm(model, settings, dtype, null_caption):
+    _check_base_dtype(settings)
+    teacher = freeze(deepcopy(model), dtype)
+    model.float().requires_grad_(True)
+    target = deepcopy(model).requires_grad_(False)
+    return FullDistillation(model, settings, dtype, null_caption, teacher, target)
+
+
+_MAKERS = {
+    "lora": _lora,
+    "full": _full,
+    "dreambooth": _full,
+    "controlnet": _controlnet,
+    "lcm": _lcm,
+    "lcm_lora": _lcm_lora,
+}
+
+
+def _check_base_dtype(settings):
+    if settings.base_dtype != "same":
+        raise ValueError(
+            f"Nothing is frozen in this training: got base dtype '{settings.base_dtype}' with kind '{settings.kind}', "
+            f"expected 'same'. Train a LoRA to keep the base in 8 bits."
+        )
+
+
+def _trained_blocks(objective: Objective) -> list[nn.Module]:
+    """The blocks whose activations a backward pass needs."""
+    blocks = list(objective.model.blocks)
+    if isinstance(objective, ControlPrediction):
+        blocks += list(objective.control.controlnet)
+    return blocks
+
+
+def is_distillation(objective: Objective) -> bool:
+    """Whether the result is sampled as a consistency model, in few steps without guidance."""
+    return isinstance(objective, Distillation)

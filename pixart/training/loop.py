@@ -1,0 +1,389 @@
+"""The training loop: steps, accumulation, clipping, averages, checkpoints, and stopping in a good state.
+
+A training is a function of its settings, its data and the step's number: what is random is drawn from the number of the
+forward pass and of the picture (`draws.py`), and a checkpoint is of the end of a step. A step that is cut off between
+its forward passes is made again from its beginning.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from .buckets import BucketSampler
+from .build import DTYPES
+from .draws import draw_batch
+from .examples import FeatureSet, collate
+from .objectives import Objective
+from .optimizers import MovingAverage, make_optimizer, rate_factor
+from .processes import SingleProcess, like, whole
+from .report import Report
+from .settings import TrainingSettings
+from .state import Checkpoints, check_continues, check_space
+
+logger = logging.getLogger(__name__)
+
+MAX_OVERFLOWS = 20  # steps in a row whose fp16 gradients overflow, each of which halves the loss scale
+CHECKPOINT_OVERHEAD = 2**20  # bytes of settings and numbers beside the tensors
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is not a number or exploded; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training is. loss: of the last step; smoothed: of the last ones. seconds: per step, and to the end."""
+
+    step: int
+    steps: int
+    loss: float
+    smoothed: float
+    learning_rate: float
+    seconds_per_step: float
+    seconds_left: float
+
+
+class Events:
+    """What the surroundings of a training want to know, and to say. All of it is optional."""
+
+    def stepped(self, progress: Progress) -> None:
+        """After each step, in the first process."""
+
+    def should_stop(self) -> bool:
+        """Asked before each forward pass: True ends the training, with everything saved."""
+        return False
+
+
+class Sanity:
+    """Tells an exploding loss by its average over the last steps."""
+
+    warm_up, memory, rise = 20, 0.9, 10.0
+
+    def __init__(self, highest: float):
+        self.highest, self.count, self.average, self.lowest = highest, 0, 0.0, math.inf
+
+    def follow(self, error: float) -> bool:
+        """Take in the error of a step; False when the average is above `highest` and ten times its lowest."""
+        self.count += 1
+        rate = max(1 - self.memory, 1 / self.count)
+        self.average += rate * (error - self.average)
+        if self.count < self.warm_up:
+            return True
+        self.lowest = min(self.lowest, self.average)
+        return self.average <= max(self.highest, self.rise * self.lowest)
+
+    def state_dict(self) -> dict:
+        """For a checkpoint."""
+        return {"count": self.count, "average": self.average, "lowest": self.lowest}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a state_dict."""
+        self.count, self.average, self.lowest = state["count"], state["average"], state["lowest"]
+
+
+class Trainer:
+    """One training of one objective on one set of features, in one folder.
+
+    folder: gets checkpoints, log and pictures. sample: makes validation pictures of the current weights and keeps them;
+    called with the step's number, every sample_every steps.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        features: FeatureSet,
+        settings: TrainingSettings,
+        folder: Path,
+        processes: SingleProcess | None = None,
+        events: Events | None = None,
+        sample: Callable[[int], None] | None = None,
+    ):
+        self.objective, self.features, self.settings, self.folder = objective, features, settings, Path(folder)
+        self.processes, self.events, self.sample = processes or SingleProcess(), events or Events(), sample
+        self.sampler = BucketSampler(
+            features.bins,
+            settings.batch_size,
+            seed=settings.seed,
+            world_size=self.processes.world_size,
+            rank=self.processes.rank,
+        )
+        self.prepared, self.optimizer = self.processes.prepare(
+            objective, lambda: make_optimizer(settings, _trained(objective).values())
+        )
+        self.parameters = _trained(objective)
+        self.average = MovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay else None
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", settings.keep_last)
+        self.report = Report(self.folder, settings, is_main=self.processes.rank == 0)
+        self.sanity = Sanity(objective.highest_error)
+        dtype = DTYPES[settings.dtype]
+        device = self.processes.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16, init_scale=2.0**14)
+        # Adapters and frozen weights agree on their dtype; only where fp32 weights are trained does autocast help.
+        self.autocast = not settings.is_adapter and dtype != torch.float32
+        self.step, self.saved_step, self.overflows, self.spent_s = 0, None, 0, 0.0
+        self.is_whole = True  # False within an optimiser step
+
+    def run(self, resume: bool = True) -> int:
+        """Train until the last step, or until stopped. Returns the steps that are done; everything is saved.
+
+        Raises TrainingDiverged when the loss is not a number or explodes; the weights are then those before the
+        step, and of an exploded training those of the last checkpoint are the good ones.
+        """
+        settings = self.settings
+        if resume:
+            self._resume()
+        if self.processes.rank == 0:
+            check_space(self.folder, self._checkpoint_bytes() * (1 + (settings.keep_last > 1)))
+        self.objective.train()
+        with contextlib.ExitStack() as ends:
+            ends.callback(self.report.close)
+            self._loader = ends.enter_context(ThreadPoolExecutor(1, "pixart-training-data"))
+            self._ahead: Future | None = None
+            try:
+                self._train()
+            except TrainingDiverged:
+                raise
+            except BaseException:  # also a keyboard interrupt and a full GPU: nothing that was trained is lost
+                self._save_what_is_whole()
+                raise
+            self._save()
+        return self.step
+
+    def _train(self):
+        settings = self.settings
+        if self.sample and settings.sample_every and self.step == 0:
+            self._sample()
+        while self.step < settings.steps:
+            began = time.monotonic()
+            if not self._make_step():
+                logger.info("PixArt training is stopped after step %d of %d", self.step, settings.steps)
+                return
+            self.spent_s += time.monotonic() - began
+            self._tell(time.monotonic() - began)
+            if settings.checkpoint_every and self.step % settings.checkpoint_every == 0:
+                self._save()
+            is_last = self.step == settings.steps
+            if self.sample and settings.sample_every and (self.step % settings.sample_every == 0 or is_last):
+                self._sample()
+
+    def _make_step(self) -> bool:
+        """One optimiser step. Returns False, with nothing changed, when the training is to stop."""
+        settings, count = self.settings, self.settings.accumulation
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(2, device=self.processes.device)
+        for index in range(count):
+            if self.processes.any(self.events.should_stop()):
+                self.optimizer.zero_grad(set_to_none=True)
+                return False
+            loss = self._forward(self.step * count + index, index == count - 1)
+            sums += torch.stack([loss.total.detach().float(), loss.error.detach().float()]) / count
+        self.scaler.unscale_(self.optimizer)
+        limit = settings.clip_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        # The step's only wait for the device: weights must not change before this is known to be sane.
+        self.loss, self.error, self.norm = torch.cat([self.processes.mean(sums), norm.reshape(1).float()]).tolist()
+        self._check_sane()
+        self._update()
+        return True
+
+    def _forward(self, number: int, is_last: bool):
+        batch, draws = self._next_batch(number)
+        with self.processes.accumulating(self.prepared, is_last), self._chances(number):
+            with torch.autocast(
+                self.processes.device.type, DTYPES[self.settings.dtype], enabled=self.autocast, cache_enabled=True
+            ):
+                loss = self.prepared(batch, draws)
+            self.scaler.scale(loss.total / self.settings.accumulation).backward()
+        return loss
+
+    @contextlib.contextmanager
+    def _chances(self, number: int):
+        """The adapters' dropout, told by the forward pass's number; the surroundings' random state is left alone."""
+        if not self.settings.dropout:
+            yield
+            return
+        device = self.processes.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(Random(f"{self.settings.seed} {number} {self.processes.rank}").getrandbits(63))
+            yield
+
+    def _update(self):
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * rate_factor(self.settings, self.step)
+        self.is_whole = False
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.objective.finish_step()
+        if self.average is not None:
+            self.average.update()
+        self.step += 1
+        self.is_whole = True
+
+    def _check_sane(self):
+        advice = (
+            f"Lower the learning rate (now {self.settings.learning_rate:g}) or raise the warm-up, and resume or start "
+            f"again; the last good state is in '{self.checkpoints.folder}'."
+        )
+        if not math.isfinite(self.loss) or (not math.isfinite(self.norm) and not self._overflowed()):
+            self._save_what_is_whole()
+            raise TrainingDiverged(
+                f"Loss is not a number: got loss {self.loss:g} and gradients of norm {self.norm:g} in step "
+                f"{self.step + 1}, expected finite ones. {advice} If that does not help, set dtype to bf16 or fp32, "
+                f"or look for a damaged picture in the dataset."
+            )
+        if not self.sanity.follow(self.error):
+            raise TrainingDiverged(
+                f"Loss exploded: got an error of {self.sanity.average:.3g} on average at step {self.step + 1}, "
+                f"expected about {self.sanity.lowest:.3g}, its lowest. {advice}"
+            )
+
+    def _overflowed(self) -> bool:
+        """Whether gradients beyond fp16 are the loss scale's affair: it skips the step and is halved."""
+        self.overflows += 1
+        return self.scaler.is_enabled() and self.overflows <= MAX_OVERFLOWS
+
+    def _tell(self, seconds: float):
+        if math.isfinite(self.norm):
+            self.overflows = 0
+        rate = self.optimizer.param_groups[0]["lr"]
+        smoothed = self.report.log(self.step, self.loss, self.error, self.norm, rate, seconds)
+        if self.processes.rank == 0:
+            per_step = self.report.seconds_per_step
+            left = per_step * (self.settings.steps - self.step)
+            self.events.stepped(Progress(self.step, self.settings.steps, self.loss, smoothed, rate, per_step, left))
+
+    def _sample(self):
+        if self.processes.is_sharded:
+            if self.step == 0:
+                logger.warning("No validation pictures with FSDP: the weights are in parts. Sample with the saved file")
+        elif self.processes.rank == 0:
+            self.objective.eval()
+            with self.averaged(), torch.no_grad():
+                self.sample(self.step)
+            self.objective.train()
+        self.processes.wait()
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """Within it the weights are their moving average, where there is one."""
+        return contextlib.nullcontext() if self.average is None else self.average.swapped_in()
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The result: every trained parameter by its name in the objective, averaged where asked, on the CPU."""
+        with self.averaged():
+            return whole(self.parameters)
+
+    def _next_batch(self, number: int):
+        """The batch of forward pass `number`, on the device; the one after it is prepared meanwhile."""
+        ready, self._ahead = self._ahead or self._loader.submit(self._load, number), None
+        batch, draws = ready.result()
+        if number + 1 < self.settings.steps * self.settings.accumulation:
+            self._ahead = self._loader.submit(self._load, number + 1)
+        return batch.to(self.processes.device), draws.to(self.processes.device)
+
+    def _load(self, number: int):
+        batch = collate([self.features[index] for index in next(self.sampler)])
+        first = self.processes.rank * len(batch)
+        positions = range(first, first + len(batch))
+        return batch, draw_batch(self.settings, number, positions, batch.latent.shape[1:], self.objective.grid)
+
+    def _resume(self):
+        state = self.checkpoints.load()
+        if state is None:
+            self.report.start(0)
+            return
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        check_continues(state, self.settings, shapes)
+        self.step = self.saved_step = state["step"]
+        self.spent_s = state["seconds"]
+        forwards = self.step * self.settings.accumulation
+        epoch, position = divmod(forwards, self.sampler.batches_per_epoch)
+        self.sampler.load_state_dict({**state["sampler"], "epoch": epoch, "position": position})
+        with torch.no_grad():
+            _copy(state["parameters"], self.parameters)
+            _copy(state["extra"], self.objective.extra_state())
+        self._load_optimizer(state["optimizer"])
+        if self.average is not None:
+            self.average.updates = state["average"]["updates"]
+            _copy(state["average"]["shadow"], self.average.shadow)
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.sanity.load_state_dict(state["sanity"])
+        self.report.start(self.step)
+        logger.info("PixArt training goes on after step %d", self.step)
+
+    def _load_optimizer(self, state: dict):
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, values in state["state"].items():
+            target = parameters[index]
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == target.shape:
+                    values[name] = like(value, target)
+        self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.settings.weight_decay
+
+    def _state(self) -> dict:
+        average = None if self.average is None else whole(self.average.state_dict())
+        return {
+            "step": self.step,
+            "seconds": self.spent_s,
+            "settings": self.report.settings,
+            "sampler": self._sampler_identity(),
+            "parameters": whole(self.parameters),
+            "extra": whole(self.objective.extra_state()),
+            "optimizer": whole(self.optimizer.state_dict()),
+            "average": average,
+            "scaler": self.scaler.state_dict(),
+            "sanity": self.sanity.state_dict(),
+        }
+
+    def _sampler_identity(self) -> dict:
+        """What tells the data; its position is that of the step, as the batch ahead is drawn already."""
+        return {key: value for key, value in self.sampler.state_dict().items() if key not in ("epoch", "position")}
+
+    def _save(self):
+        """Write a checkpoint, unless there is one of this step; every process takes part where weights are sharded."""
+        if self.saved_step == self.step:
+            return
+        if self.processes.is_sharded or self.processes.rank == 0:
+            state = self._state()
+            if self.processes.rank == 0:
+                self.checkpoints.save(self.step, state)
+        self.saved_step = self.step
+        self.processes.wait()
+
+    def _save_what_is_whole(self):
+        """After a failure: a checkpoint of the last step, where its weights are not half updated and one can write."""
+        if not self.is_whole or self.step == 0 or self.saved_step == self.step or self.processes.is_sharded:
+            return
+        if self.processes.rank == 0:
+            try:
+                self.checkpoints.save(self.step, self._state())
+            except (OSError, RuntimeError) as error:  # the failure that brought us here is the one to report
+                logger.warning("No checkpoint could be written after the failure: %s", error)
+
+    def _checkpoint_bytes(self) -> int:
+        """About the size of one: weights, the optimiser's two moments, and the average, all fp32."""
+        copies = 3 + (self.average is not None)
+        numbers = sum(p.numel() for p in self.parameters.values()) * copies
+        numbers += sum(tensor.numel() for tensor in self.objective.extra_state().values())
+        return 4 * numbers + CHECKPOINT_OVERHEAD
+
+
+def _trained(objective: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
+
+
+def _copy(values: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(like(values[name], target))

@@ -1,0 +1,93 @@
+"""Optimisers by name, the course of the learning rate, and the moving average of the weights."""
+
+import contextlib
+import importlib
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from .settings import TrainingSettings
+
+# Name -> (package to install, module, class, arguments beside learning rate and weight decay).
+_LIBRARIES = {
+    "adamw8bit": ("bitsandbytes", "bitsandbytes.optim", "AdamW8bit", {}),
+    "came": ("came-pytorch", "came_pytorch", "CAME", {"betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)}),
+    "prodigy": ("prodigyopt", "prodigyopt", "Prodigy", {"safeguard_warmup": True, "use_bias_correction": True}),
+    "lion": ("lion-pytorch", "lion_pytorch", "Lion", {"decoupled_weight_decay": True}),
+}
+
+
+def make_optimizer(settings: TrainingSettings, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """The optimiser that the settings name. Raises ValueError for a library that is missing."""
+    parameters = list(parameters)
+    common = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=_can_fuse(parameters), **common)
+    package, module, name, options = _LIBRARIES[settings.optimizer]
+    try:
+        library = importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"Optimiser is not installed: got '{settings.optimizer}', expected the package {package} ({error}). "
+            f"Install it with pip into ComfyUI's Python, or choose adamw."
+        ) from error
+    return getattr(library, name)(parameters, **common, **options)
+
+
+def _can_fuse(parameters) -> bool:
+    return all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters)
+
+
+def rate_factor(settings: TrainingSettings, step: int) -> float:
+    """The factor of the learning rate in optimiser step number `step`, counted from 0."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    course = max(settings.steps - settings.warmup_steps, 1)
+    progress = min((step - settings.warmup_steps) / course, 1.0)
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if settings.schedule == "cosine" else 1 - progress
+    return settings.floor + (1 - settings.floor) * share
+
+
+class MovingAverage:
+    """A moving average of parameters in fp32, with a shorter memory over the first updates."""
+
+    def __init__(self, parameters: dict[str, Tensor], decay: float):
+        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.shadow = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the parameters by one step."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within it the parameters hold their averages."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self):
+        for name, parameter in self.parameters.items():
+            own = parameter.detach().clone()
+            parameter.copy_(self.shadow[name])
+            self.shadow[name].copy_(own)
+
+    def state_dict(self) -> dict:
+        """For a checkpoint."""
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a state_dict."""
+        self.updates = state["updates"]
+        for name, value in state["shadow"].items():
+            self.shadow[name].copy_(value)

@@ -1,0 +1,119 @@
+"""One process or many: what the loop asks of them, by PyTorch alone or by Accelerate (DDP and FSDP2)."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .settings import TrainingSettings
+
+_SHARDED_OPTIMIZERS = ("adamw", "lion")  # the others' states are not one number for each weight
+
+
+class SingleProcess:
+    """The loop alone on one device; also the interface of AcceleratedProcesses."""
+
+    world_size, rank, is_sharded = 1, 0, False
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+
+    def prepare(self, objective: nn.Module, make: Callable[[], torch.optim.Optimizer]) -> tuple[Callable, Any]:
+        """(what to call in place of the objective, its optimiser)."""
+        return objective, make()
+
+    def accumulating(self, prepared: Callable, is_last: bool) -> contextlib.AbstractContextManager:
+        """Within it gradients are summed over processes only in the last forward pass of a step."""
+        return contextlib.nullcontext()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes."""
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process."""
+        return flag
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+
+
+class AcceleratedProcesses(SingleProcess):
+    """As `accelerate launch` or torchrun set them up. Raises ValueError for what cannot be sharded."""
+
+    def __init__(self, settings: TrainingSettings):
+        try:
+            from accelerate import Accelerator
+            from accelerate.utils import DistributedType
+        except ImportError as error:
+            raise ValueError(
+                "Accelerate is not installed: got none, expected the package accelerate to train outside a graph. "
+                "Install it with pip install accelerate."
+            ) from error
+        # Precision is the loop's affair, so that all kinds of processes compute alike.
+        self.accelerator = Accelerator(mixed_precision="no")
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+        self.world_size = self.accelerator.num_processes
+        self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.is_sharded:
+            _check_sharded(settings, self.accelerator.is_fsdp2)
+
+    def prepare(self, objective, make):
+        prepared, optimizer = self.accelerator.prepare(objective, make())
+        return prepared, optimizer.optimizer
+
+    def accumulating(self, prepared, is_last):
+        return contextlib.nullcontext() if is_last else self.accelerator.no_sync(prepared)
+
+    def mean(self, values):
+        return self.accelerator.reduce(values, reduction="mean")
+
+    def any(self, flag):
+        if self.world_size == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device)).item())
+
+    def wait(self):
+        self.accelerator.wait_for_everyone()
+
+
+def _check_sharded(settings: TrainingSettings, is_second: bool) -> None:
+    if not is_second:
+        raise ValueError(
+            "FSDP of the first version: got fsdp_version 1, expected 2. Launch with --fsdp_version 2 "
+            "--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap PixArtBlock."
+        )
+    if settings.optimizer not in _SHARDED_OPTIMIZERS:
+        raise ValueError(
+            f"Optimiser cannot be sharded: got '{settings.optimizer}', expected {' or '.join(_SHARDED_OPTIMIZERS)}. "
+            f"Choose one of them, or train with DDP."
+        )
+    if settings.dtype == "fp16":
+        raise ValueError(
+            "fp16 cannot be sharded: got dtype fp16 with FSDP, expected bf16 or fp32, which need no loss scale. "
+            "Set dtype to bf16."
+        )
+
+
+def whole(value: Any) -> Any:
+    """A nested state with every sharded tensor made whole, and every tensor on the CPU as a copy of its own."""
+    if isinstance(value, dict):
+        return {key: whole(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [whole(inner) for inner in value]
+    if isinstance(value, Tensor):
+        value = value.detach()
+        return (value.full_tensor() if hasattr(value, "full_tensor") else value).to("cpu", copy=True)
+    return value
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor on the device of `target` and sharded as it is."""
+    value = value.to(target.device)
+    if not hasattr(target, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, target.device_mesh, target.placements)

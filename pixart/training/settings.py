@@ -1,0 +1,346 @@
+"""All settings of a training in one frozen dataclass, checked before any work, read from and written to YAML or JSON."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from ..diffusion import TRAIN_STEPS
+from ..saving import write_atomically
+
+KINDS = ("lora", "full", "dreambooth", "controlnet", "lcm", "lcm_lora")
+ADAPTED = ("lora", "lcm_lora")
+DISTILLED = ("lcm", "lcm_lora")
+LOSSES = ("mse", "huber")
+WEIGHTINGS = ("none", "min_snr", "velocity")
+TIMESTEPS = ("uniform", "log_normal")
+OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "lion")
+SCHEDULES = ("constant", "cosine", "linear")
+DTYPES = ("fp32", "bf16", "fp16")
+BASE_DTYPES = ("same", "fp8")
+# Which linear layers an adapter sits on, as patterns of their names in the original layout.
+TARGETS = {
+    "attention": r"blocks\.\d+\.(attn|cross_attn)\.\w+",
+    "blocks": r"blocks\.\d+\.(attn|cross_attn|mlp)\.\w+",
+    "all-linear": r".*",
+    "custom": None,
+}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What is trained, on what part of the model, how, and what is reported.
+
+    kind: of KINDS; DreamBooth is "dreambooth": full fine-tuning, or LoRA with any prior pictures in the data.
+    steps: optimiser steps. batch_size: pictures per process and forward pass. accumulation: forward passes per step.
+    learning_rate: Prodigy's is a factor, usually 1. clip_norm: largest norm of the gradients, 0 is off.
+    schedule: of SCHEDULES, after `warmup_steps` of linear warm-up; floor: its last factor.
+    dtype: of the maths; what is trained is always kept in fp32. base_dtype: "fp8" keeps frozen layers in 8 bits.
+    checkpointing: recompute each block in the backward pass, for less memory. ema_decay: 0 is off.
+    targets: of TARGETS; target_pattern: regular expression over layer names for "custom". alpha 0 means rank.
+    loss: of LOSSES; huber_c: where it turns linear. train_variance: also the bound of the learned variance.
+    weighting: of WEIGHTINGS, of a timestep's loss; timestep_weights: [timestep, factor] points, linear in between.
+    timesteps: of TIMESTEPS, within [timestep_min, timestep_max]; log_normal: a logistic of N(mean, std) as the share.
+    caption_dropout: share of captions replaced by the null caption. prior_weight: of pictures marked as prior.
+    lcm_*: guidance w of the teacher (x + w (x - null)), its DDIM steps, and the decay of the target's average.
+    checkpoint_every, sample_every, log_every: in steps, 0 is never. keep_last: checkpoints that stay.
+    sample_steps, sample_guidance: of the validation pictures; sample_seed: of their noise.
+    tensorboard: log there too where it is installed. wandb: log to Weights & Biases as well.
+    Raises ValueError naming the first setting that cannot work.
+    """
+
+    kind: str = "lora"
+    steps: int = 1000
+    batch_size: int = 1
+    accumulation: int = 1
+    seed: int = 0
+    learning_rate: float = 1e-4
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    floor: float = 0.0
+    clip_norm: float = 1.0
+    dtype: str = "fp32"
+    base_dtype: str = "same"
+    checkpointing: bool = False
+    ema_decay: float = 0.0
+    targets: str = "attention"
+    target_pattern: str = ""
+    rank: int = 16
+    alpha: float = 0.0
+    dropout: float = 0.0
+    dora: bool = False
+    rslora: bool = False
+    loss: str = "mse"
+    huber_c: float = 0.1
+    train_variance: bool = False
+    weighting: str = "none"
+    min_snr_gamma: float = 5.0
+    timestep_weights: tuple[tuple[float, float], ...] = ()
+    timesteps: str = "uniform"
+    timestep_mean: float = 0.0
+    timestep_std: float = 1.0
+    timestep_min: int = 0
+    timestep_max: int = TRAIN_STEPS - 1
+    caption_dropout: float = 0.1
+    noise_offset: float = 0.0
+    prior_weight: float = 1.0
+    control_blocks: int = 13
+    lcm_guidance: float = 4.5
+    lcm_steps: int = 50
+    lcm_decay: float = 0.95
+    checkpoint_every: int = 250
+    keep_last: int = 2
+    log_every: int = 1
+    sample_every: int = 0
+    sample_steps: int = 20
+    sample_guidance: float = 4.5
+    sample_seed: int = 0
+    tensorboard: bool = True
+    wandb: bool = False
+
+    def __post_init__(self):
+        points = tuple(tuple(map(float, point)) for point in self.timestep_weights)
+        object.__setattr__(self, "timestep_weights", points)
+        for field in fields(self):
+            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.default))
+        _check_choices(self)
+        _check_ranges(self)
+        _check_together(self)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether a LoRA is trained rather than weights of a model."""
+        return self.kind in ADAPTED
+
+    @property
+    def adapter_alpha(self) -> float:
+        """The LoRA's alpha: its rank unless another is set."""
+        return self.alpha or float(self.rank)
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression of the layers that get an adapter."""
+        return TARGETS[self.targets] or self.target_pattern
+
+
+# Name -> (lowest, highest, what the number is).
+_RANGES = {
+    "steps": (1, 10_000_000, "a number of optimiser steps"),
+    "batch_size": (1, 4096, "a number of pictures"),
+    "accumulation": (1, 4096, "a number of forward passes per step"),
+    "seed": (0, 2**64 - 1, "a whole number"),
+    "weight_decay": (0, 10, "a small factor"),
+    "warmup_steps": (0, 10_000_000, "a number of steps"),
+    "floor": (0, 1, "a factor"),
+    "clip_norm": (0, 1e6, "a norm, 0 for off"),
+    "ema_decay": (0, 0.999999, "a decay, 0 for off"),
+    "rank": (1, 1024, "a LoRA rank"),
+    "alpha": (0, 65536, "a LoRA alpha, 0 for the rank"),
+    "dropout": (0, 0.95, "a share"),
+    "huber_c": (1e-6, 1e3, "a width"),
+    "min_snr_gamma": (1e-3, 1e6, "a signal-to-noise ratio"),
+    "timestep_mean": (-10, 10, "a mean of the logit of time"),
+    "timestep_std": (1e-3, 10, "a deviation of the logit of time"),
+    "timestep_min": (0, TRAIN_STEPS - 1, "a timestep"),
+    "timestep_max": (0, TRAIN_STEPS - 1, "a timestep"),
+    "caption_dropout": (0, 1, "a share"),
+    "noise_offset": (0, 1, "a share of the noise"),
+    "prior_weight": (0, 1000, "a factor"),
+    "control_blocks": (1, 1000, "a number of blocks"),
+    "lcm_guidance": (0, 100, "a guidance scale"),
+    "lcm_steps": (1, TRAIN_STEPS, "a number of DDIM steps"),
+    "lcm_decay": (0, 0.999999, "a decay"),
+    "checkpoint_every": (0, 10_000_000, "a number of steps, 0 for never"),
+    "keep_last": (1, 1000, "a number of checkpoints"),
+    "log_every": (1, 1_000_000, "a number of steps"),
+    "sample_every": (0, 10_000_000, "a number of steps, 0 for never"),
+    "sample_steps": (1, 1000, "a number of steps"),
+    "sample_guidance": (0, 100, "a guidance scale"),
+    "sample_seed": (0, 2**64 - 1, "a whole number"),
+}
+_CHOICES = {
+    "kind": KINDS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "dtype": DTYPES,
+    "base_dtype": BASE_DTYPES,
+    "targets": tuple(TARGETS),
+    "loss": LOSSES,
+    "weighting": WEIGHTINGS,
+    "timesteps": TIMESTEPS,
+}
+_HIGHEST_LEARNING_RATE = {"prodigy": 10.0, "lion": 0.01}
+
+
+def _typed(name, value, default):
+    """The value as the default's type: YAML reads 1e-4 as a text, and 1 where a float is meant."""
+    kind = type(default)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    try:
+        number = float(value) if kind in (int, float) and not isinstance(value, bool) else None
+    except (TypeError, ValueError):
+        number = None
+    if number is None or (kind is int and not number.is_integer()):
+        raise ValueError(
+            f"Setting of the wrong kind: got {name} = {value!r}, expected {kind.__name__} such as {default!r}. "
+            f"Correct it in the node or in the configuration file."
+        )
+    return kind(number)
+
+
+def _check_choices(settings):
+    for name, choices in _CHOICES.items():
+        if getattr(settings, name) not in choices:
+            raise ValueError(
+                f"Unknown {name.replace('_', ' ')}: got {getattr(settings, name)!r}, expected one of "
+                f"{', '.join(choices)}. Choose one of them."
+            )
+
+
+def _check_ranges(settings):
+    for name, (low, high, what) in _RANGES.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:  # also refuses NaN
+            raise ValueError(
+                f"{name.replace('_', ' ').capitalize()} is out of range: got {value:g}, expected {what} from {low:g} "
+                f"to {high:g}. Change it."
+            )
+    rate, highest = settings.learning_rate, _HIGHEST_LEARNING_RATE.get(settings.optimizer, 0.1)
+    if not 0 < rate <= highest:
+        usual = "1" if settings.optimizer == "prodigy" else "1e-4 for a LoRA, 1e-5 for a whole model"
+        raise ValueError(
+            f"Learning rate is out of range: got {rate:g}, expected more than 0 and at most {highest:g} with "
+            f"{settings.optimizer}. Usual is {usual}."
+        )
+
+
+def _check_together(settings):
+    if settings.timestep_min > settings.timestep_max:
+        raise ValueError(
+            f"Timestep range is empty: got {settings.timestep_min} to {settings.timestep_max}, expected a first that "
+            f"is at most the last. Swap them."
+        )
+    if settings.targets == "custom" and settings.is_adapter:
+        try:
+            re.compile(settings.target_pattern)
+        except re.error as error:
+            raise ValueError(
+                f"Target pattern is no regular expression: got {settings.target_pattern!r} ({error}), expected one "
+                f"such as 'blocks\\.\\d+\\.attn\\.qkv'. Correct it."
+            ) from error
+        if not settings.target_pattern:
+            raise ValueError(
+                "Target pattern is missing: got none with targets 'custom', expected a regular expression over layer "
+                "names such as 'blocks\\.\\d+\\.attn\\.qkv'. Enter one, or choose another preset."
+            )
+    for point in settings.timestep_weights:
+        if len(point) != 2 or not (0 <= point[0] < TRAIN_STEPS and 0 <= point[1] < math.inf):
+            raise ValueError(
+                f"Timestep weight is out of range: got {list(point)}, expected [timestep, factor] with a timestep "
+                f"from 0 to {TRAIN_STEPS - 1} and a factor of at least 0. Correct it."
+            )
+    if settings.kind in DISTILLED and TRAIN_STEPS % settings.lcm_steps:
+        raise ValueError(
+            f"LCM steps do not divide the schedule: got {settings.lcm_steps}, expected a divisor of {TRAIN_STEPS} "
+            f"such as 50. Set it to 50."
+        )
+
+
+def settings_from_dict(values: Mapping) -> TrainingSettings:
+    """The settings that a configuration names, defaults for the others. Raises ValueError for unknown names."""
+    known = {field.name for field in fields(TrainingSettings)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"Unknown settings: got {', '.join(map(str, unknown))}, expected some of {', '.join(sorted(known))}. "
+            f"Correct or remove them."
+        )
+    return TrainingSettings(**values)
+
+
+def settings_to_dict(settings: TrainingSettings) -> dict:
+    """All settings as plain numbers, texts and lists."""
+    return {**asdict(settings), "timestep_weights": [list(point) for point in settings.timestep_weights]}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training outside a graph: what to train on, where to, and how.
+
+    model: checkpoint file or folder. features: folder of encoded pictures. output: folder that gets the run.
+    name: of the run, a plain file name. resume: go on from its last checkpoint.
+    validation: safetensors file of encoded prompts to sample, or None. Relative paths are relative to the file.
+    """
+
+    model: str
+    features: str
+    settings: TrainingSettings
+    output: str = "."
+    name: str = "pixart_training"
+    resume: bool = True
+    validation: str | None = None
+
+
+def read_config(path: str | os.PathLike) -> RunConfig:
+    """Read a YAML or JSON configuration. Raises FileNotFoundError, and ValueError naming what is wrong in it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Configuration not found: got '{path}', expected a YAML or JSON file. Write one with the node Export "
+            f"PixArt Training Config."
+        )
+    values = _parse(path)
+    known = {field.name for field in fields(RunConfig)}
+    unknown, missing = sorted(set(values) - known), sorted({"model", "features"} - set(values))
+    if unknown or missing:
+        raise ValueError(
+            f"Configuration does not fit: got '{path.name}' with unknown {unknown} and without {missing}, expected "
+            f"the keys {', '.join(sorted(known))}. Correct it."
+        )
+    settings = settings_from_dict(values.pop("settings", None) or {})
+    places = {key: str(path.parent / values[key]) for key in _PLACES if values.get(key) is not None}
+    return RunConfig(settings=settings, **{**values, **places})
+
+
+_PLACES = ("model", "features", "output", "validation")
+
+
+def write_config(path: str | os.PathLike, config: RunConfig) -> None:
+    """Write a configuration that read_config reads: JSON for a `.json` name, YAML otherwise."""
+    values = {field.name: getattr(config, field.name) for field in fields(RunConfig) if field.name != "settings"}
+    values["settings"] = settings_to_dict(config.settings)
+    path = Path(path)
+    if path.suffix == ".json":
+        text = json.dumps(values, indent=2) + "\n"
+    else:
+        text = _yaml().safe_dump(values, sort_keys=False, allow_unicode=True)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _parse(path: Path) -> dict:
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else _yaml().safe_load(text)
+    except (ValueError, _yaml().YAMLError) as error:
+        raise ValueError(
+            f"Configuration is no {'JSON' if path.suffix == '.json' else 'YAML'}: got '{path.name}' ({error}), expected "
+            f"'key: value' lines. Correct it, or export it again."
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"Configuration is no mapping: got '{path.name}' with {type(values).__name__}, expected 'key: value' "
+            f"lines. Correct it, or export it again."
+        )
+    return values
+
+
+def _yaml():
+    import yaml
+
+    return yaml

@@ -1,0 +1,131 @@
+"""Checkpoints of a training: written whole or not at all, the last few kept, and checked before one is continued."""
+
+import errno
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..saving import write_atomically
+from .settings import TrainingSettings, settings_to_dict
+
+logger = logging.getLogger(__name__)
+
+_NAME = "step-{:08d}.pt"
+_PATTERN = re.compile(r"step-(\d{8,})\.pt")
+# Settings that a continued training may change; with any other the optimiser's state or the data would not fit.
+_FREE = {
+    "steps", "learning_rate", "weight_decay", "schedule", "warmup_steps", "floor", "clip_norm", "checkpointing",
+    "loss", "huber_c", "weighting", "min_snr_gamma", "timestep_weights", "timesteps", "timestep_mean", "timestep_std",
+    "timestep_min", "timestep_max", "caption_dropout", "noise_offset", "prior_weight", "lcm_guidance", "dropout",
+    "checkpoint_every", "keep_last", "log_every", "sample_every", "sample_steps", "sample_guidance", "sample_seed",
+    "tensorboard", "wandb", "dtype", "base_dtype", "batch_size",
+}  # fmt: skip
+
+
+class Checkpoints:
+    """The checkpoints in one folder."""
+
+    def __init__(self, folder: Path, keep_last: int):
+        self.folder, self.keep_last = Path(folder), keep_last
+
+    def all(self) -> list[Path]:
+        """All of them, the oldest first."""
+        found = [path for path in self.folder.glob("step-*.pt") if _PATTERN.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(_PATTERN.fullmatch(path.name)[1]))
+
+    def save(self, step: int, state: Mapping) -> Path:
+        """Write one, and remove those beyond the last ones once it is in place.
+
+        On a full disk all but the newest give way, once. Raises OSError when that is not enough; what there was stays.
+        """
+        path = self.folder / _NAME.format(step)
+        try:
+            self._write(path, state)
+        except OSError as error:
+            older = [each for each in self.all() if each != path][:-1]
+            if error.errno != errno.ENOSPC or not older:
+                raise _explained(error, path, self.all()) from error
+            logger.warning("The disk is full: %d older checkpoints are removed", len(older))
+            _remove(older)
+            self._write_again(path, state)
+        _remove([each for each in self.all() if each != path][: -(self.keep_last - 1) or None])
+        return path
+
+    def _write_again(self, path, state):
+        try:
+            self._write(path, state)
+        except OSError as error:
+            raise _explained(error, path, self.all()) from error
+
+    def _write(self, path, state):
+        try:
+            write_atomically(path, lambda temporary: torch.save(dict(state), temporary))
+        except RuntimeError as error:  # how torch.save reports a write that failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            if "write" in str(error) or "PytorchStreamWriter" in str(error):
+                raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
+            raise
+
+    def load(self) -> dict | None:
+        """The newest one that can be read, or None; one that cannot is named in the log and passed over."""
+        for path in reversed(self.all()):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+                logger.warning("Checkpoint %s cannot be read and is passed over: %s", path.name, error)
+        return None
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raises OSError when the disk has no room for what a training will write."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"Disk is too full for the checkpoints: got {free / 1e6:.0f} MB free, expected "
+            f"{needed_bytes / 1e6:.0f} MB. Free some space, or keep fewer checkpoints",
+            str(place),
+        )
+
+
+def check_continues(state: Mapping, settings: TrainingSettings, shapes: Mapping[str, tuple]) -> None:
+    """Raises ValueError when a checkpoint is of a training that these settings or this model do not continue."""
+    then, now = dict(state["settings"]), settings_to_dict(settings)
+    changed = {name: (then[name], now[name]) for name in now if name not in _FREE and then.get(name) != now[name]}
+    if changed:
+        listed = ", ".join(f"{name} {new!r} instead of {old!r}" for name, (old, new) in changed.items())
+        raise ValueError(
+            f"Training cannot be continued with other settings: got {listed}, expected the same. Set them as they "
+            f"were, give the training another name, or turn resume off."
+        )
+    stored = {name: tuple(tensor.shape) for name, tensor in state["parameters"].items()}
+    wrong = sorted(name for name in stored.keys() | shapes.keys() if stored.get(name) != shapes.get(name))
+    if wrong:
+        raise ValueError(
+            f"Training cannot be continued on this model: got other trained weights ({', '.join(wrong[:3])}, "
+            f"{len(wrong)} in all), expected those of the checkpoint. Connect the model that it was begun with, give "
+            f"the training another name, or turn resume off."
+        )
+
+
+def _remove(paths) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _explained(error: OSError, path: Path, kept: list[Path]) -> OSError:
+    newest = kept[-1].name if kept else "none"
+    return OSError(
+        error.errno,
+        f"Checkpoint cannot be written: got '{error.strerror or error}', expected a writable disk with space. Free "
+        f"some space and start again; the training goes on from the last checkpoint ({newest})",
+        str(path),
+    )

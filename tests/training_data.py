@@ -1,0 +1,47 @@
+"""A tiny model and encoded pictures for it, for the tests of training."""
+
+from random import Random
+
+import torch
+
+from pixart_pack.pixart.training.examples import Example, ListFeatures
+from pixart_pack.pixart.training.settings import TrainingSettings
+from pixart_pack.tests.tiny_pixart import make_model, tiny_config
+
+WIDTH = tiny_config().caption_channels
+SIZES = ((8, 8), (6, 10))
+
+
+def make_features(count=10, hint=False, seed=0, sizes=SIZES, prior=()) -> ListFeatures:
+    """Pictures of several sizes with captions of several lengths."""
+    generator, rng = torch.Generator().manual_seed(seed), Random(seed)
+
+    def tensor(*shape):
+        return torch.randn(shape, generator=generator)
+
+    examples = []
+    for index in range(count):
+        height, width = sizes[index % len(sizes)]
+        examples.append(
+            Example(
+                latent=tensor(4, height, width) * 5,
+                caption=tensor(rng.randint(2, 7), WIDTH),
+                size_px=(height * 8, width * 8),
+                aspect_ratio=height / width,
+                deviation=torch.full((4, height, width), 0.1),
+                hint=tensor(4, height, width) if hint else None,
+                is_prior=index in prior,
+            )
+        )
+    return ListFeatures(examples, null_caption=tensor(1, WIDTH))
+
+
+def tiny_settings(**fields) -> TrainingSettings:
+    """Settings of a training of seconds."""
+    usual = {"steps": 6, "batch_size": 2, "rank": 2, "learning_rate": 1e-3, "tensorboard": False, "log_every": 1}
+    return TrainingSettings(**{**usual, **fields})
+
+
+def tiny_model(**fields):
+    """A model in float32 with random weights everywhere."""
+    return make_model(tiny_config(**fields))
