@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import compare, latent, loaders, sampling, styles, text
+from . import compare, edges, latent, loaders, sampling, styles, text
 from .host.sampling import register_samplers
 
 
@@ -26,4 +26,5 @@ class PixArtExtension(ComfyExtension):
             *sampling.NODES,
             *styles.NODES,
             *compare.NODES,
+            *edges.NODES,
         ]

@@ -22,6 +22,8 @@ MORE_LIBRARIES = {
     "pixart.text": {"transformers", "sentencepiece", "ftfy"},
     "pixart.resolution": {"PIL"},
     "pixart.sheet": {"PIL"},
+    "pixart.edges": {"kornia"},
+    "pixart.sample": {"PIL", "tqdm"},
     "pixart.text_encoder": {"transformers"},
     "pixart.autoencoder": {"diffusers"},
     "pixart.training": {"transformers", "sentencepiece", "PIL", "accelerate", "tqdm"},
