@@ -13,6 +13,7 @@ from .storage import read_tensors
 
 LATENT_CHANNELS = 4
 TINY_DECODER, TINY_ENCODER = "taesd_decoder.", "taesd_encoder."
+TINY_SCALE, TINY_SHIFT = "vae_scale", "vae_shift"  # what ComfyUI's files of this layout hold beside the weights
 # The autoencoder of SD 1.5 and SDXL alike. Source: diffusers, AutoencoderKL's published configurations.
 KL_CONFIG = {
     "_class_name": "AutoencoderKL",
@@ -52,7 +53,12 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32, devic
     else:
         network = _from_file(diffusers, path)
     network = torch.nn.Module.to(network, device, dtype).eval().requires_grad_(False)  # diffusers' own .to() warns
-    return Autoencoder(_encoder(network), lambda latent: network.decode(latent.to(network.dtype)).sample)
+    scale, shift = getattr(network, TINY_SCALE, 1.0), getattr(network, TINY_SHIFT, 0.0)
+
+    def decode(latent):
+        return network.decode(((latent - shift) * scale).to(network.device, network.dtype)).sample
+
+    return Autoencoder(_encoder(network, scale, shift), decode)
 
 
 def _import_diffusers():
@@ -89,6 +95,9 @@ def _tiny(diffusers, weights: dict, path: Path):
                 number, _, rest = name.removeprefix(prefix).partition(".")
                 state[f"{part}.layers.{int(number) - shift}.{rest}"] = tensor.float()
     network = diffusers.AutoencoderTiny()
+    for name in (TINY_SCALE, TINY_SHIFT):
+        if name in weights:
+            setattr(network, name, float(weights[name]))
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -99,12 +108,12 @@ def _tiny(diffusers, weights: dict, path: Path):
     return network
 
 
-def _encoder(network) -> Callable:
+def _encoder(network, scale: float, shift: float) -> Callable:
     def encode(pictures):
         pictures = pictures.to(network.device, network.dtype)
         encoded = network.encode(pictures)
         if hasattr(encoded, "latents"):
-            return encoded.latents, None
+            return encoded.latents / scale + shift, None
         return encoded.latent_dist.mean, encoded.latent_dist.std
 
     return encode
