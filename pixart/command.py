@@ -1,0 +1,34 @@
+"""What the pack's commands share: exit codes, errors in one line, devices and precisions."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OK, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def run_command(
+    main: Callable[[argparse.Namespace], None],
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run a command. Returns its exit code: 0, 1 for bad input with one line that says what, 130 when interrupted."""
+    options = parser.parse_args(arguments)
+    try:
+        main(options)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return OK
+
+
+def add_device(parser) -> None:
+    """--device and --dtype; the defaults are what this machine is best at."""
+    device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
+    parser.add_argument("--device", default=device, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=list(DTYPES), default=dtype, help="default: %(default)s")

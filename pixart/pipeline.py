@@ -1,0 +1,152 @@
+"""Text to pictures without ComfyUI: the same model, solvers and conventions, in plain PyTorch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .autoencoder import Autoencoder
+from .config import LATENT_DOWNSCALE
+from .solvers import SAMPLERS, SampleNoise, noise_seeds, schedule_sigmas, timesteps_from_sigmas
+from .text import batch_captions
+from .text_encoder import TextEncoder
+from .transformer import PixArt
+
+GUIDED_CHANNELS = 3  # of IDDPM; the original leaves the fourth to the caption alone
+FIRST_SIGMA_SLACK = 1e-5
+STOCHASTIC = frozenset({"sa_solver", "iddpm", "ddim", "lcm"})
+
+
+@dataclass(frozen=True)
+class Captions:
+    """T5 states (B, L, D) with their mask (B, L), True = keep."""
+
+    states: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, states: Sequence[torch.Tensor]) -> "Captions":
+        """Captions of states (L, D) of any lengths."""
+        return cls(*batch_captions([each[None] for each in states]))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """solver: key of SAMPLERS, with its options. schedule: key of SCHEDULES. guidance: 1 is off."""
+
+    solver: str = "dpm_solver"
+    schedule: str = "uniform"
+    steps: int = 20
+    guidance: float = 4.5
+    options: dict = field(default_factory=dict)
+
+
+class GuidedModel:
+    """PixArt as a solver calls it: (x, sigma) -> the denoised latent, guided by a positive and a negative caption."""
+
+    def __init__(self, model: PixArt, positive: Captions, negative: Captions, guidance: float, guided_channels=None):
+        """guided_channels: how many channels the guidance moves; None for all."""
+        self.model, self.guidance, self.guided_channels = model, guidance, guided_channels
+        captions = [positive] if guidance == 1 else [positive, negative]
+        rows = [state for each in captions for state in each.states]
+        masks = [mask for each in captions for mask in each.mask]
+        longest = max(len(row) for row in rows)
+        self.states = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+        self.mask = torch.stack([torch.nn.functional.pad(mask, (0, longest - len(mask))) for mask in masks])
+        self.variance_channels = None
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
+        halves = 1 if self.guidance == 1 else 2
+        level = sigma[0]
+        latent = (x / (level**2 + 1).sqrt()).repeat(halves, 1, 1, 1).to(self.states.dtype)
+        time = timesteps_from_sigmas(level).clamp(min=0).float().to(x.device)
+        size = latent.new_tensor([[side * LATENT_DOWNSCALE for side in x.shape[2:]]], dtype=torch.float32)
+        predicted = self.model(latent, time[None], self.states, self.mask, size, size[:, :1] / size[:, 1:])
+        positive, *negative = predicted.float().chunk(halves)
+        channels = x.shape[1]
+        self.variance_channels = positive[:, channels:] if positive.shape[1] > channels else None
+        denoised = x - level * positive[:, :channels]
+        if not negative:
+            return denoised
+        unguided = x - level * negative[0][:, :channels]
+        guided = unguided + (denoised - unguided) * self.guidance
+        if self.guided_channels is not None:
+            guided[:, self.guided_channels :] = denoised[:, self.guided_channels :]
+        return guided
+
+    def variance(self) -> torch.Tensor | None:
+        """The variance channels of the last evaluation's conditional half."""
+        return self.variance_channels
+
+
+def sample_latents(
+    model: PixArt,
+    positive: Captions,
+    negative: Captions,
+    height_px: int,
+    width_px: int,
+    seed: int,
+    settings: Settings,
+    on_step: Callable[[dict], None] | None = None,
+) -> torch.Tensor:
+    """Latents (B, C, h, w), unscaled, from noise: what a KSampler with the same seed and settings gives.
+
+    positive, negative: of one batch size. seed: of the first picture; the next has the next, whatever the batch.
+    on_step: a solver's callback. Raises ValueError for unknown settings.
+    """
+    if settings.solver not in SAMPLERS:
+        raise ValueError(f"Unknown solver: got '{settings.solver}', expected one of {', '.join(SAMPLERS)}. Choose one.")
+    device = positive.states.device
+    levels = schedule_sigmas(settings.schedule, settings.steps).float()
+    shape = (1, model.config.in_channels, height_px // LATENT_DOWNSCALE, width_px // LATENT_DOWNSCALE)
+    seeds = range(seed, seed + len(positive.states))
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(each)) for each in seeds])
+    full = float(levels[0]) > float(schedule_sigmas("uniform", 1)[0]) * (1 - FIRST_SIGMA_SLACK)
+    x = (noise * ((1 + levels[0] ** 2).sqrt() if full else levels[0])).to(device)
+    is_iddpm = settings.solver == "iddpm"
+    guided = GuidedModel(model, positive, negative, settings.guidance, GUIDED_CHANNELS if is_iddpm else None)
+    options = dict(settings.options)
+    if settings.solver in STOCHASTIC:
+        options["noise_sampler"] = SampleNoise(x, noise_seeds(noise))
+    if is_iddpm:
+        options["variance"] = guided.variance
+    with torch.no_grad():
+        x = SAMPLERS[settings.solver](guided, x, levels.to(device), callback=on_step, disable=True, **options)
+    return x / model.config.vae_scale
+
+
+class Pipeline:
+    """A model with the text encoder and autoencoder that it needs."""
+
+    def __init__(self, model: PixArt, text_encoder: TextEncoder, autoencoder: Autoencoder):
+        self.model, self.text_encoder, self.autoencoder = model, text_encoder, autoencoder
+
+    def encode(self, captions: Sequence[str]) -> Captions:
+        """Captions cut to the model's length, on its device and in its dtype. Raises ValueError for another T5."""
+        encoded = Captions.of(self.text_encoder(captions, self.model.config.caption_length))
+        channels = self.model.config.caption_channels
+        if encoded.states.shape[2] != channels:
+            raise ValueError(
+                f"Caption width mismatch: got {encoded.states.shape[2]}, expected {channels}. "
+                f"Choose the T5 text encoder of this PixArt model (T5-XXL for the released ones)."
+            )
+        like = next(self.model.parameters())
+        return Captions(encoded.states.to(like), encoded.mask.to(like.device))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        negative: str,
+        height_px: int,
+        width_px: int,
+        seed: int,
+        settings: Settings,
+        on_step: Callable[[dict], None] | None = None,
+    ) -> torch.Tensor:
+        """One picture for each prompt, (B, H, W, 3) in [0, 1]. seed: see sample_latents."""
+        positive = self.encode(prompts)
+        unguided = self.encode([negative] * len(prompts))
+        latents = sample_latents(self.model, positive, unguided, height_px, width_px, seed, settings, on_step)
+        with torch.no_grad():
+            pictures = [self.autoencoder.decode(latent[None]) for latent in latents]  # one by one: the largest memory
+        return ((torch.cat(pictures).float() + 1) / 2).clamp(0, 1).movedim(1, -1).cpu()

@@ -1,0 +1,133 @@
+"""`python -m pixart.sample`: the pictures that ComfyUI makes, without it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart_pack.pixart import sample
+from pixart_pack.pixart.command import run_command
+from pixart_pack.tests.host.graph import Graph
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "demo" / "models"
+NAMES = {"model": "diffusion_models/pixart_demo", "t5": "text_encoders/pixart_demo_t5", "vae": "vae/pixart_demo_vae"}
+FILES = {flag: f"{DEMO / name}.safetensors" for flag, name in NAMES.items()}
+CAPTION = "a large red circle in the top left on a gray background"
+# Of 255. Both compute in float32, in other orders; one more for the rounding of Save Image, which is always down.
+ROUNDING = 3
+
+
+@pytest.fixture(autouse=True)
+def tokenizer(comfyui, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
+
+
+def arguments(output, *more):
+    models = [part for flag, path in FILES.items() for part in (f"--{flag}", path)]
+    return [*models, "--dtype", "fp32", "--device", "cpu", "--output", str(output), *more]
+
+
+def run(output, *more):
+    return run_command(sample.main, sample.parse(), arguments(output, *more))
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"), np.int16)
+
+
+def in_comfyui(host, negative, **settings):
+    for name in NAMES.values():
+        target = host.models / f"{name}.safetensors"
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((DEMO / f"{name}.safetensors").read_bytes())
+    graph = Graph()
+    model = graph.add("PixArtLoadCheckpoint", checkpoint="pixart_demo.safetensors")
+    clip = graph.add("PixArtLoadT5", text_encoder="pixart_demo_t5.safetensors")
+    positive = graph.add("PixArtTextEncode", clip=clip, text=CAPTION, model=model)
+    unguided = graph.add("PixArtNegative", mode="text", text=negative, clip=clip, positive=positive, model=model)
+    latent = graph.add(
+        "KSampler", model=model, positive=positive, negative=unguided, denoise=1.0, **settings,
+        latent_image=graph.add("EmptyLatentImage", width=160, height=96, batch_size=1),
+    )  # fmt: skip
+    vae = graph.add("VAELoader", vae_name="pixart_demo_vae.safetensors")
+    graph.add("SaveImage", images=graph.add("VAEDecode", samples=latent, vae=vae), filename_prefix="sample")
+    return np.asarray(host.run(graph.nodes, timeout_s=300)[0].convert("RGB"), np.int16)
+
+
+@pytest.mark.parametrize(
+    ("solver", "schedule", "steps", "guidance", "negative"),
+    [
+        ("dpm_solver", "uniform", 10, 4.0, ""),
+        ("sa_solver", "uniform", 8, 3.0, "a blue square"),
+        ("iddpm", "iddpm", 12, 4.0, ""),
+        ("lcm", "lcm", 4, 1.0, ""),
+        ("dmd", "dmd", 1, 1.0, ""),
+    ],
+)
+def test_the_picture_is_comfyuis(host, tmp_path, solver, schedule, steps, guidance, negative):
+    settings = {"sampler_name": f"pixart_{solver}", "scheduler": f"pixart_{schedule}"}
+    expected = in_comfyui(host, negative, seed=5, steps=steps, cfg=guidance, **settings)
+    flags = ["--solver", solver, "--schedule", schedule, "--steps", str(steps), "--guidance", str(guidance)]
+    assert run(tmp_path, "--prompt", CAPTION, "--negative", negative, "--size", "160x96", "--seed", "5", *flags) == 0
+    found = pixels(next(tmp_path.glob("*.png")))
+    assert found.shape == (96, 160, 3) and found.std() > 5
+    assert np.abs(found - expected).max() <= ROUNDING
+
+
+def test_a_real_process_with_a_file_of_prompts_of_several_sizes(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{CAPTION}\n\n{CAPTION} --ar 9:16\na blue square\n", encoding="utf-8")
+    output = tmp_path / "pictures"
+    command = [sys.executable, "-m", "pixart.sample", *arguments(output, "--prompts", str(prompts), "--steps", "2")]
+    done = subprocess.run([*command, "--batch", "2"], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = sorted(output.glob("*.png"))
+    assert [path.name[:9] for path in found] == ["00000_a-l", "00001_a-l", "00002_a-b"]
+    sizes = [Image.open(path).size for path in found]
+    assert sizes[0] == sizes[2] and sizes[1][0] > sizes[1][1]
+    assert CAPTION in Image.open(found[0]).text["parameters"]
+
+
+def test_a_picture_does_not_depend_on_the_batch(tmp_path):
+    prompts = ["--prompt", CAPTION, "--prompt", "a blue square", "--size", "64x64", "--steps", "3"]
+    assert run(tmp_path / "one", *prompts) == run(tmp_path / "two", *prompts, "--batch", "2") == 0
+    for one, two in zip(*(sorted((tmp_path / name).glob("*.png")) for name in ("one", "two")), strict=True):
+        assert np.abs(pixels(one) - pixels(two)).max() <= 1
+
+
+def test_nothing_is_overwritten_without_force(tmp_path, capsys):
+    settings = ["--prompt", CAPTION, "--size", "64x64", "--steps", "1"]
+    assert run(tmp_path, *settings) == 0
+    assert run(tmp_path, *settings) == 1
+    assert "Picture exists" in capsys.readouterr().err
+    assert run(tmp_path, *settings, "--force") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt", "a", "--size", "100x100"], "expected multiples of 8"),
+        (["--prompt", ""], "No prompts"),
+        (["--prompt", "a", "--steps", "0"], "Too few steps"),
+        (["--prompts", "/nowhere/prompts.txt"], "prompts.txt"),
+        (["--prompt", "a", "--vae", FILES["t5"]], "Not an autoencoder"),
+        (["--prompt", "a", "--model", FILES["vae"]], "pixart_demo_vae"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, more, message):
+    assert run(tmp_path, *more) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(sample.main, sample.parse(), ["--help"])
+    assert ended.value.code == 0
+    assert "python -m pixart.sample --model" in capsys.readouterr().out
