@@ -41,16 +41,30 @@ def save_checkpoint(
     texts |= {"format": "pt", CONFIG_KEY: json.dumps(asdict(config))}
     weights = to_original(state_dict)
     check_weights(weights, config)
-    is_torch, is_file = path.suffix in _TORCH_SUFFIXES, path.suffix in (".safetensors", *_TORCH_SUFFIXES)
+    is_file = names_file(path)
     if layout == "diffusers" or not is_file:
         weights = to_diffusers(weights, keep_null_caption=is_file)
-    weights = _ready_to_write(weights, dtype, is_torch)
-    if not is_file:
-        _save_folder(path, weights, config, texts, shard_bytes)
-    elif is_torch:
-        write_atomically(path, lambda temporary: torch.save({"state_dict": weights, "metadata": texts}, temporary))
+    if is_file:
+        write_weights(path, weights, texts, dtype)
     else:
-        write_atomically(path, lambda temporary: save_file(weights, temporary, metadata=texts))
+        _save_folder(path, _ready_to_write(weights, dtype, False), config, texts, shard_bytes)
+
+
+def names_file(path: Path) -> bool:
+    """Whether weights saved under this name are one file; a folder otherwise."""
+    return path.suffix in (".safetensors", *_TORCH_SUFFIXES)
+
+
+def write_weights(
+    path: Path, weights: Mapping[str, torch.Tensor], texts: Mapping[str, str], dtype: torch.dtype | None = None
+) -> None:
+    """Write tensors and texts to one file, `.safetensors` or `.pth` ({'state_dict': ...}), complete or not at all."""
+    is_torch = path.suffix in _TORCH_SUFFIXES
+    ready = _ready_to_write(weights, dtype, is_torch)
+    if is_torch:
+        write_atomically(path, lambda temporary: torch.save({"state_dict": ready, "metadata": texts}, temporary))
+    else:
+        write_atomically(path, lambda temporary: save_file(ready, temporary, metadata=texts))
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -67,6 +81,26 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except BaseException:  # an interrupted write leaves nothing behind either
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` fill a temporary folder next to `path`, then put it in place in one step; on failure leave nothing.
+
+    Raises ValueError when there is a folder with content already.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"Folder is not empty: got '{path}', expected a new one. Choose another name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    temporary.mkdir()
+    try:
+        fill(temporary)
+        if path.is_dir():
+            path.rmdir()
+        os.replace(temporary, path)
+    except BaseException:  # an interrupted write leaves nothing behind either
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -117,21 +151,11 @@ def _temporary_name(path: Path) -> Path:
 
 
 def _save_folder(path: Path, tensors: dict, config: PixArtConfig, texts: dict, shard_bytes: int | None) -> None:
-    target = path / "transformer"
-    if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"Folder is not empty: got '{target}', expected a new one. Choose another name.")
-    path.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(target)
-    temporary.mkdir()
-    try:
-        _write_shards(temporary, tensors, texts, shard_bytes)
-        (temporary / "config.json").write_text(json.dumps(diffusers_config(config), indent=2) + "\n", encoding="utf-8")
-        if target.is_dir():
-            target.rmdir()
-        os.replace(temporary, target)
-    except BaseException:  # an interrupted write leaves nothing behind either
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    def fill(folder: Path) -> None:
+        _write_shards(folder, tensors, texts, shard_bytes)
+        (folder / "config.json").write_text(json.dumps(diffusers_config(config), indent=2) + "\n", encoding="utf-8")
+
+    write_folder_atomically(path / "transformer", fill)
 
 
 def _write_shards(folder: Path, tensors: dict, texts: dict, shard_bytes: int | None) -> None:
