@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pixart_pack.pixart.training.cache import DatasetEncoder, EncodeSettings, open_features, training_bins
+from pixart_pack.pixart.training.cache import DatasetEncoder, EncodeSettings, training_bins
 from pixart_pack.pixart.training.examples import collate
+from pixart_pack.pixart.training.features import open_features
 from pixart_pack.pixart.training.identity import fingerprint
 from pixart_pack.pixart.training.pictures import FilePicture, TensorPicture
 from pixart_pack.pixart.training.records import Record, check_records

@@ -324,7 +324,7 @@ class CachedFeatures:
         )
 
 
-def open_features(path: str | Path) -> CachedFeatures:
+def open_cached(path: str | Path) -> CachedFeatures:
     """A dataset that was encoded before. path: its list, or a cache's folder that holds a single one.
 
     Raises FileNotFoundError where there is none, or entries are missing, and ValueError for another file.
