@@ -64,30 +64,43 @@ class Events:
 
 
 class Sanity:
-    """Tells an exploding loss by its average over the last steps."""
+    """Tells an exploding loss by the geometric mean of the last steps' errors.
 
-    warm_up, memory, rise = 20, 0.9, 10.0
+    highest: the largest sane error, or None where errors have no fixed scale: then a hundred times the lowest mean.
+    """
 
-    def __init__(self, highest: float):
-        self.highest, self.count, self.average, self.lowest = highest, 0, 0.0, math.inf
+    warm_up, memory, rise = 20, 0.9, 100.0
+
+    def __init__(self, highest: float | None):
+        self.highest, self.count, self.mean_log, self.lowest_log = highest, 0, 0.0, math.inf
 
     def follow(self, error: float) -> bool:
-        """Take in the error of a step; False when the average is above `highest` and ten times its lowest."""
+        """Take in the error of a step; False when their mean is not sane any more."""
         self.count += 1
         rate = max(1 - self.memory, 1 / self.count)
-        self.average += rate * (error - self.average)
+        self.mean_log += rate * (math.log(max(error, 1e-30)) - self.mean_log)
         if self.count < self.warm_up:
             return True
-        self.lowest = min(self.lowest, self.average)
-        return self.average <= max(self.highest, self.rise * self.lowest)
+        self.lowest_log = min(self.lowest_log, self.mean_log)
+        return self.mean <= self.limit
+
+    @property
+    def mean(self) -> float:
+        """Of the last errors."""
+        return math.exp(self.mean_log)
+
+    @property
+    def limit(self) -> float:
+        """What the mean may reach."""
+        return self.rise * math.exp(self.lowest_log) if self.highest is None else self.highest
 
     def state_dict(self) -> dict:
         """For a checkpoint."""
-        return {"count": self.count, "average": self.average, "lowest": self.lowest}
+        return {"count": self.count, "mean_log": self.mean_log, "lowest_log": self.lowest_log}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a state_dict."""
-        self.count, self.average, self.lowest = state["count"], state["average"], state["lowest"]
+        self.count, self.mean_log, self.lowest_log = state["count"], state["mean_log"], state["lowest_log"]
 
 
 class Trainer:
@@ -243,8 +256,8 @@ class Trainer:
             )
         if not self.sanity.follow(self.error):
             raise TrainingDiverged(
-                f"Loss exploded: got an error of {self.sanity.average:.3g} on average at step {self.step + 1}, "
-                f"expected about {self.sanity.lowest:.3g}, its lowest. {advice}"
+                f"Loss exploded: got an error of {self.sanity.mean:.3g} on average at step {self.step + 1}, expected "
+                f"at most {self.sanity.limit:.3g}. {advice}"
             )
 
     def _overflowed(self) -> bool:

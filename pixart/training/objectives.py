@@ -35,10 +35,10 @@ class Objective(nn.Module):
     """What all objectives share: the model's inputs out of a batch.
 
     model: the PixArt that is called. dtype: of the maths. null_caption: (L, D) T5 states of the empty caption, used
-    where the model has no learned one. highest_error: a loss above it is no longer that of a sane model.
+    where the model has no learned one. highest_error: the error of a sane model stays below it; None where errors have no fixed scale.
     """
 
-    highest_error = 4.0  # predicting nothing at all gives 1
+    highest_error: float | None = 4.0  # predicting nothing at all gives 1
     grid: Tensor | None = None  # the timesteps to draw from; None is all
 
     def __init__(self, model: PixArt, settings: TrainingSettings, dtype: torch.dtype, null_caption: Tensor | None):
@@ -135,7 +135,7 @@ class Distillation(Objective):
     Source: arXiv 2310.04378; for PixArt, arXiv 2401.05252.
     """
 
-    highest_error = 0.0  # of latents divided by alpha: no fixed scale
+    highest_error = None  # of latents divided by alpha
 
     def __init__(self, model, settings, dtype, null_caption):
         super().__init__(model, settings, dtype, null_caption)

@@ -1,4 +1,4 @@
-"""All settings of a training in one frozen dataclass, checked before any work, read from and written to YAML or JSON."""
+"""All settings of a training: one frozen dataclass, checked before any work, read from and written to YAML or JSON."""
 
 import json
 import math
@@ -329,8 +329,8 @@ def _parse(path: Path) -> dict:
         values = json.loads(text) if path.suffix == ".json" else _yaml().safe_load(text)
     except (ValueError, _yaml().YAMLError) as error:
         raise ValueError(
-            f"Configuration is no {'JSON' if path.suffix == '.json' else 'YAML'}: got '{path.name}' ({error}), expected "
-            f"'key: value' lines. Correct it, or export it again."
+            f"Configuration cannot be read: got '{path.name}' ({error}), expected YAML or JSON of 'key: value' lines. "
+            f"Correct it, or export it again."
         ) from error
     if not isinstance(values, dict):
         raise ValueError(

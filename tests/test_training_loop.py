@@ -1,0 +1,291 @@
+"""The loop: continued runs bit by bit, stopping, accumulation, averages, divergence, full disks."""
+
+import errno
+import json
+
+import pytest
+import torch
+
+import pixart_pack.pixart.training.state as state_module
+from pixart_pack.pixart.training.build import make_objective
+from pixart_pack.pixart.training.loop import Events, Sanity, Trainer, TrainingDiverged
+from pixart_pack.pixart.training.report import LOG, read_log
+from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
+
+KINDS = ("lora", "full", "controlnet", "lcm", "lcm_lora")
+
+
+class StopAfter(Events):
+    """Stops before forward pass number `forwards`."""
+
+    def __init__(self, forwards):
+        self.left = forwards
+        self.seen = []
+
+    def should_stop(self):
+        self.left -= 1
+        return self.left < 0
+
+    def stepped(self, progress):
+        self.seen.append(progress)
+
+
+def trainer(folder, settings, events=None, features=None, **more):
+    features = features or make_features(hint=True)
+    return Trainer(make_objective(tiny_model(), settings), features, settings, folder, events=events, **more)
+
+
+def trained(folder, settings, **more):
+    made = trainer(folder, settings, **more)
+    made.run()
+    return made.trained_weights()
+
+
+def assert_same(weights, expected):
+    assert weights.keys() == expected.keys() and weights
+    for name, value in weights.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def losses(folder):
+    return {entry["step"]: entry["loss"] for entry in read_log(folder / LOG)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_something(kind, tmp_path):
+    made = trainer(tmp_path, tiny_settings(kind=kind, warmup_steps=2, schedule="cosine"))
+    before = {name: parameter.detach().clone() for name, parameter in made.parameters.items()}
+    assert made.run() == 6
+    changed = [name for name, value in made.trained_weights().items() if not torch.equal(value, before[name])]
+    # A LoRA's first matrix gets its gradients from the second, which begins at zero but has moved after a step.
+    assert set(changed) == set(before)
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("forwards", [2, 5])  # at the end of a step, and between its forward passes
+def test_a_run_that_was_cut_continues_bit_by_bit(kind, forwards, tmp_path):
+    settings = tiny_settings(kind=kind, accumulation=2, ema_decay=0.9, dropout=0.1, warmup_steps=2, steps=5)
+    whole = trained(tmp_path / "whole", settings)
+    stopped = trainer(tmp_path / "cut", settings, StopAfter(forwards))
+    assert stopped.run() == forwards // 2
+    assert_same(trained(tmp_path / "cut", settings), whole)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "came", "prodigy", "lion"])
+def test_every_optimizer_continues_bit_by_bit(optimizer, tmp_path):
+    settings = tiny_settings(optimizer=optimizer, steps=5, schedule="linear")
+    whole = trained(tmp_path / "whole", settings)
+    trainer(tmp_path / "cut", settings, StopAfter(3)).run()
+    assert_same(trained(tmp_path / "cut", settings), whole)
+
+
+def test_fp16_continues_bit_by_bit(tmp_path):
+    settings = tiny_settings(dtype="fp16", steps=5)
+    whole = trained(tmp_path / "whole", settings)
+    trainer(tmp_path / "cut", settings, StopAfter(3)).run()
+    assert_same(trained(tmp_path / "cut", settings), whole)
+
+
+def test_a_crash_keeps_all_whole_steps(tmp_path):
+    class Crash(Events):
+        def stepped(self, progress):
+            if progress.step == 4:
+                raise KeyboardInterrupt
+
+    settings = tiny_settings()
+    whole = trained(tmp_path / "whole", settings)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "cut", settings, Crash()).run()
+    continued = trainer(tmp_path / "cut", settings)
+    continued.run()
+    assert len(continued.report.losses) == 6
+    assert_same(continued.trained_weights(), whole)
+
+
+def test_a_killed_process_loses_the_steps_since_the_checkpoint_alone(tmp_path, monkeypatch):
+    settings = tiny_settings(checkpoint_every=2)
+    whole = trained(tmp_path / "whole", settings)
+    monkeypatch.setattr(Trainer, "_save_what_is_whole", lambda self: None)  # a killed process saves nothing
+
+    class Kill(Events):
+        def stepped(self, progress):
+            if progress.step == 5:
+                raise SystemExit
+
+    with pytest.raises(SystemExit):
+        trainer(tmp_path / "cut", settings, Kill()).run()
+    continued = trainer(tmp_path / "cut", settings)
+    assert [path.name for path in continued.checkpoints.all()] == ["step-00000002.pt", "step-00000004.pt"]
+    continued.run()
+    assert_same(continued.trained_weights(), whole)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_broken_checkpoint_is_passed_over(tmp_path):
+    settings = tiny_settings(checkpoint_every=2)
+    whole = trained(tmp_path, settings)
+    newest = tmp_path / "checkpoints" / "step-00000006.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert_same(trained(tmp_path, settings), whole)
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    made = trainer(tmp_path, tiny_settings(checkpoint_every=1, keep_last=3))
+    made.run()
+    assert [path.name for path in made.checkpoints.all()] == [f"step-0000000{step}.pt" for step in (4, 5, 6)]
+    assert not [path for path in made.checkpoints.folder.iterdir() if path.suffix != ".pt"]
+
+
+def test_more_steps_continue_a_finished_run(tmp_path):
+    trained(tmp_path, tiny_settings(steps=3))
+    made = trainer(tmp_path, tiny_settings(steps=5))
+    assert made.run() == 5
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [({"rank": 3}, "other settings: got rank 3 instead of 2"), ({"batch_size": 3}, "continued with other data")],
+)
+def test_another_training_is_not_continued(change, match, tmp_path):
+    trained(tmp_path, tiny_settings(steps=2))
+    with pytest.raises(ValueError, match=match):
+        trained(tmp_path, tiny_settings(steps=4, **change))
+
+
+def test_another_model_is_not_continued(tmp_path):
+    settings = tiny_settings(steps=2)
+    trained(tmp_path, settings)
+    other = make_objective(tiny_model(depth=2), settings)
+    with pytest.raises(ValueError, match="other trained weights"):
+        Trainer(other, make_features(), settings, tmp_path).run()
+
+
+def test_accumulation_is_of_the_same_size_as_one_batch(tmp_path):
+    """Not the same noises, so compared on the gradients of a step whose draws are made equal by the batch's order."""
+    features = make_features(count=4, sizes=((8, 8),))
+    sums = []
+    for accumulation in (1, 2):
+        settings = tiny_settings(batch_size=4, accumulation=accumulation, steps=1, clip_norm=0)
+        made = trainer(tmp_path / str(accumulation), settings, features=features)
+        made.run()
+        sums.append(made.loss)
+    assert sums[0] == pytest.approx(sums[1], rel=0.5)  # two draws of one expectation
+
+
+def test_two_halves_of_a_batch_are_the_batch(tmp_path):
+    settings = tiny_settings(batch_size=4)
+    made = trainer(tmp_path, settings, features=make_features(count=4, sizes=((8, 8),)))
+    batch, draws = made._load(0)
+    halves = []
+    for rank in (0, 1):
+        half = trainer(tmp_path, tiny_settings(batch_size=2), features=made.features)
+        half.sampler = type(half.sampler)(made.features.bins, 2, world_size=2, rank=rank)
+        half.processes.rank, half.processes.world_size = rank, 2
+        halves.append(half._load(0))
+    for whole, name in ((batch, "latent"), (draws, "noise"), (draws, "timestep"), (draws, "dropped")):
+        parts = torch.cat([getattr(half[whole is draws], name) for half in halves])
+        assert torch.equal(parts, getattr(whole, name)), name
+
+
+def test_not_a_number_stops_before_the_weights_are_harmed(tmp_path):
+    features = make_features()
+    made = trainer(tmp_path, tiny_settings(steps=50), features=features)
+    good = trained(tmp_path / "good", tiny_settings(steps=2), features=features)
+
+    class Poison(Events):
+        def stepped(self, progress):
+            if progress.step == 2:
+                made.prepared = lambda batch, draws: made.objective(batch, draws)._replace(
+                    total=sum(p.sum() for p in made.parameters.values()) * float("nan")
+                )
+
+    made.events = Poison()
+    with pytest.raises(TrainingDiverged, match=r"Loss is not a number: got loss nan .* Lower the learning rate"):
+        made.run()
+    assert_same(made.trained_weights(), good)
+    assert_same(made.checkpoints.load()["parameters"], good)
+
+
+def test_an_exploding_loss_stops_and_leaves_the_good_checkpoints(tmp_path):
+    settings = tiny_settings(kind="full", learning_rate=0.1, steps=300, checkpoint_every=2, clip_norm=0)
+    made = trainer(tmp_path, settings)
+    with pytest.raises(TrainingDiverged, match="Loss exploded: .* expected at most 4. Lower the learning rate"):
+        made.run()
+    assert made.checkpoints.load()["step"] == 18 and made.step == 19
+
+
+def test_an_error_without_scale_explodes_by_its_rise():
+    sanity = Sanity(None)
+    assert all(sanity.follow(error) for error in [1000.0] * 10 + [1.0, 30.0] * 40)
+    assert not all(sanity.follow(1e6) for _ in range(10))
+
+
+def test_noisy_errors_are_no_explosion():
+    sanity = Sanity(4.0)
+    assert all(sanity.follow(error) for error in [0.001, 0.9, 0.02, 3.0, 0.3] * 50)
+
+
+def test_a_full_disk_gives_older_checkpoints_up_and_then_stops(tmp_path, monkeypatch):
+    made = trainer(tmp_path, tiny_settings(checkpoint_every=1, keep_last=3))
+    full_from = 5
+    write = state_module.write_atomically
+
+    def limited(path, fill):
+        if path.name >= f"step-{full_from:08d}.pt" and len(made.checkpoints.all()) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, fill)
+
+    monkeypatch.setattr(state_module, "write_atomically", limited)
+    made.run()
+    assert [path.name for path in made.checkpoints.all()] == ["step-00000005.pt", "step-00000006.pt"]
+
+
+def test_a_disk_that_stays_full_stops_the_training_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    made = trainer(tmp_path, tiny_settings(checkpoint_every=1))
+    write = state_module.write_atomically
+
+    def limited(path, fill):
+        if path.name > "step-00000003.pt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, fill)
+
+    monkeypatch.setattr(state_module, "write_atomically", limited)
+    with pytest.raises(OSError, match="Checkpoint cannot be written: .*No space left.*step-00000003.pt"):
+        made.run()
+    assert made.checkpoints.load()["step"] == 3
+
+
+def test_too_small_a_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(state_module.shutil, "disk_usage", lambda place: state_module.shutil._ntuple_diskusage(1, 1, 9))
+    made = trainer(tmp_path, tiny_settings())
+    with pytest.raises(OSError, match="Disk is too full for the checkpoints"):
+        made.run()
+    assert made.step == 0
+
+
+def test_progress_tells_the_time_left(tmp_path):
+    events = StopAfter(100)
+    trainer(tmp_path, tiny_settings(), events).run()
+    assert [each.step for each in events.seen] == [1, 2, 3, 4, 5, 6]
+    assert events.seen[-1].seconds_left == 0 and events.seen[0].seconds_left > 0
+    entry = json.loads((tmp_path / LOG).read_text().splitlines()[-1])
+    assert entry["loss"] == events.seen[-1].loss and entry["smoothed"] == events.seen[-1].smoothed
+
+
+def test_dropout_leaves_the_surroundings_random_state_alone(tmp_path):
+    made = trainer(tmp_path, tiny_settings(dropout=0.5, steps=2))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    made.run()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_recomputed_blocks_give_the_same_weights(tmp_path):
+    weights = [
+        trained(tmp_path / str(again), tiny_settings(checkpointing=again, dropout=0.2)) for again in (False, True)
+    ]
+    assert_same(*weights)
