@@ -30,7 +30,11 @@ from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 
 GOLDENS = ["lora_tiny_512", "lora_tiny_1024ms", "lora_tiny_r16_default_alpha"]
 CONFIG = tiny_config(depth=2)
-QKV, KV, PROJ = Target.of("blocks.0.attn.qkv"), Target.of("blocks.1.cross_attn.kv_linear"), Target.of("blocks.1.mlp.fc1")
+QKV, KV, PROJ = (
+    Target.of("blocks.0.attn.qkv"),
+    Target.of("blocks.1.cross_attn.kv_linear"),
+    Target.of("blocks.1.mlp.fc1"),
+)
 PATCH = Target.of("x_embedder.proj")
 # Sums of some ten float32 products of unit size, in another order.
 NOISE = {"atol": 2e-6, "rtol": 1e-5}
@@ -68,3 +72,186 @@ def test_predicts_as_the_original_with_its_lora(name, dtype):
     for strength, output in ((0.0, "base"), (1.0, "lora_unmerged"), (1.0, "lora_merged")):
         found = run_model(merge(weights, lora, strength), config, inputs, dtype)
         torch.testing.assert_close(found.float(), tensors[f"{kind}.{output}"], **tolerance)
+
+
+def same_weights(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_merged_weights_are_the_originals(name):
+    case, weights, config, adapter, tensors = golden(name)
+    merged = to_diffusers(merge(weights, load_lora(adapter, case["adapter_config"])))
+    for key, expected in take(tensors, "output.merged_weight").items():
+        torch.testing.assert_close(merged[key], expected, **NOISE)
+
+
+def renamed(adapter, prefix, *, flat=False, down="lora_A.weight", up="lora_B.weight", alpha=None):
+    """PEFT's keys under another program's names."""
+    other = {}
+    for key, tensor in adapter.items():
+        module, part = key.removeprefix("base_model.model.").rsplit(".lora_", 1)
+        module = prefix + (module.replace(".", "_") if flat else module)
+        other[f"{module}.{down if part.startswith('A') else up}"] = tensor
+        if alpha is not None:
+            other[f"{module}.alpha"] = torch.tensor(alpha)
+    return other
+
+
+KOHYA = {"flat": True, "down": "lora_down.weight", "up": "lora_up.weight", "alpha": 8.0}
+LAYOUTS = {
+    "peft": ("base_model.model.", {}),
+    "peft with the adapter's name": (
+        "base_model.model.",
+        {"down": "lora_A.default.weight", "up": "lora_B.default.weight"},
+    ),
+    "pipeline": ("unet.base_model.model.", {}),
+    "diffusers": ("transformer.", {"alpha": 8.0}),
+    "bare": ("", {"alpha": 8.0}),
+    "bare, down and up": ("", {"down": "lora.down.weight", "up": "lora.up.weight", "alpha": 8.0}),
+    "kohya": ("lora_unet_", KOHYA),
+    "OneTrainer": ("lora_transformer_", KOHYA),
+    "LyCORIS": ("lycoris_", KOHYA),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", GOLDENS[1:])
+def test_every_layout_of_names_is_the_same_lora(name, layout):
+    case, weights, config, adapter, _ = golden(name)
+    prefix, how = LAYOUTS[layout]
+    lora = load_lora(renamed(adapter, prefix, **how), config=config)
+    assert not lora.unmatched
+    assert lora.matched == len(adapter) * (1.5 if "alpha" in how else 1)
+    same_weights(merge(weights, lora), merge(weights, load_lora(adapter, case["adapter_config"])))
+
+
+@pytest.mark.parametrize(
+    "prefix", ["base_model.model.", "diffusion_model.", "lora_unet_", "model.diffusion_model.", "lycoris_"]
+)
+def test_original_names_on_packed_weights(prefix):
+    generator = torch.Generator().manual_seed(0)
+    flat = prefix.endswith("_")
+    adapter, expected = {}, make_weights(CONFIG)
+    for module, (rows, columns) in {"blocks.0.attn.qkv": (144, 48), "t_block.1": (288, 48)}.items():
+        name = prefix + (module.replace(".", "_") if flat else module)
+        down, up = torch.randn(4, columns, generator=generator), torch.randn(rows, 4, generator=generator)
+        adapter |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.alpha": torch.tensor(2.0)}
+        expected[f"{module}.weight"] = expected[f"{module}.weight"] + 0.5 * up @ down
+    same_weights(merge(make_weights(CONFIG), load_lora(adapter, config=CONFIG)), expected, **NOISE)
+
+
+def test_the_names_of_the_first_attention_processors():
+    down, up = torch.randn(2, 48), torch.randn(48, 2)
+    module = "transformer_blocks.1.attn2.processor.to_out_lora"
+    lora = load_lora({f"{module}.down.weight": down, f"{module}.up.weight": up}, config=CONFIG)
+    assert list(lora.factors) == [Target("blocks.1.cross_attn.proj.weight")]
+
+
+# -- alpha ------------------------------------------------------------------------------------------------------------
+
+
+def one_lora(prefix="base_model.model.", module="transformer_blocks.0.ff.net.2", rank=4, **more):
+    rows, columns = 48, 192
+    generator = torch.Generator().manual_seed(rank)
+    return {
+        f"{prefix}{module}.lora_A.weight": torch.randn(rank, columns, generator=generator),
+        f"{prefix}{module}.lora_B.weight": torch.randn(rows, rank, generator=generator),
+        **{f"{prefix}{module}.{name}": value for name, value in more.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("adapter", "given", "scale", "source"),
+    [
+        (one_lora(rank=16), {}, 0.5, "PEFT's default"),
+        (one_lora("unet.base_model.model.", rank=16), {}, 0.5, "PEFT's default"),
+        (one_lora("transformer.", rank=16), {}, 1.0, "the rank"),
+        (one_lora("transformer.", rank=16, alpha=torch.tensor(4)), {}, 0.25, "stored in the file"),
+        (one_lora(rank=16), {"adapter_config": {"lora_alpha": 32}}, 2.0, "adapter_config.json"),
+        (one_lora(rank=16), {"adapter_config": {"lora_alpha": 32, "use_rslora": True}}, 8.0, "adapter_config.json"),
+        (one_lora(rank=4), {"adapter_config": {"lora_alpha": 32, "alpha_pattern": {"net.2": 2}}}, 0.5, "adapter_config"),
+        (one_lora(rank=4), {"adapter_config": {"lora_alpha": 32, "alpha_pattern": {"(": 2}}}, 8.0, "adapter_config"),
+        (one_lora(rank=4), {"adapter_config": {"lora_alpha": "much", "r": None}}, 2.0, "adapter_config"),
+        (one_lora(rank=16), {"alpha": 4.0}, 0.25, "chosen by you"),
+        (one_lora("transformer."), {"metadata": {"lora_adapter_metadata": '{"transformer.lora_alpha": 2}'}}, 0.5, "config"),
+        (one_lora("transformer."), {"metadata": {"lora_adapter_metadata": "["}}, 1.0, "the rank"),
+        (one_lora("transformer.", alpha=torch.tensor(math.nan)), {}, 1.0, "the rank"),
+    ],
+)  # fmt: skip
+def test_where_alpha_is_from(adapter, given, scale, source):
+    lora = load_lora(adapter, config=CONFIG, **given)
+    assert next(iter(lora.factors.values())).scale == scale
+    assert source in lora.alpha_sources[0]
+
+
+# -- PEFT itself ------------------------------------------------------------------------------------------------------
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+EVERYTHING = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj", "proj_out", "linear", "linear_1", "linear_2"]
+
+
+def diffusers_model(weights):
+    diffusers = pytest.importorskip("diffusers")
+    from pixart_pack.pixart.saving import diffusers_config
+
+    fields = {key: value for key, value in diffusers_config(CONFIG).items() if not key.startswith("_")}
+    model = diffusers.PixArtTransformer2DModel(**fields).eval()
+    model.load_state_dict(to_diffusers(weights), strict=True)
+    return model
+
+
+def peft_model(weights, peft_config, seed=0):
+    """The model with a random adapter in it; also the magnitudes of DoRA are off from where they start."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(diffusers_model(weights), peft_config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 0.5 + torch.rand(parameter.shape, generator=generator)
+        elif any(part in name for part in ("lora_", "hada_", "lokr_")):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return model
+
+
+PEFT_CASES = {
+    "lora": ("LoraConfig", {"r": 4, "target_modules": EVERYTHING}),
+    "patterns": (
+        "LoraConfig",
+        {
+            "r": 4,
+            "lora_alpha": 16,
+            "target_modules": EVERYTHING,
+            "rank_pattern": {"attn1.to_q": 2, "transformer_blocks.1.ff.net.2": 6},
+            "alpha_pattern": {"to_k": 3, "adaln_single.linear": 5, r".*\.1\.attn2\.to_v": 7},
+        },
+    ),
+    "rslora": ("LoraConfig", {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ATTENTION}),
+    "dora": ("LoraConfig", {"r": 4, "use_dora": True, "target_modules": EVERYTHING}),
+    "dora on q alone": ("LoraConfig", {"r": 3, "use_dora": True, "lora_alpha": 5, "target_modules": ["attn1.to_q"]}),
+    "loha": ("LoHaConfig", {"r": 3, "alpha": 5, "target_modules": EVERYTHING, "use_effective_conv2d": True}),
+    "loha, flat convolution": ("LoHaConfig", {"r": 3, "target_modules": EVERYTHING}),
+    "lokr": ("LoKrConfig", {"r": 3, "alpha": 5, "target_modules": EVERYTHING, "use_effective_conv2d": True}),
+    "lokr, both in factors": ("LoKrConfig", {"r": 2, "target_modules": EVERYTHING, "decompose_both": True}),
+    "lokr, whole matrices": ("LoKrConfig", {"r": 64, "alpha": 32, "target_modules": ATTENTION}),
+}
+
+
+@pytest.mark.parametrize("case", PEFT_CASES)
+def test_merges_as_peft_does(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    name, fields = PEFT_CASES[case]
+    weights = {key: value for key, value in make_weights(CONFIG).items() if key != "y_embedder.y_embedding"}
+    model = peft_model(weights, getattr(peft, name)(**fields))
+    model.save_pretrained(tmp_path)
+    lora = read_lora(tmp_path, CONFIG)
+    assert not lora.unmatched, lora.unmatched
+    expected = to_original(model.merge_and_unload().state_dict())
+    assert any(not torch.equal(expected[key], weights[key]) for key in weights)
+    same_weights(merge(weights, lora), expected, **NOISE)
+    alone = read_lora(tmp_path / "adapter_model.safetensors", CONFIG)  # the file in its folder, chosen itself
+    same_weights(merge(weights, alone), expected, **NOISE)
