@@ -1,0 +1,199 @@
+"""`python -m pixart.training encode`: encode a dataset outside ComfyUI, in one process or shared out among many."""
+
+import argparse
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..autoencoder import load_autoencoder
+from ..command import DTYPES, add_device
+from ..edges import canny_edges, soft_edges
+from ..folder import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS, find_weights
+from ..hed import detect_edges, make_hed
+from ..storage import read_tensors
+from ..text_encoder import load_text_encoder
+from . import cache, records, sources
+from .identity import digest, fingerprint
+from .original_features import write_original_features
+
+log = logging.getLogger(__name__)
+
+EDGES = {"soft": soft_edges, "canny": canny_edges}
+DESCRIPTION = """Encode captions and pictures once, so that training needs neither T5 nor the autoencoder. What the
+output folder holds already is not encoded again. With `accelerate launch` (or RANK and WORLD_SIZE set) each process
+encodes its share, and the one that finishes last writes the list of the dataset."""
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    """Add the command `encode`; its `main` takes the parsed options."""
+    parser = subparsers.add_parser("encode", help="encode a dataset for training", description=DESCRIPTION)
+    add = parser.add_argument
+    add("dataset", type=Path, help="folder of pictures with .txt captions, table, or any of --kind")
+    add("--output", type=Path, required=True, help="folder of the encoded dataset; it may hold others")
+    add("--name", default=cache.MANIFEST, help="name of the dataset's list in it (default: %(default)s)")
+    add("--text-encoder", type=Path, required=True, help="T5 file or folder")
+    add("--tokenizer", type=Path, help="its folder (default: beside the text encoder, or in COMFYUI_PATH)")
+    add("--vae", type=Path, required=True, help="autoencoder file or folder")
+    add("--vae-dtype", choices=list(DTYPES), default="fp32", help="default: %(default)s")
+    add("--batch-size", type=int, default=1, help="pictures at once (default: %(default)s)")
+    add_device(parser)
+    _add_dataset_options(parser.add_argument_group("dataset"))
+    _add_settings(parser.add_argument_group("encoding"))
+    parser.set_defaults(main=main)
+    return parser
+
+
+def _add_dataset_options(group) -> None:
+    add = group.add_argument
+    add("--kind", choices=sources.KINDS, default=sources.AUTO, help="default: %(default)s")
+    for name in ("picture", "caption", "control"):
+        add(f"--{name}-column", default="", help="default: by the usual names")
+    add("--control-folder", type=Path, help="control pictures under the names of the pictures")
+    add("--smallest", type=int, default=0, metavar="PX", help="leave out pictures with a shorter side below this")
+    add("--problems", choices=records.POLICIES, default=records.POLICIES[0], help="default: %(default)s")
+    add("--caption", default="", help="for pictures without a caption")
+    add("--prior", type=Path, help="dataset of the class that DreamBooth is to keep")
+    add("--prior-caption", default="", help="for its pictures without a caption")
+
+
+def _add_settings(group) -> None:
+    add, usual = group.add_argument, cache.EncodeSettings()
+    add("--resolution", type=int, default=usual.base_px, metavar="PX", help="trained size (default: %(default)s)")
+    add("--square", action="store_true", help="all pictures into the square bin")
+    add("--flip", action="store_true", help="add the mirrored picture of each")
+    add("--caption-length", type=int, default=usual.caption_length, help="120 for alpha, 300 for Sigma")
+    add("--clean", action="store_true", help="clean captions as PixArt-alpha's were")
+    add("--caption-dtype", choices=list(cache.DTYPES), default=usual.caption_dtype, help="default: %(default)s")
+    add("--size-condition", choices=cache.SIZE_CONDITIONS, default=usual.size_condition, help="default: %(default)s")
+    edges = group.add_mutually_exclusive_group()
+    edges.add_argument("--edges", choices=list(EDGES), help="hints for pictures without a control picture")
+    edges.add_argument("--hed", type=Path, help="the same by the HED network of this file")
+    add("--original-layout", type=Path, metavar="FOLDER", help="write PixArt-alpha's .npz and .npy files too")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Encode this process's share. Raises ValueError and OSError for bad input."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.batch_size < 1:
+        raise ValueError(f"Batch size out of range: got {options.batch_size}, expected at least 1. Enter 1 or more.")
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    settings = _settings(options)
+    dataset = _read(options)
+    if rank == 0:
+        log.info(dataset.report)
+    make_hint, hint_identity = _hints(options)
+    encoder = cache.DatasetEncoder(
+        dataset.records,
+        options.output,
+        settings,
+        text_identity=digest(_identify(options.text_encoder, TEXT_ENCODER_STEMS), options.dtype),
+        image_identity=digest(_identify(options.vae, TRANSFORMER_STEMS), options.vae_dtype),
+        hint_identity=hint_identity,
+        rank=rank,
+        world_size=world_size,
+    )
+    _encode(encoder, options, make_hint)
+    _finish(encoder, options, settings, is_alone=world_size == 1)
+
+
+def _settings(options: argparse.Namespace) -> cache.EncodeSettings:
+    return cache.EncodeSettings(
+        options.resolution,
+        options.square,
+        options.flip,
+        options.caption_length,
+        options.clean,
+        options.caption_dtype,
+        options.size_condition,
+    )
+
+
+def _read(options: argparse.Namespace) -> records.Dataset:
+    columns = sources.Columns(options.picture_column, options.caption_column, options.control_column)
+    check = partial(records.check_records, smallest_px=options.smallest, policy=options.problems)
+    own = sources.read_dataset(options.dataset, options.kind, columns, control_folder=options.control_folder)
+    dataset = check(own, fallback_caption=options.caption)
+    if options.prior is None:
+        return dataset
+    prior = sources.read_dataset(options.prior, columns=columns)
+    return dataset + check(prior, fallback_caption=options.prior_caption, is_prior=True)
+
+
+def _encode(encoder: cache.DatasetEncoder, options: argparse.Namespace, make_hint) -> None:
+    device = options.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if encoder.missing_captions:
+        text_encoder = load_text_encoder(options.text_encoder, options.tokenizer, DTYPES[options.dtype], device)
+        with _Bar("captions") as bar:
+            encoder.encode_captions(partial(text_encoder, caption_length=options.caption_length), bar)
+        del text_encoder
+    if encoder.missing_pictures:
+        autoencoder = load_autoencoder(options.vae, DTYPES[options.vae_dtype], device)
+
+        @torch.no_grad()
+        def encode_image(pixels):
+            return autoencoder.encode(pixels.movedim(-1, 1) * 2 - 1)
+
+        with _Bar("pictures") as bar:
+            encoder.encode_pictures(encode_image, options.batch_size, make_hint, bar)
+
+
+def _finish(encoder, options: argparse.Namespace, settings: cache.EncodeSettings, is_alone: bool) -> None:
+    try:
+        features = encoder.features(options.name)
+    except FileNotFoundError as error:
+        if is_alone:
+            raise
+        log.info("This process's share is encoded; others are not done yet. (%s)", error)
+        return
+    log.info("%d pictures are encoded in %s", len(features), options.output)
+    if options.original_layout:
+        write_original_features(
+            features, options.original_layout, settings.base_px, settings.square, settings.caption_length
+        )
+
+
+def _identify(path: Path, stems: tuple[str, ...]) -> str:
+    """A model's identity by its weights, of which only a few pages are read. Raises FileNotFoundError."""
+    if not path.exists():
+        raise FileNotFoundError(f"Model not found: got '{path}', expected a file or folder. Correct the path.")
+    files = find_weights(path, stems)[0] if path.is_dir() else (path,)
+    return fingerprint((name, tensor) for file in files for name, tensor in read_tensors(file)[0].items())
+
+
+def _hints(options: argparse.Namespace) -> tuple[Callable | None, str]:
+    """(what makes hints of pictures, its identity), or (None, "")."""
+    if options.hed:
+        network = make_hed(read_tensors(options.hed)[0], options.hed.name)
+        return partial(_draw, partial(detect_edges, network)), fingerprint(network.state_dict().items())
+    return (partial(_draw, EDGES[options.edges]), options.edges) if options.edges else (None, "")
+
+
+@torch.no_grad()
+def _draw(edges: Callable, pixels: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) -> edges of the same shape."""
+    return edges(pixels.movedim(-1, 1)).movedim(1, -1).expand_as(pixels)
+
+
+class _Bar:
+    """A progress bar as a cache.Progress."""
+
+    def __init__(self, what: str):
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=what)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def __call__(self, done: int, total: int, picture: torch.Tensor | None) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)

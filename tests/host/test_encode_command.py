@@ -1,0 +1,104 @@
+"""The command that encodes datasets outside ComfyUI, on the demo's T5 and autoencoder."""
+
+import argparse
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from PIL import Image
+
+from pixart_pack.demo.autoencoder import VAE_SCALE, average_latents
+from pixart_pack.demo.scenes import caption, draw_scene, random_scene
+from pixart_pack.pixart.training.encode import add_parser
+from pixart_pack.pixart.training.examples import collate
+from pixart_pack.pixart.training.features import open_features
+from pixart_pack.pixart.training.pictures import FilePicture, read_picture
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODELS = ROOT / "demo" / "models"
+T5 = MODELS / "text_encoders" / "pixart_demo_t5.safetensors"
+VAE = MODELS / "vae" / "pixart_demo_vae.safetensors"
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """A folder of five drawn scenes with captions, of two sizes."""
+    folder, rng = tmp_path / "set", Random(0)
+    folder.mkdir()
+    for number in range(5):
+        size = (96, 160) if number == 4 else (128, 128)
+        scene = random_scene(rng, 2, *size)
+        Image.fromarray(draw_scene(scene, *size)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption(scene))
+    return folder
+
+
+@pytest.fixture
+def arguments(scenes, tmp_path, comfyui):
+    tokenizer = comfyui / "comfy" / "text_encoders" / "t5_tokenizer"
+    return [
+        *("encode", str(scenes), "--output", str(tmp_path / "cache"), "--tokenizer", str(tokenizer)),
+        *("--text-encoder", str(T5), "--vae", str(VAE), "--resolution", "128", "--device", "cpu", "--dtype", "fp32"),
+    ]
+
+
+def run(arguments):
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    options = parser.parse_args(arguments)
+    options.main(options)
+
+
+def test_pictures_and_captions_of_the_demo(arguments, scenes, tmp_path):
+    run([*arguments, "--batch-size", "3", "--edges", "soft", "--original-layout", str(tmp_path / "original")])
+    features = open_features(tmp_path / "cache")
+    assert len(features) == 5 and features.bins[0] == (16, 16) and features.bins[4] == (12, 20)
+    picture = read_picture(FilePicture(scenes / "2.png"))
+    expected = average_latents(picture.movedim(-1, 0)[None])[0] / VAE_SCALE
+    assert (features[2].latent - expected).abs().max() < 0.01  # the encoder's sum of many averages, over 0.18
+    assert features[2].deviation is None and features[2].hint.shape == (4, 16, 16)
+    assert features[2].text == (scenes / "2.txt").read_text()
+    batch = collate([features[index] for index in range(4)])
+    assert batch.caption.shape[2] == 64 and batch.caption_mask[:, 0].all()
+    assert features.null_caption.shape == (1, 64)  # the end token alone
+    original = open_features(tmp_path / "original")
+    assert torch.equal(original[2].latent, features[2].latent)
+    assert torch.equal(original[2].caption, features[2].caption.float())
+
+
+def test_prior_pictures_and_bad_input(arguments, scenes, tmp_path):
+    run([*arguments, "--prior", str(scenes), "--prior-caption", "a shape"])
+    features = open_features(tmp_path / "cache")
+    assert [features[index].is_prior for index in range(10)] == [False] * 5 + [True] * 5
+    with pytest.raises(ValueError, match="Batch size out of range: got 0"):
+        run([*arguments, "--batch-size", "0"])
+    with pytest.raises(FileNotFoundError, match="Model not found"):
+        run([*arguments, "--vae", str(tmp_path / "none.safetensors")])
+    with pytest.raises(ValueError, match="got 0 bytes|Wrong text encoder"):
+        run([*arguments, "--text-encoder", str(VAE)])
+
+
+SCRIPT = """
+import argparse, sys
+sys.path.insert(0, sys.argv[1])
+from pixart.training.encode import add_parser
+parser = argparse.ArgumentParser()
+add_parser(parser.add_subparsers())
+options = parser.parse_args(sys.argv[2:])
+options.main(options)
+"""
+
+
+def test_two_processes_share_the_work(arguments, tmp_path):
+    """As torchrun and accelerate launch start them."""
+    start = partial(subprocess.Popen, [sys.executable, "-c", SCRIPT, str(ROOT), *arguments], stderr=subprocess.PIPE)
+    processes = [start(env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, text=True) for rank in range(2)]
+    logs = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], logs
+    assert len(open_features(tmp_path / "cache")) == 5
+    assert any("5 pictures are encoded" in text for text in logs)
