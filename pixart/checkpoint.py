@@ -6,6 +6,7 @@
 from collections.abc import Mapping
 
 from .config import PixArtConfig
+from .control_layout import control_to_diffusers, control_to_original, split_controlnet
 from .detection import Detection, config_to_tensor, detect_config, explain_detection
 from .layout import (
     CONFIG_KEY,
@@ -13,7 +14,6 @@ from .layout import (
     RECOMPUTED_KEYS,
     detect_layout,
     needs_merge,
-    split_controlnet,
     to_diffusers,
     to_original,
     unwrap,
@@ -25,6 +25,8 @@ __all__ = [
     "Detection",
     "check_weights",
     "config_to_tensor",
+    "control_to_diffusers",
+    "control_to_original",
     "detect_config",
     "detect_layout",
     "expected_shapes",

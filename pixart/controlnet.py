@@ -114,7 +114,7 @@ class PixArtControlNet(nn.Module):
         The rest: see PixArt.forward. This embeds the latent and runs the base's first block, which the base then
         does once more; `attach` spares that.
         """
-        self.check_base(base.config)
+        self.match_base(base.config)
         tokens, grid = base.embed_latent(latent)
         embedded = base.embed_condition(latent, timestep, resolution, aspect_ratio)
         inputs = base.prepare_blocks(tokens, grid, embedded, caption, caption_mask, base.attention)
@@ -139,24 +139,29 @@ class PixArtControlNet(nn.Module):
         no more than one residual is held.
         Raises ValueError for a base of another shape.
         """
-        self.check_base(base.config)
+        self.match_base(base.config)
         branch = ControlBranch(self, base, condition)
         return [branch.residual_at(index) for index in range(self.num_copies)]
 
-    def check_base(self, config: PixArtConfig) -> None:
-        """Raises ValueError when a base of this configuration has blocks that these cannot be copies of."""
+    def match_base(self, config: PixArtConfig) -> None:
+        """Takes the number of heads, which no weight tells, from the base that is to be steered.
+
+        Raises ValueError when a base of this configuration has blocks that these cannot be copies of.
+        """
         if self.num_copies >= config.depth:
             raise ValueError(
                 f"ControlNet too deep: got {self.num_copies} copied blocks over a base model of {config.depth}, "
                 f"expected at most {config.depth - 1}. Connect the PixArt model that the ControlNet was trained on."
             )
-        for field in ("hidden_size", "num_heads", "mlp_ratio", "qk_norm", "kv_compress_ratio"):
-            ours, theirs = getattr(self.config, field), getattr(config, field)
-            if ours != theirs:
+        ours, theirs = _block_fields(self.config, self.num_copies), _block_fields(config, self.num_copies)
+        for field, value in ours.items():
+            if value != theirs[field]:
                 raise ValueError(
-                    f"ControlNet of another PixArt: got {field} {ours}, expected {theirs} as in the base model. "
-                    f"Connect the PixArt model that the ControlNet was trained on."
+                    f"ControlNet of another PixArt: got {field} {value}, expected {theirs[field]} as in the base "
+                    f"model. Connect the PixArt model that the ControlNet was trained on."
                 )
+        for block in self.controlnet:
+            block.copied_block.attn.num_heads = block.copied_block.cross_attn.num_heads = config.num_heads
 
 
 class ControlBranch:
@@ -184,6 +189,14 @@ class ControlBranch:
         if self.done == self.control.num_copies:
             self.condition = None
         return residual
+
+
+def _block_fields(config: PixArtConfig, count: int) -> dict:
+    """What the shapes of a model's first `count` blocks depend on."""
+    fields = {name: getattr(config, name) for name in ("hidden_size", "mlp_ratio", "qk_norm")}
+    layers = config.kv_compress_layers
+    ratios = [config.kv_compress_ratio if index in layers else 1 for index in range(count)]
+    return fields | {"kv_compress_ratio": ratios}
 
 
 def _accept_bare_keys(control, state_dict, prefix, *_):

@@ -50,7 +50,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """Everything that can be known about a checkpoint. row: the chosen row of CONFIGS; saved: see `_saved_fields`."""
+    """Everything that can be known about a checkpoint. row: the chosen row of CONFIGS; saved: see `saved_fields`."""
 
     shapes: dict[str, tuple[int, ...]]
     facts: dict
@@ -89,7 +89,7 @@ def explain_detection(
     weights = unwrap(state_dict)
     if variant is not None and variant not in CONFIGS:
         raise ValueError(f"Unknown variant: got '{variant}', expected one of {', '.join(CONFIGS)}. Choose one of them.")
-    saved = _saved_fields(weights, metadata)
+    saved = saved_fields(weights, metadata)
     layout = require_pixart(weights)
     shapes = _original_shapes(weights, layout)
     facts = _fields_from_shapes(shapes)
@@ -114,7 +114,7 @@ def config_to_tensor(config: PixArtConfig) -> torch.Tensor:
     return torch.tensor(list(json.dumps(asdict(config)).encode()), dtype=torch.uint8)
 
 
-def _saved_fields(weights: dict, metadata: Mapping[str, str] | None) -> dict:
+def saved_fields(weights: dict, metadata: Mapping[str, str] | None) -> dict:
     """The configuration that this package saved with the weights; taken out of `weights`. Empty when there is none."""
     tensor = weights.pop(CONFIG_KEY, None)
     text = (metadata or {}).get(CONFIG_KEY)
@@ -200,7 +200,7 @@ def _fields_from_shapes(shapes: Mapping) -> dict:
         "hidden_size": hidden,
         "patch_size": patch_size,
         "in_channels": in_channels,
-        "mlp_ratio": _mlp_ratio(_shape(shapes, "blocks.0.mlp.fc1.weight", 2)[0], hidden),
+        "mlp_ratio": mlp_ratio(_shape(shapes, "blocks.0.mlp.fc1.weight", 2)[0], hidden),
         "caption_channels": _shape(shapes, "y_embedder.y_proj.fc1.weight", 2)[1],
         "learn_sigma": outputs == 2 * in_channels,
         "micro_condition": any(name.startswith(("csize_embedder.", "ar_embedder.")) for name in shapes),
@@ -210,7 +210,7 @@ def _fields_from_shapes(shapes: Mapping) -> dict:
     }
 
 
-def _mlp_ratio(inner: int, hidden: int) -> float:
+def mlp_ratio(inner: int, hidden: int) -> float:
     """The ratio whose product with `hidden`, cut to an integer, is `inner` again."""
     ratio = inner / hidden
     return ratio if int(hidden * ratio) == inner else math.nextafter(ratio, math.inf)
@@ -235,7 +235,7 @@ def _choose_family(evidence: _Evidence) -> tuple[str, str, tuple[str, ...]]:
     votes += [(family, CONFIG_JSON) for family in _family_of_model_config(evidence.model_config)]
     if _stored_tokens(evidence.shapes) == 128**2:
         votes.append((SIGMA, "stored position grid of 2048 px"))
-    named = _read_name(evidence.name)[0]
+    named = read_name(evidence.name)[0]
     if named:
         votes.append((named, "file name"))
     # Without any other sign a small grid is far likelier alpha's, and a model of unknown size Sigma's 1024.
@@ -270,7 +270,7 @@ def _choose_base_size(evidence: _Evidence, family: str) -> tuple[int, str]:
     tokens = _stored_tokens(evidence.shapes)
     if tokens:
         return math.isqrt(tokens), "stored position grid"
-    base_px = _read_name(evidence.name)[1]
+    base_px = read_name(evidence.name)[1]
     if base_px:
         return max(int(base_px * tokens_per_px), 1), "file name"
     sign = "no sign: the most common size of this family"
@@ -310,9 +310,13 @@ def _choose_heads(evidence: _Evidence) -> tuple[int, str]:
     heads = _number(evidence.model_config, "num_attention_heads")
     if heads and heads >= 1:
         return int(heads), CONFIG_JSON
-    hidden_size = evidence.facts["hidden_size"]
-    width = next(width for width in (72, *range(64, 0, -1)) if hidden_size % width == 0)
-    return hidden_size // width, f"guess: heads of width {width}"
+    heads = guess_heads(evidence.facts["hidden_size"])
+    return heads, f"guess: heads of width {evidence.facts['hidden_size'] // heads}"
+
+
+def guess_heads(hidden_size: int) -> int:
+    """A likely number of heads: see `_choose_heads`."""
+    return hidden_size // next(width for width in (72, *range(64, 0, -1)) if hidden_size % width == 0)
 
 
 def _choose_vae_scale(evidence: _Evidence, family: str) -> tuple[float, str]:
@@ -363,7 +367,7 @@ def _stored_tokens(shapes: Mapping) -> int:
     return 0
 
 
-def _read_name(name: str) -> tuple[str | None, int | None]:
+def read_name(name: str) -> tuple[str | None, int | None]:
     """(family, trained size in px) as a file or folder name tells them; None for what it does not tell."""
     lowered = name.lower()
     known = [release for release in RELEASES if release.lower() in lowered]

@@ -82,12 +82,22 @@ _BLOCK_PARTS = {part: (name, parts) for name, parts in BLOCK_NAMES.items() for p
 _ORIGINAL_BLOCK = re.compile(r"blocks\.(\d{1,4})\.(.+)")
 _DIFFUSERS_BLOCK = re.compile(r"transformer_blocks\.(\d{1,4})\.(.+)")
 
+_CONTROL_SIGN = re.compile(r"copied_block\.|(?:^|\.)controlnet_blocks\.\d+\.(?:transformer_block|after_proj)\.")
+
 # Family -> a piece of a key that only its files have. The first match names the family, so the order matters.
 _LORA_SIGNS = (".lora_A.", ".lora_B.", "lora_up.", "lora_down.", ".lora.", ".hada_w1_", ".lokr_w1", ".dora_scale")
 _FAMILY_SIGNS = {
     "T5 text encoder": ("SelfAttention.q.weight", "encoder.block.0.layer.0."),
     "CLIP text encoder": ("text_model.encoder.layers.0.", "transformer.resblocks.0."),
     "HED edge detector": ("block1.convs.0.weight",),
+    "ControlNet (of another model)": (
+        "input_hint_block.",
+        "controlnet_cond_embedding.",
+        "controlnet_x_embedder.",
+        "controlnet_blocks.",
+        "controlnet_down_blocks.",
+        "pos_embed_input.proj.",
+    ),
     "UNet (Stable Diffusion)": ("input_blocks.0.0.weight", "down_blocks.0.resnets.0.time_emb_proj.weight"),
     "VAE": ("decoder.conv_in.weight", "decoder.conv_out.weight", "quant_conv.weight"),
     "Flux": ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0."),
@@ -115,7 +125,7 @@ def unwrap(state_dict: Mapping, weights: str = "ema") -> dict:
 
     weights: "ema" prefers the averaged weights where there are both, "model" the trained ones. The learned null
     caption always comes from the trained ones: averaging skips buffers, so the averaged one is an untrained tensor.
-    A ControlNet file keeps its `base_model.` and `controlnet.` prefixes; `split_controlnet` parts them.
+    A ControlNet file keeps its `base_model.` and `controlnet.` prefixes; `control_layout.split_controlnet` parts them.
     Raises ValueError when there is nothing like a state dict, or not the chosen weights.
     """
     if weights not in ("ema", "model"):
@@ -201,22 +211,6 @@ def needs_merge(names: Iterable[str]) -> bool:
     return any(part in _BLOCK_PARTS and len(_BLOCK_PARTS[part][1]) > 1 for part in parts)
 
 
-def split_controlnet(state_dict: Mapping) -> tuple[dict, dict]:
-    """Part a ControlNet file: (base weights in the original layout, control weights named `{i}.copied_block...`).
-
-    Either may be empty. Raises ValueError for weights of another kind.
-    """
-    weights = unwrap(state_dict)
-    layout = _layout_of(weights)
-    if layout not in (CONTROLNET, CONTROL):
-        raise ValueError(f"Not a PixArt ControlNet: got {describe(layout)}. {advice(layout)}")
-    base = {key.removeprefix("base_model."): value for key, value in weights.items() if key.startswith("base_model.")}
-    control = {
-        key.removeprefix("controlnet."): value for key, value in weights.items() if not key.startswith("base_model.")
-    }
-    return (to_original(base) if base else {}), control
-
-
 def require_pixart(state_dict: Mapping) -> str:
     """The layout of (unwrapped) PixArt weights: ORIGINAL or DIFFUSERS. Raises ValueError saying what it is else."""
     layout = _layout_of(state_dict)
@@ -243,8 +237,8 @@ def advice(layout: str) -> str:
     texts = {
         ORIGINAL: "Load it with Load PixArt Checkpoint.",
         DIFFUSERS: "Load it with Load PixArt Checkpoint.",
-        CONTROLNET: "This loader takes the model alone: choose its base checkpoint.",
-        CONTROL: "This loader takes the model alone: choose its base checkpoint.",
+        CONTROLNET: "Load it with Load PixArt ControlNet, which gives its model too.",
+        CONTROL: "Load it with Load PixArt ControlNet.",
         LORA: "Load the base model here and the LoRA with ComfyUI's LoraLoaderModelOnly.",
         UNKNOWN: "Choose a PixArt-alpha or PixArt-Sigma checkpoint.",
         "T5 text encoder": "Load it with Load T5 Text Encoder.",
@@ -257,8 +251,8 @@ def _layout_of(keys: Iterable[str]) -> str:
     keys = [key for key in keys if isinstance(key, str)]
     if any(sign in key for key in keys for sign in _LORA_SIGNS):
         return LORA
-    if any("copied_block." in key or key.startswith("controlnet_blocks.") for key in keys):
-        return CONTROLNET if any(key.startswith("base_model.") for key in keys) else CONTROL
+    if any(map(_CONTROL_SIGN.search, keys)):
+        return CONTROLNET if any(key.startswith(("base_model.", "transformer.")) for key in keys) else CONTROL
     for family, signs in _FAMILY_SIGNS.items():
         if any(sign in key for key in keys for sign in signs):
             return family
@@ -306,7 +300,7 @@ def _strip_prefixes(weights: dict) -> dict:
     inner = PREFIXES[0]
     if any(key.startswith(inner) for key in weights):
         weights = {key: value for key, value in weights.items() if not key.startswith(COMPANIONS)}
-    while weights and _layout_of(weights) not in (CONTROLNET, CONTROL):
+    while weights:
         prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in weights)), None)
         if prefix is None:
             break

@@ -82,7 +82,7 @@ def read_checkpoint(
     """
     path = Path(path)
     folder = open_folder(path, file_variant) if path.is_dir() else ModelFolder(path, (path,))
-    with _naming(path):
+    with naming(path):
         tensors, metadata = _read_all(folder, lambda content: unwrap(content, weights))
         detection = explain_detection(
             tensors,
@@ -92,9 +92,14 @@ def read_checkpoint(
             name="/".join(path.absolute().parts[-4:]),  # a download cache names the model three folders up
             **hints,
         )
-        state_dict = to_original(tensors, consume=True)
-        _settle_null_caption(state_dict, detection.config.caption_length)
-        check_weights(state_dict, detection.config)
+        return finish_checkpoint(path, tensors, detection, metadata)
+
+
+def finish_checkpoint(path: Path, tensors: dict, detection: Detection, metadata: dict[str, str]) -> Checkpoint:
+    """A Checkpoint of tensors in any layout, which are emptied on the way. Raises ValueError as `read_checkpoint`."""
+    state_dict = to_original(tensors, consume=True)
+    _settle_null_caption(state_dict, detection.config.caption_length)
+    check_weights(state_dict, detection.config)
     for conflict in detection.conflicts:
         log.warning("%s: taken for %s (%s), but %s", path.name, detection.family, detection.signs["family"], conflict)
     return Checkpoint(path, state_dict, detection, metadata)
@@ -109,7 +114,7 @@ def read_tensors(
     Raises FileNotFoundError, or ValueError naming the file and saying what it is instead of weights.
     """
     path = Path(path)
-    with _naming(path):
+    with naming(path):
         kind = _recognise(path)
         choose = choose or _top_level
         if kind == "safetensors":
@@ -124,7 +129,7 @@ def read_tensors(
 
 
 @contextmanager
-def _naming(path: Path):
+def naming(path: Path):
     """Put the file's name into every ValueError that does not hold it yet."""
     try:
         yield

@@ -237,10 +237,13 @@ def test_a_file_without_weights_says_so(content):
         ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "lora", "LoraLoaderModelOnly"),
         ("base_model.model.blocks.0.attn.qkv.lora_B.default.weight", "lora", "LoraLoaderModelOnly"),
         ("lora_transformer_transformer_blocks_0_attn1_to_q.lora_up.weight", "lora", "LoraLoaderModelOnly"),
-        ("controlnet.0.copied_block.attn.qkv.weight", "control", "base checkpoint"),
+        ("controlnet.0.copied_block.attn.qkv.weight", "control", "Load PixArt ControlNet"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5 text encoder", "Load T5 Text Encoder"),
         ("text_model.encoder.layers.0.mlp.fc1.weight", "CLIP text encoder", "Choose a PixArt checkpoint"),
         ("decoder.conv_in.weight", "VAE", "Load VAE"),
+        ("controlnet_blocks.0.transformer_block.attn1.to_q.weight", "control", "Load PixArt ControlNet"),
+        ("controlnet_blocks.0.weight", "ControlNet (of another model)", "Choose a PixArt checkpoint"),
+        ("control_model.input_hint_block.0.weight", "ControlNet (of another model)", "Choose a PixArt checkpoint"),
         ("model.diffusion_model.input_blocks.0.0.weight", "UNet (Stable Diffusion)", "Choose a PixArt checkpoint"),
         ("double_blocks.0.img_attn.qkv.weight", "Flux", "Choose a PixArt checkpoint"),
         ("joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3", "Choose a PixArt checkpoint"),
@@ -262,7 +265,7 @@ def test_controlnet_file_is_parted():
     file = {f"base_model.{name}": tensor for name, tensor in base.items()}
     file |= {f"controlnet.{name}": tensor for name, tensor in control.items()}
     assert detect_layout({"state_dict": file}) == "controlnet"
-    with pytest.raises(ValueError, match="base checkpoint"):
+    with pytest.raises(ValueError, match="Load PixArt ControlNet"):
         to_original(file)
     found_base, found_control = split_controlnet({"state_dict": file})
     assert same(found_base, base) and same(found_control, control)

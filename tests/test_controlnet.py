@@ -188,6 +188,15 @@ def test_names_are_the_original_files():
         again.load_state_dict({**control.state_dict(), "2.after_proj.weight": torch.zeros(48, 48)})
 
 
+def test_heads_are_those_of_the_base():
+    base = tiny_model(num_heads=2)
+    guessed, known = tiny_control(tiny_model(), 2), tiny_control(base, 2)
+    latent, timestep, caption, mask = tiny_inputs(1, 8, 8, [3])
+    for other in (guessed, known):
+        other.residual = other(base, latent, timestep, caption, latent, mask)[1]
+    assert torch.equal(guessed.residual, known.residual)
+
+
 @pytest.mark.parametrize("num_copies", [0, 3, 13])
 def test_refuses_more_copies_than_the_base_allows(num_copies):
     with pytest.raises(ValueError, match=rf"copied blocks: got {num_copies}, expected 1 to 2"):
@@ -198,7 +207,7 @@ def test_refuses_more_copies_than_the_base_allows(num_copies):
     ("changes", "message"),
     [
         ({"hidden_size": 96}, "got hidden_size 48, expected 96"),
-        ({"num_heads": 2}, "got num_heads 4, expected 2"),
+        ({"kv_compress_ratio": 2, "kv_compress_layers": (1,)}, r"got kv_compress_ratio \[1, 1\], expected \[1, 2\]"),
         ({"qk_norm": True}, "got qk_norm False, expected True"),
         ({"depth": 2}, "got 2 copied blocks over a base model of 2, expected at most 1"),
     ],

@@ -32,7 +32,17 @@ MORE_LIBRARIES = {
 BELOW = {"samplers": set(), "pixart": set(), "devtools": set(), "nodes": {"pixart", "samplers"}}
 LADDER = ("pixart.config", "pixart.layers", "pixart.transformer", "pixart.controlnet")
 # These read and write files: of the model they know its configuration alone.
-CHECKPOINT = ("checkpoint", "detection", "layout", "folder", "pth", "storage", "saving")
+CHECKPOINT = (
+    "checkpoint",
+    "control_layout",
+    "control_storage",
+    "detection",
+    "layout",
+    "folder",
+    "pth",
+    "storage",
+    "saving",
+)
 NODE_FILES_MAY_IMPORT = {"comfy_api", "torch"}
 
 
