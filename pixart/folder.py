@@ -16,7 +16,7 @@ _SHARD = re.compile(
     r"(?P<suffix>\.safetensors|\.bin)"
 )
 _OTHER_FOLDERS = {
-    "adapter_config.json": "a LoRA folder. Load its base model here, and the file in it with LoraLoaderModelOnly.",
+    "adapter_config.json": "a LoRA folder. Load its base model here, and the folder with Load PixArt LoRA.",
     "scheduler_config.json": "a scheduler folder. Choose the folder above it.",
     "spiece.model": "a tokenizer folder. Choose the folder above it.",
 }

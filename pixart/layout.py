@@ -239,7 +239,7 @@ def advice(layout: str) -> str:
         DIFFUSERS: "Load it with Load PixArt Checkpoint.",
         CONTROLNET: "Load it with Load PixArt ControlNet, which gives its model too.",
         CONTROL: "Load it with Load PixArt ControlNet.",
-        LORA: "Load the base model here and the LoRA with ComfyUI's LoraLoaderModelOnly.",
+        LORA: "Load the base model here and the LoRA with Load PixArt LoRA.",
         UNKNOWN: "Choose a PixArt-alpha or PixArt-Sigma checkpoint.",
         "T5 text encoder": "Load it with Load T5 Text Encoder.",
         "VAE": "Load it with Load VAE.",

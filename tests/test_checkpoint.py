@@ -234,9 +234,9 @@ def test_a_file_without_weights_says_so(content):
 @pytest.mark.parametrize(
     ("key", "layout", "advice"),
     [
-        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "lora", "LoraLoaderModelOnly"),
-        ("base_model.model.blocks.0.attn.qkv.lora_B.default.weight", "lora", "LoraLoaderModelOnly"),
-        ("lora_transformer_transformer_blocks_0_attn1_to_q.lora_up.weight", "lora", "LoraLoaderModelOnly"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "lora", "Load PixArt LoRA"),
+        ("base_model.model.blocks.0.attn.qkv.lora_B.default.weight", "lora", "Load PixArt LoRA"),
+        ("lora_transformer_transformer_blocks_0_attn1_to_q.lora_up.weight", "lora", "Load PixArt LoRA"),
         ("controlnet.0.copied_block.attn.qkv.weight", "control", "Load PixArt ControlNet"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5 text encoder", "Load T5 Text Encoder"),
         ("text_model.encoder.layers.0.mlp.fc1.weight", "CLIP text encoder", "Choose a PixArt checkpoint"),

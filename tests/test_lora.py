@@ -2,27 +2,18 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from pixart_pack.pixart.checkpoint import detect_config, to_diffusers, to_original
 from pixart_pack.pixart.lora import (
-    Difference,
-    Factor,
-    Hadamard,
-    Kronecker,
-    LoRA,
-    LowRank,
     Target,
     describe_lora,
-    export_lora,
     load_lora,
     merge,
     read_lora,
-    save_lora,
 )
 from pixart_pack.pixart.transformer import PixArt
 from pixart_pack.tests.goldens import load_golden, take
@@ -165,6 +156,9 @@ def one_lora(prefix="base_model.model.", module="transformer_blocks.0.ff.net.2",
     }
 
 
+HEADER = {"lora_adapter_metadata": '{"transformer.lora_alpha": 2}'}  # as diffusers writes it
+
+
 @pytest.mark.parametrize(
     ("adapter", "given", "scale", "source"),
     [
@@ -174,11 +168,11 @@ def one_lora(prefix="base_model.model.", module="transformer_blocks.0.ff.net.2",
         (one_lora("transformer.", rank=16, alpha=torch.tensor(4)), {}, 0.25, "stored in the file"),
         (one_lora(rank=16), {"adapter_config": {"lora_alpha": 32}}, 2.0, "adapter_config.json"),
         (one_lora(rank=16), {"adapter_config": {"lora_alpha": 32, "use_rslora": True}}, 8.0, "adapter_config.json"),
-        (one_lora(rank=4), {"adapter_config": {"lora_alpha": 32, "alpha_pattern": {"net.2": 2}}}, 0.5, "adapter_config"),
+        (one_lora(rank=4), {"adapter_config": {"lora_alpha": 32, "alpha_pattern": {"net.2": 2}}}, 0.5, "config.json"),
         (one_lora(rank=4), {"adapter_config": {"lora_alpha": 32, "alpha_pattern": {"(": 2}}}, 8.0, "adapter_config"),
         (one_lora(rank=4), {"adapter_config": {"lora_alpha": "much", "r": None}}, 2.0, "adapter_config"),
         (one_lora(rank=16), {"alpha": 4.0}, 0.25, "chosen by you"),
-        (one_lora("transformer."), {"metadata": {"lora_adapter_metadata": '{"transformer.lora_alpha": 2}'}}, 0.5, "config"),
+        (one_lora("transformer."), {"metadata": HEADER}, 0.5, "adapter_config.json"),
         (one_lora("transformer."), {"metadata": {"lora_adapter_metadata": "["}}, 1.0, "the rank"),
         (one_lora("transformer.", alpha=torch.tensor(math.nan)), {}, 1.0, "the rank"),
     ],
@@ -255,3 +249,136 @@ def test_merges_as_peft_does(case, tmp_path):
     same_weights(merge(weights, lora), expected, **NOISE)
     alone = read_lora(tmp_path / "adapter_model.safetensors", CONFIG)  # the file in its folder, chosen itself
     same_weights(merge(weights, alone), expected, **NOISE)
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+def test_strength():
+    weights, lora = make_weights(CONFIG), load_lora(one_lora(), config=CONFIG)
+    name = "blocks.0.mlp.fc2.weight"
+    whole = merge(weights, lora)[name] - weights[name]
+    nothing = merge(weights, lora, 0.0)
+    assert all(nothing[key] is weights[key] for key in weights)
+    for strength in (-1.0, 0.25, 3.0):
+        found = merge(weights, lora, strength)
+        torch.testing.assert_close(found[name] - weights[name], strength * whole, **NOISE)
+        assert all(found[key] is weights[key] for key in weights if key != name)
+
+
+def test_strength_of_dora_goes_from_the_old_weight_to_the_changed_one():
+    weights = make_weights(CONFIG)
+    tensors = one_lora("diffusion_model.", "blocks.0.mlp.fc2", dora_scale=torch.rand(48, 1) + 1)
+    lora = load_lora(tensors, config=CONFIG)
+    name = "blocks.0.mlp.fc2.weight"
+    changed = merge(weights, lora)[name]
+    torch.testing.assert_close(changed.norm(dim=1, keepdim=True), lora.factors[Target(name)].magnitude, **NOISE)
+    torch.testing.assert_close(merge(weights, lora, 0.5)[name], (weights[name] + changed) / 2, **NOISE)
+
+
+def test_dora_by_columns_as_lycoris_has_it():
+    weights, lengths = make_weights(CONFIG), torch.rand(1, 192) + 1
+    lora = load_lora(one_lora("lycoris_", "blocks_0_mlp_fc2", dora_scale=lengths), config=CONFIG)
+    changed = merge(weights, lora)["blocks.0.mlp.fc2.weight"]
+    torch.testing.assert_close(changed.norm(dim=0, keepdim=True), lengths, **NOISE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_merging_keeps_the_dtype_and_sums_in_float32(dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in make_weights(CONFIG).items()}
+    lora = load_lora(one_lora(), config=CONFIG)
+    name = "blocks.0.mlp.fc2.weight"
+    merged = merge(weights, lora)[name]
+    assert merged.dtype == dtype
+    exact = merge({key: tensor.float() for key, tensor in weights.items()}, lora)[name]
+    assert torch.equal(merged.float(), exact.to(dtype).float())
+
+
+def test_a_row_of_zeros_stays_one_under_dora():
+    weights = {name: torch.zeros_like(tensor) for name, tensor in make_weights(CONFIG).items()}
+    tensors = one_lora(lora_magnitude_vector=torch.ones(48))
+    tensors = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in tensors.items()}
+    assert not merge(weights, load_lora(tensors, config=CONFIG))["blocks.0.mlp.fc2.weight"].any()
+
+
+# -- what is no PixArt LoRA, and what is left over --------------------------------------------------------------------
+
+
+def test_every_key_without_a_place_is_named():
+    strange = {
+        **one_lora("transformer."),
+        **one_lora("transformer.", "transformer_blocks.7.ff.net.2"),  # deeper than the model
+        **one_lora("transformer.", "single_transformer_blocks.0.attn.to_q"),
+        "transformer.transformer_blocks.1.ff.net.2.lora_A.weight": torch.ones(2, 192),  # half of a pair
+        "transformer.proj_out.bias": torch.ones(32),
+        "transformer.proj_out.alpha": torch.tensor(3.0),
+        "lora_te_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": torch.ones(2, 8),
+    }
+    lora = load_lora(strange, config=CONFIG)
+    assert lora.matched == 2
+    assert set(lora.unmatched) | set(lora.text_encoder) == set(strange) - set(one_lora("transformer."))
+    text = describe_lora(lora)
+    assert all(key in text for key in strange if key not in one_lora("transformer."))
+    assert "keys: 2 of 10 matched, on 1 weights" in text
+
+
+def test_what_is_told_of_a_lora():
+    text = describe_lora(load_lora({**one_lora(), **one_lora(module="transformer_blocks.1.ff.net.2", rank=2)}))
+    for line in ("kind: LoRA", "names: PEFT", "rank: 2 to 4", "alpha: 8 (PEFT's default", "keys: 4 of 4 matched"):
+        assert line in text
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "No key of this LoRA is a PixArt's: got 0 keys such as none"),
+        (
+            {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight": torch.ones(8, 2)},
+            "No key of this LoRA is a PixArt's: got 1 keys such as 'lora_unet_down_blocks",
+        ),
+        ({"lora_te_encoder_block_0.lora_up.weight": torch.ones(8, 2)}, "LoRA of a text encoder alone.*onto the CLIP"),
+        (
+            {key: value[..., :24] for key, value in one_lora().items()},
+            r"width mismatch at 'blocks\.0\.mlp\.fc2\.weight': got a change of shape \(48, 24\), expected \(48, 192\)",
+        ),
+        (
+            {key: value[:3] if "lora_A" in key else value for key, value in one_lora().items()},
+            "got factors that do not belong together",
+        ),
+        (one_lora(lora_magnitude_vector=torch.ones(7)), "width mismatch"),
+        ({"blocks.0.attn.proj.lokr_w1": torch.ones(5, 5), "blocks.0.attn.proj.lokr_w2": torch.ones(9, 9)}, "mismatch"),
+        ({key: value.int() for key, value in one_lora().items()}, "No key"),
+    ],
+    ids=["empty", "another model", "text encoder", "widths", "ranks", "magnitudes", "kronecker", "integers"],
+)  # fmt: skip
+def test_wrong_files_are_refused(tensors, message):
+    with pytest.raises(ValueError, match=message):
+        load_lora(tensors, config=CONFIG)
+
+
+def test_dora_without_magnitudes_is_refused():
+    with pytest.raises(ValueError, match="DoRA without its magnitudes"):
+        load_lora(one_lora(), {"use_dora": True}, config=CONFIG)
+
+
+def test_a_lora_of_another_model_does_not_merge():
+    with pytest.raises(ValueError, match=r"'blocks\.0\.mlp\.fc2\.weight': got a weight of shape \(64, 256\)"):
+        merge(make_weights(tiny_config(hidden_size=64, micro_condition=False)), load_lora(one_lora()))
+
+
+def test_folders_and_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No LoRA in folder"):
+        read_lora(tmp_path)
+    save_file(one_lora(), tmp_path / "pytorch_lora_weights.safetensors")
+    assert "PEFT's default" in read_lora(tmp_path).alpha_sources[0]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2}), encoding="utf-8")
+    for path in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+        assert read_lora(path).alpha_sources == ("adapter_config.json",)
+    torch.save(one_lora(), tmp_path / "another.bin")
+    assert "PEFT's default" in read_lora(tmp_path / "another.bin").alpha_sources[0]  # that configuration is not its
+    (tmp_path / "adapter_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"Unreadable 'adapter_config\.json'"):
+        read_lora(tmp_path)
+    save_file({"x": torch.ones(1)}, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match=r"wrong\.safetensors: No key of this LoRA"):
+        read_lora(tmp_path / "wrong.safetensors")

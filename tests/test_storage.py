@@ -377,7 +377,7 @@ def test_wrong_weights_are_named_with_their_file(tmp_path):
     with pytest.raises(ValueError, match=r"odd\.safetensors: .*blocks\.0\.attn\.proj\.bias"):
         read_checkpoint(tmp_path / "odd.safetensors")
     save_file({"a.lora_A.weight": torch.zeros(1)}, tmp_path / "style.safetensors")
-    with pytest.raises(ValueError, match=r"style\.safetensors: .*a LoRA.*LoraLoaderModelOnly"):
+    with pytest.raises(ValueError, match=r"style\.safetensors: .*a LoRA.*Load PixArt LoRA"):
         read_checkpoint(tmp_path / "style.safetensors")
 
 
