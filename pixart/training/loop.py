@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from .buckets import BucketSampler
-from .build import DTYPES
 from .draws import draw_batch
 from .examples import FeatureSet, collate
 from .objectives import Objective
@@ -137,11 +136,8 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", settings.keep_last)
         self.report = Report(self.folder, settings, is_main=self.processes.rank == 0)
         self.sanity = Sanity(objective.highest_error)
-        dtype = DTYPES[settings.dtype]
-        device = self.processes.device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16, init_scale=2.0**14)
-        # Adapters and frozen weights agree on their dtype; only where fp32 weights are trained does autocast help.
-        self.autocast = not settings.is_adapter and dtype != torch.float32
+        is_half = settings.dtype == "fp16"
+        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_half, init_scale=2.0**14)
         self.step, self.saved_step, self.overflows, self.spent_s = 0, None, 0, 0.0
         self.is_whole = True  # False within an optimiser step
 
@@ -212,9 +208,8 @@ class Trainer:
     def _forward(self, number: int, is_last: bool):
         batch, draws = self._next_batch(number)
         with self.processes.accumulating(self.prepared, is_last), self._chances(number):
-            with torch.autocast(
-                self.processes.device.type, DTYPES[self.settings.dtype], enabled=self.autocast, cache_enabled=True
-            ):
+            objective = self.objective
+            with torch.autocast(self.processes.device.type, objective.dtype, enabled=objective.autocast):
                 loss = self.prepared(batch, draws)
             self.scaler.scale(loss.total / self.settings.accumulation).backward()
         return loss

@@ -32,10 +32,12 @@ class Loss(NamedTuple):
 
 
 class Objective(nn.Module):
-    """What all objectives share: the model's inputs out of a batch.
+    """What all objectives share: the model's inputs out of a batch, and the null caption.
 
     model: the PixArt that is called. dtype: of the maths. null_caption: (L, D) T5 states of the empty caption, used
-    where the model has no learned one. highest_error: the error of a sane model stays below it; None where errors have no fixed scale.
+    where the model has no learned one.
+    highest_error: the error of a sane model stays below it; None where errors have no fixed scale.
+    autocast: whether weights are trained that are fp32 under maths in another dtype; adapters cast themselves.
     """
 
     highest_error: float | None = 4.0  # predicting nothing at all gives 1
@@ -69,6 +71,16 @@ class Objective(nn.Module):
             caption, mask = replace_captions(caption, mask, dropped, *self.null_caption)
         size = {"resolution": batch.resolution, "aspect_ratio": batch.aspect_ratio}
         return {"caption": caption, "caption_mask": mask, **size}
+
+    @property
+    def autocast(self) -> bool:
+        """See above."""
+        return not self.settings.is_adapter and self.dtype != torch.float32
+
+    def without_caption(self, caption: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The null caption in place of captions (B, L, D) and their masks (B, L)."""
+        every = torch.ones(len(caption), dtype=torch.bool, device=caption.device)
+        return replace_captions(caption, mask, every, *self.null_caption)
 
     def finish_step(self) -> None:
         """Called after each optimiser step."""

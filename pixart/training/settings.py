@@ -39,9 +39,11 @@ class TrainingSettings:
     learning_rate: Prodigy's is a factor, usually 1. clip_norm: largest norm of the gradients, 0 is off.
     schedule: of SCHEDULES, after `warmup_steps` of linear warm-up; floor: its last factor.
     dtype: of the maths; what is trained is always kept in fp32. base_dtype: "fp8" keeps frozen layers in 8 bits.
+    save_dtype: of the file that is written at the end.
     checkpointing: recompute each block in the backward pass, for less memory. ema_decay: 0 is off.
     targets: of TARGETS; target_pattern: regular expression over layer names for "custom". alpha 0 means rank.
     loss: of LOSSES; huber_c: where it turns linear. train_variance: also the bound of the learned variance.
+    control_blocks: of a ControlNet, at most one fewer than the model has.
     weighting: of WEIGHTINGS, of a timestep's loss; timestep_weights: [timestep, factor] points, linear in between.
     timesteps: of TIMESTEPS, within [timestep_min, timestep_max]; log_normal: a logistic of N(mean, std) as the share.
     caption_dropout: share of captions replaced by the null caption. prior_weight: of pictures marked as prior.
@@ -90,6 +92,7 @@ class TrainingSettings:
     noise_offset: float = 0.0
     prior_weight: float = 1.0
     control_blocks: int = 13
+    save_dtype: str = "fp32"
     lcm_guidance: float = 4.5
     lcm_steps: int = 50
     lcm_decay: float = 0.95
@@ -169,6 +172,7 @@ _CHOICES = {
     "schedule": SCHEDULES,
     "dtype": DTYPES,
     "base_dtype": BASE_DTYPES,
+    "save_dtype": DTYPES,
     "targets": tuple(TARGETS),
     "loss": LOSSES,
     "weighting": WEIGHTINGS,
@@ -275,7 +279,8 @@ class RunConfig:
 
     model: checkpoint file or folder. features: folder of encoded pictures. output: folder that gets the run.
     name: of the run, a plain file name. resume: go on from its last checkpoint.
-    validation: safetensors file of encoded prompts to sample, or None. Relative paths are relative to the file.
+    validation: safetensors file of encoded prompts to sample, or None; vae: file or folder to decode them with.
+    Relative paths are relative to the file.
     """
 
     model: str
@@ -285,6 +290,7 @@ class RunConfig:
     name: str = "pixart_training"
     resume: bool = True
     validation: str | None = None
+    vae: str | None = None
 
 
 def read_config(path: str | os.PathLike) -> RunConfig:
@@ -308,7 +314,7 @@ def read_config(path: str | os.PathLike) -> RunConfig:
     return RunConfig(settings=settings, **{**values, **places})
 
 
-_PLACES = ("model", "features", "output", "validation")
+_PLACES = ("model", "features", "output", "validation", "vae")
 
 
 def write_config(path: str | os.PathLike, config: RunConfig) -> None:

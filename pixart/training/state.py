@@ -22,7 +22,7 @@ _FREE = {
     "loss", "huber_c", "weighting", "min_snr_gamma", "timestep_weights", "timesteps", "timestep_mean", "timestep_std",
     "timestep_min", "timestep_max", "caption_dropout", "noise_offset", "prior_weight", "lcm_guidance", "dropout",
     "checkpoint_every", "keep_last", "log_every", "sample_every", "sample_steps", "sample_guidance", "sample_seed",
-    "tensorboard", "wandb", "dtype", "base_dtype", "batch_size",
+    "tensorboard", "wandb", "dtype", "base_dtype", "save_dtype", "batch_size",
 }  # fmt: skip
 
 

@@ -1,0 +1,24 @@
+"""Training on the command line: `python -m pixart.training encode ...` and `python -m pixart.training run ...`.
+
+`accelerate launch -m pixart.training run config.yaml` does the same on many processes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..command import run_command
+from . import encode, launch
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pixart.training", description="Train PixArt outside ComfyUI.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for module in (encode, launch):
+        module.add_parser(commands)
+    return run_command(lambda options: options.main(options), parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

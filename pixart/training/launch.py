@@ -1,0 +1,103 @@
+"""The command `run`: one training outside a graph, in one process or in those of `accelerate launch`."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..autoencoder import load_autoencoder
+from ..storage import read_checkpoint
+from ..transformer import PixArt
+from .features import open_features
+from .loop import Events, Progress
+from .processes import AcceleratedProcesses, SingleProcess
+from .run import choose_folder, train
+from .settings import RunConfig, read_config
+from .validation import Decode, read_prompts
+
+logger = logging.getLogger(__name__)
+
+
+def add_parser(commands) -> None:
+    """Register the command with an argparse object of subparsers."""
+    parser = commands.add_parser("run", help="train by a configuration file")
+    parser.add_argument("config", help="YAML or JSON, as Export PixArt Training Config writes it")
+    parser.add_argument("--device", help="of a training in one process; default: the GPU, or else the CPU")
+    parser.set_defaults(main=main)
+
+
+def main(options) -> None:
+    """Train. Raises ValueError and FileNotFoundError for what is wrong with the configuration."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_config(read_config(options.config), options.device)
+
+
+def run_config(config: RunConfig, device: str | None = None):
+    """Train as a configuration says; returns the TrainingResult."""
+    processes = _processes(config, device)
+    model = load_model(config.model)
+    features = open_features(config.features)
+    prompts = read_prompts(Path(config.validation)) if config.validation else ()
+    with tqdm(total=config.settings.steps, unit="step", disable=processes.rank > 0 or None) as bar:
+        result = train(
+            model,
+            features,
+            config.settings,
+            _folder(config, processes),
+            resume=config.resume,
+            processes=processes,
+            events=_Bar(bar),
+            prompts=prompts,
+            decode=_decoder(config, processes.device) if prompts else None,
+        )
+    if processes.rank == 0:
+        logger.info("%d steps are done: %s", result.step, result.file)
+    return result
+
+
+class _Bar(Events):
+    """Progress on a terminal."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+
+    def stepped(self, progress: Progress) -> None:
+        self.bar.update(progress.step - self.bar.n)
+        self.bar.set_postfix(loss=f"{progress.smoothed:.4f}", rate=f"{progress.learning_rate:.2g}", refresh=False)
+
+
+def _processes(config: RunConfig, device: str | None) -> SingleProcess:
+    if device is None and (int(os.environ.get("WORLD_SIZE", "1")) > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ):
+        return AcceleratedProcesses(config.settings)
+    return SingleProcess(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _folder(config: RunConfig, processes: SingleProcess) -> Path:
+    """The run's folder; every process chooses before the first one makes it."""
+    folder = choose_folder(Path(config.output), config.name, config.resume)
+    processes.wait()
+    return folder
+
+
+def load_model(path: str) -> PixArt:
+    """The PixArt of a checkpoint file or folder, in the dtype of its weights."""
+    checkpoint = read_checkpoint(path)
+    model = PixArt(checkpoint.config, device="meta")
+    model.load_state_dict(checkpoint.state_dict, assign=True)
+    return model
+
+
+def _decoder(config: RunConfig, device) -> Decode:
+    if config.vae is None:
+        raise ValueError(
+            "No autoencoder for the validation pictures: got none, expected its file as 'vae' in the configuration. "
+            "Add it, or remove 'validation'."
+        )
+    autoencoder = load_autoencoder(config.vae, device=device)
+
+    def decode(latent):
+        return (autoencoder.decode(latent).float() / 2 + 0.5).movedim(1, -1)  # (B, H, W, 3) in [0, 1]
+
+    return decode

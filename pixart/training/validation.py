@@ -1,0 +1,188 @@
+"""Pictures of fixed prompts and seeds while a training runs, and the strip that they grow into."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import LATENT_DOWNSCALE
+from ..pipeline import Captions, Settings, sample_latents
+from ..saving import write_atomically
+from .objectives import ControlPrediction, Distillation, Objective
+from .report import Report
+
+Decode = Callable[[Tensor], Tensor]  # unscaled latents (B, 4, h, w) -> pictures (B, H, W, 3) in [0, 1]
+FOLDER = "samples"
+_PATTERN = re.compile(r"step-(\d+)\.png")
+_LABEL_PX = 16
+_MAX_STRIP_ROWS = 12
+_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+
+
+@dataclass(frozen=True)
+class ValidationPrompt:
+    """One picture to make again and again.
+
+    caption: (L, D) T5 states without padding. size_latent: (h, w). hint: (4, h, w) unscaled latent of a control
+    picture, or None. text: the prompt, as a label.
+    """
+
+    caption: Tensor
+    size_latent: tuple[int, int]
+    hint: Tensor | None = None
+    text: str = ""
+
+
+class Validation:
+    """Makes the pictures of a step with the objective's current weights, and keeps them in folder/samples.
+
+    show: called with the pictures of a step as one row.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        prompts: Sequence[ValidationPrompt],
+        folder: Path,
+        decode: Decode,
+        report: Report | None = None,
+        show: Callable[[Image.Image], None] | None = None,
+    ):
+        self.objective, self.prompts, self.decode = objective, list(prompts), decode
+        self.folder, self.report, self.show = Path(folder) / FOLDER, report, show
+
+    def __call__(self, step: int) -> None:
+        """Make, keep and show the pictures of a step."""
+        row = join_row([self.picture(prompt, index) for index, prompt in enumerate(self.prompts)])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.png"
+        write_atomically(path, lambda temporary: row.save(temporary, "PNG"))
+        if self.report is not None:
+            self.report.picture(step, "validation", row)
+        if self.show is not None:
+            self.show(row)
+
+    def picture(self, prompt: ValidationPrompt, index: int) -> Image.Image:
+        """One prompt's picture; its noise is told by the prompt's place alone."""
+        objective, settings = self.objective, self.objective.settings
+        device, model = self._device, objective.model
+        caption = prompt.caption[None].to(device, objective.dtype)
+        mask = torch.ones(caption.shape[:2], dtype=torch.bool, device=device)
+        sampling = Settings(steps=settings.sample_steps, guidance=settings.sample_guidance)
+        if isinstance(objective, Distillation):
+            sampling = Settings("lcm", "lcm", steps=settings.sample_steps, guidance=1.0)
+        elif objective.null_caption is None:
+            sampling = Settings(steps=settings.sample_steps, guidance=1.0)
+        positive = negative = Captions(caption, mask)
+        if sampling.guidance != 1:
+            negative = Captions(*objective.without_caption(caption, mask))
+        height, width = (side * LATENT_DOWNSCALE for side in prompt.size_latent)
+        with torch.autocast(device.type, objective.dtype, enabled=objective.autocast):
+            called = _Controlled(objective, prompt, device) if isinstance(objective, ControlPrediction) else model
+            seed = settings.sample_seed + index
+            latent = sample_latents(called, positive, negative, height, width, seed, sampling)
+        return to_image(self.decode(latent.float())[0])
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.objective.parameters()).device
+
+    def strip(self) -> Image.Image | None:
+        """The pictures of all steps, a row each with its step, or None before the first."""
+        found = sorted((int(_PATTERN.fullmatch(path.name)[1]), path) for path in self.folder.glob("step-*.png"))
+        if not found:
+            return None
+        stride = max(1, -(-(len(found) - 1) // (_MAX_STRIP_ROWS - 1)))
+        chosen = [*found[:-1:stride], found[-1]]  # evenly, and always the last
+        rows = []
+        for step, path in chosen:
+            with Image.open(path) as row:
+                rows.append(_labelled(row.convert("RGB"), f"step {step}"))
+        return _join_column(rows)
+
+
+class _Controlled:
+    """A model under its ControlNet, called like the model alone."""
+
+    def __init__(self, objective: ControlPrediction, prompt: ValidationPrompt, device):
+        if prompt.hint is None:
+            raise ValueError(
+                "Validation prompt has no control picture: got a caption alone, expected one with its hint. Take the "
+                "validation pictures from a dataset that was encoded with control pictures."
+            )
+        self.objective, self.config = objective, objective.model.config
+        hint = prompt.hint[None].to(device).float() * self.config.vae_scale
+        self.hint = hint.to(objective.dtype)
+
+    def __call__(self, latent, *args):
+        hint = self.hint.expand(len(latent), -1, -1, -1)
+        model = self.objective.model
+        return model(latent, *args, control=self.objective.control.attach(model, hint))
+
+
+def write_prompts(path: Path, prompts: Sequence[ValidationPrompt]) -> None:
+    """Keep prompts in a safetensors file, for trainings outside a graph."""
+    tensors, texts = {}, {}
+    for index, prompt in enumerate(prompts):
+        tensors[f"{index}.caption"] = prompt.caption.detach().cpu().contiguous().clone()
+        tensors[f"{index}.size_latent"] = torch.tensor(prompt.size_latent)
+        if prompt.hint is not None:
+            tensors[f"{index}.hint"] = prompt.hint.detach().cpu().contiguous().clone()
+        texts[f"{index}.text"] = prompt.text
+    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=texts))
+
+
+def read_prompts(path: Path) -> list[ValidationPrompt]:
+    """The prompts of write_prompts."""
+    with safe_open(path, framework="pt") as file:
+        names, texts = list(file.keys()), file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in names}
+    count = sum(name.endswith(".caption") for name in names)
+    return [
+        ValidationPrompt(
+            tensors[f"{index}.caption"],
+            tuple(tensors[f"{index}.size_latent"].tolist()),
+            tensors.get(f"{index}.hint"),
+            texts.get(f"{index}.text", ""),
+        )
+        for index in range(count)
+    ]
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(H, W, 3) in [0, 1] -> a picture."""
+    values = picture.detach().float().nan_to_num().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
+    return Image.fromarray(numpy.asarray(values))
+
+
+def join_row(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures side by side."""
+    row = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)), _PAPER)
+    left = 0
+    for image in images:
+        row.paste(image, (left, 0))
+        left += image.width
+    return row
+
+
+def _labelled(image: Image.Image, text: str) -> Image.Image:
+    tall = Image.new("RGB", (image.width, image.height + _LABEL_PX), _PAPER)
+    ImageDraw.Draw(tall).text((3, 2), text, fill=_INK)
+    tall.paste(image, (0, _LABEL_PX))
+    return tall
+
+
+def _join_column(images: Sequence[Image.Image]) -> Image.Image:
+    column = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), _PAPER)
+    top = 0
+    for image in images:
+        column.paste(image, (0, top))
+        top += image.height
+    return column
