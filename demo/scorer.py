@@ -76,8 +76,8 @@ def _position(mask: np.ndarray) -> str:
     return next(name for name, value in POSITIONS.items() if value == place)
 
 
-def find_items(picture: np.ndarray, background: str, shapes: Iterable[str] = TRAINED_SHAPES) -> list[Found]:
-    """The coloured things on the background of a picture (h, w, 3) uint8, the largest first."""
+def find_masks(picture: np.ndarray, background: str) -> list[tuple[str, np.ndarray]]:
+    """The coloured things on the background of a picture (h, w, 3) uint8: (colour, mask (h, w) bool) of each."""
     height, width = picture.shape[:2]
     names = list(COLOURS)
     nearest = _nearest(picture, [BACKGROUNDS[background], *COLOURS.values()])
@@ -95,11 +95,23 @@ def find_items(picture: np.ndarray, background: str, shapes: Iterable[str] = TRA
     # Rims belong to the nearest thing, up to two pixels away.
     distance, (rows, columns) = ndimage.distance_transform_edt(seeds == 0, return_indices=True)
     owner = np.where((nearest > 0) & (distance <= 2), seeds[rows, columns], 0)
-    found = []
-    for label, name in enumerate(labels, 1):
-        mask = owner == label
-        found.append(Found(name, _position(mask), classify_shape(mask, shapes), float(mask.mean())))
+    return [(name, owner == label) for label, name in enumerate(labels, 1)]
+
+
+def find_items(picture: np.ndarray, background: str, shapes: Iterable[str] = TRAINED_SHAPES) -> list[Found]:
+    """The coloured things on the background of a picture (h, w, 3) uint8, the largest first."""
+    found = [
+        Found(name, _position(mask), classify_shape(mask, shapes), float(mask.mean()))
+        for name, mask in find_masks(picture, background)
+    ]
     return sorted(found, key=lambda thing: -thing.area)
+
+
+def mean_overlap(found: list[np.ndarray], drawn: list[np.ndarray]) -> float:
+    """Mean intersection over union of masks (h, w) bool, paired so that it is largest; what has no partner counts 0."""
+    pairs = np.array([[(one & other).sum() / (one | other).sum() for one in found] for other in drawn])
+    chosen = linear_sum_assignment(-pairs.reshape(len(drawn), len(found)))
+    return float(pairs.reshape(len(drawn), len(found))[chosen].sum() / max(len(found), len(drawn)))
 
 
 def score(picture: np.ndarray, scene: Scene, shapes: Iterable[str] = TRAINED_SHAPES) -> dict[str, tuple[int, int]]:
