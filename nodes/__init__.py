@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import compare, edges, latent, loaders, sampling, styles, text
+from . import compare, controlnet, edges, latent, loaders, sampling, styles, text
 from .host.sampling import register_samplers
 
 
@@ -26,5 +26,6 @@ class PixArtExtension(ComfyExtension):
             *sampling.NODES,
             *styles.NODES,
             *compare.NODES,
+            *controlnet.NODES,
             *edges.NODES,
         ]

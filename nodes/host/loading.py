@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...pixart.config import ALPHA_VAE_SCALE, CONFIGS, SIGMA_VAE_SCALE, PixArtConfig
 from ...pixart.folder import TRANSFORMER_STEMS, find_weights, read_json
-from ...pixart.storage import read_checkpoint, read_tensors
+from ...pixart.storage import Checkpoint, read_checkpoint, read_tensors
 from .folders import find_file, find_folder, find_folders, list_files
 from .model import make_patcher
 from .t5 import load_t5
@@ -83,13 +83,22 @@ def load_vae(name: str, model=None):
 
 def load_patcher(path, variant=AUTO, dtype="default", weights=WEIGHTS[0], disable_dynamic=False):
     """The MODEL of a file or folder. Also what the host calls to load the same once more."""
-    hints = {} if variant == AUTO else {"variant": variant}
-    checkpoint = read_checkpoint(path, weights=weights, **hints)
+    patcher = make_model(read_checkpoint(path, weights=weights, **hints_of(variant)), dtype, disable_dynamic)
+    patcher.cached_patcher_init = (load_patcher, (path, variant, dtype, weights))
+    return patcher
+
+
+def hints_of(variant: str) -> dict:
+    """What a chosen variant, of VARIANTS, says to the reader of a file."""
+    return {} if variant == AUTO else {"variant": variant}
+
+
+def make_model(checkpoint: Checkpoint, dtype: str, disable_dynamic=False):
+    """The MODEL of a checkpoint, which is emptied on the way. dtype: of DTYPES."""
     state_dict = dict(checkpoint.state_dict)
     checkpoint.state_dict.clear()  # so that each tensor of the file goes when its converted twin comes
     patcher = make_patcher(state_dict, checkpoint.config, DTYPES[dtype], dtype.endswith("_fast"), disable_dynamic)
-    patcher.model.pixart_source = {"file": Path(path).name, "detection": checkpoint.detection}
-    patcher.cached_patcher_init = (load_patcher, (path, variant, dtype, weights))
+    patcher.model.pixart_source = {"file": checkpoint.path.name, "detection": checkpoint.detection}
     return patcher
 
 
@@ -196,15 +205,16 @@ def _dtype(dtype: torch.dtype) -> str:
 def _is_pipeline(folder: Path) -> bool:
     inner = folder / "transformer"
     return (inner if inner.is_dir() else folder).joinpath("config.json").is_file() and (
-        inner.is_dir() or _class_name(folder) in ("Transformer2DModel", "PixArtTransformer2DModel")
+        inner.is_dir() or class_name(folder) in ("Transformer2DModel", "PixArtTransformer2DModel")
     )
 
 
 def _is_vae_folder(folder: Path) -> bool:
-    return _class_name(folder).startswith("Autoencoder")
+    return class_name(folder).startswith("Autoencoder")
 
 
-def _class_name(folder: Path) -> str:
+def class_name(folder: Path) -> str:
+    """The class that a folder's config.json names, of diffusers or another library; "None" or "" without one."""
     try:
         return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name"))
     except (OSError, ValueError, AttributeError):

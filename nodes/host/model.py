@@ -338,8 +338,8 @@ class PixArtModelConfig(comfy.supported_models_base.BASE):
         return False
 
     def process_unet_state_dict(self, state_dict):
-        """Original names -> the module's: a table is a leaf module here."""
-        return {f"{key}.weight" if key.endswith(TABLES) else key: value for key, value in state_dict.items()}
+        """Original names -> the module's."""
+        return name_tables(state_dict)
 
     def process_unet_state_dict_for_saving(self, state_dict):
         """The module's names -> original ones behind the host's prefix, with the config among them."""
@@ -383,6 +383,11 @@ def make_patcher(state_dict, config, dtype=None, fp8_optimizations=False, disabl
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     return patcher
+
+
+def name_tables(state_dict):
+    """Original names -> the module's: a table is a leaf module here."""
+    return {f"{key}.weight" if key.endswith(TABLES) else key: value for key, value in state_dict.items()}
 
 
 def set_inference_dtype(model_config, dtype, manual_cast, device):

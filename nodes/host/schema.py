@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 # Only these may be missing, so that a misspelt field still raises TypeError.
 NEWER_FIELDS = frozenset(
@@ -25,3 +26,8 @@ def schema(**fields) -> io.Schema:
 def node_input(io_type: type, name: str, **fields) -> io.Input:
     """Make io_type.Input(name, **fields) in the same way: node_input(io.Int, "steps", default=20, advanced=True)."""
     return _make(io_type.Input, name, **fields)
+
+
+def missing_output(message: str) -> ExecutionBlocker:
+    """What an output gives that has no value: a node that is connected to it stops with this message."""
+    return ExecutionBlocker(message)

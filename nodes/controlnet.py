@@ -1,0 +1,134 @@
+"""ControlNet nodes: load one, and let it steer a picture by an image."""
+
+from comfy_api.latest import io
+
+from .host.controlnet import apply_control, list_controlnets, load_controlnet
+from .host.loading import DTYPES, VARIANTS
+from .host.schema import missing_output, node_input, schema
+
+CATEGORY = "PixArt/controlnet"
+NO_BASE = (
+    "No base model in this ControlNet file: got control weights alone, expected a combined file such as "
+    "PixArt-XL-2-1024-ControlNet.pth. Connect the MODEL of Load PixArt Checkpoint instead."
+)
+
+
+class LoadControlNet(io.ComfyNode):
+    """Load a PixArt ControlNet, and its base model where the file holds both."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtLoadControlNet",
+            display_name="Load PixArt ControlNet",
+            category=CATEGORY,
+            description="Load a PixArt ControlNet: the official .pth with its base model, control weights alone, or a "
+            "diffusers folder. The CONTROL_NET works with PixArt ControlNet Apply and ComfyUI's Apply ControlNet.",
+            search_aliases=["pixart controlnet", "control net", "pixart delta", "load controlnet", "hed", "canny"],
+            inputs=[
+                node_input(
+                    io.Combo,
+                    "controlnet",
+                    options=list_controlnets(),
+                    tooltip="A file of models/controlnet, such as PixArt-XL-2-1024-ControlNet.pth, or a diffusers "
+                    "folder there.",
+                ),
+                node_input(
+                    io.Combo,
+                    "weight_dtype",
+                    options=list(DTYPES),
+                    default="default",
+                    optional=True,
+                    tooltip="Precision of the weights, of the base model too. default: as ComfyUI thinks best for the "
+                    "file and the device. fp8 halves the memory at a small loss.",
+                ),
+                node_input(
+                    io.Combo,
+                    "variant",
+                    options=list(VARIANTS),
+                    default=VARIANTS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which released PixArt the base model in the file is. Choose it where auto is wrong.",
+                ),
+            ],
+            outputs=[
+                io.ControlNet.Output(display_name="control_net", tooltip="The ControlNet."),
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The base model, when the file holds it; else connect Load PixArt Checkpoint.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, controlnet, weight_dtype="default", variant=VARIANTS[0]):
+        control, model = load_controlnet(controlnet, variant, weight_dtype)
+        return io.NodeOutput(control, missing_output(NO_BASE) if model is None else model)
+
+
+class ControlNetApply(io.ComfyNode):
+    """Let a PixArt ControlNet steer a picture by an image."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtControlNetApply",
+            display_name="PixArt ControlNet Apply",
+            category=CATEGORY,
+            description="Let a PixArt ControlNet steer the picture by an image, such as the edges of PixArt HED "
+            "Preprocessor. Chain it for several controls.",
+            search_aliases=["apply controlnet", "pixart control", "use controlnet", "hint"],
+            inputs=[
+                node_input(io.Conditioning, "positive", tooltip="The prompt."),
+                node_input(io.Conditioning, "negative", tooltip="The negative prompt."),
+                node_input(io.ControlNet, "control_net", tooltip="Of Load PixArt ControlNet."),
+                node_input(
+                    io.Image,
+                    "image",
+                    tooltip="What steers the picture. Another size is scaled and cropped from its middle. A batch "
+                    "gives each picture its own.",
+                ),
+                node_input(io.Vae, "vae", tooltip="The VAE that decodes the model's pictures: it encodes the image."),
+                node_input(
+                    io.Float,
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="1 is as trained, 0 is no control at all.",
+                ),
+                node_input(
+                    io.Float,
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="When control begins, as a fraction of the sampling: 0 is the first step.",
+                ),
+                node_input(
+                    io.Float,
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="When control ends: 1 is the last step. Ending early lets details go their own way.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt, with control."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt, with control."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, positive, negative, control_net, image, vae, strength, start_percent, end_percent):
+        return io.NodeOutput(
+            *apply_control(positive, negative, control_net, image, vae, strength, start_percent, end_percent)
+        )
+
+
+NODES: list[type[io.ComfyNode]] = [LoadControlNet, ControlNetApply]

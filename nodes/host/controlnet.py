@@ -1,0 +1,215 @@
+"""PixArt's ControlNet as the host's CONTROL_NET: chained, scaled, scheduled and moved in memory like any other."""
+
+from pathlib import Path
+
+import comfy.controlnet
+import comfy.latent_formats
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import torch
+
+from ...pixart.config import PixArtConfig
+from ...pixart.control_storage import ALPHA_CLASS, SIGMA_CLASS, ControlNetCheckpoint, read_controlnet
+from ...pixart.controlnet import PixArtControlNet
+from ...pixart.detection import SIGMA
+from .folders import find_file, find_folder, find_folders, list_files
+from .loading import DTYPES, class_name, hints_of, make_model
+from .model import cast_weight, name_tables, with_table
+
+FILE_KINDS, FOLDER_KINDS = ("controlnet",), ("controlnet", "diffusers")
+
+
+class Residual:
+    """What control adds in front of one block of the base, computed when the base gets there.
+
+    The host's `control_merge` handles it like a tensor: it is scaled by the strength and added to other controls'.
+    terms: pairs of a function of (tokens, BlockInputs) and a strength.
+    """
+
+    def __init__(self, terms, shape):
+        self.terms = tuple(terms)
+        self.shape = shape
+
+    def __imul__(self, strength):
+        return Residual([(compute, factor * strength) for compute, factor in self.terms], self.shape)
+
+    def __add__(self, other):
+        return Residual([*self.terms, *other.terms], self.shape)
+
+    def __call__(self, tokens, inputs):
+        """The sum, (B, N, D), or a single zero when every strength is."""
+        total = None
+        for compute, strength in self.terms:
+            if strength == 0:
+                continue
+            residual = compute(tokens, inputs)
+            residual = residual if strength == 1 else residual * strength
+            total = residual if total is None else total + residual
+        return tokens.new_zeros(()) if total is None else total
+
+
+class ControlNetModel(PixArtControlNet):
+    """The control branch behind the calling convention of the host's ControlNets."""
+
+    def __init__(self, config: PixArtConfig, num_copies: int, dtype: torch.dtype):
+        # Weights are cast to the base's dtype, whatever theirs. Built without memory: the file's tensors are assigned.
+        operations = with_table(comfy.ops.manual_cast)
+        super().__init__(config, num_copies, operations=operations, dtype=dtype, device="meta")
+        self.dtype = dtype
+
+    def forward(self, x, hint, timesteps, context, base_model=None, **_):
+        """The branch over base_model as lazy residuals; nothing is computed yet.
+
+        x: (B, C, H, W). hint: (B or 1, C, H, W), encoded and scaled. timesteps, context: the base brings them itself.
+        """
+        return {"output": [Residual([(compute, 1.0)], x.shape) for compute in self.attach(base_model, hint)]}
+
+
+class PixArtControl(comfy.controlnet.ControlNet):
+    """A CONTROL_NET of PixArt. family: "alpha" or "sigma", None when nothing in the file told it."""
+
+    def __init__(self, control_model, family=None, load_device=None):
+        super().__init__(
+            control_model,
+            compression_ratio=1,  # the hint becomes a latent, as large as the picture's
+            latent_format=comfy.latent_formats.SD15(),  # until `pre_run` brings the model's own
+            load_device=load_device,
+            manual_cast_dtype=torch.float32,  # of the hint; the base casts it to its own
+            extra_conds=[],
+            preprocess_image=to_rgb,
+        )
+        self.family = family
+        self.upscale_algorithm = "bilinear"  # a hint of the picture's size comes through unchanged
+
+    def copy(self):
+        """A twin over the same weights, for other hints and strengths."""
+        twin = PixArtControl(None, self.family, self.load_device)
+        twin.control_model, twin.control_model_wrapped = self.control_model, self.control_model_wrapped
+        self.copy_to(twin)
+        return twin
+
+    def pre_run(self, model, percent_to_timestep_function):
+        """Checks, before the first step, that model, hint and control belong together; ValueError otherwise."""
+        config = getattr(model, "pixart_config", None)
+        if config is None:
+            raise ValueError(
+                f"PixArt ControlNet on another model: got {type(model).__name__}, expected a PixArt of this pack. "
+                f"Connect the MODEL of Load PixArt Checkpoint to the sampler."
+            )
+        self._check_family(config)
+        self.control_model.match_base(config)
+        if self.vae is None:
+            raise ValueError(
+                "ControlNet image without a VAE: got none, expected the one of the PixArt model. Connect it to "
+                "PixArt ControlNet Apply, or to the vae input of Apply ControlNet."
+            )
+        super().pre_run(model, percent_to_timestep_function)
+        self.latent_format = model.latent_format
+        self.set_extra_arg("base_model", model.diffusion_model)
+
+    def cleanup(self):
+        """Lets go of the model that was sampled with."""
+        self.extra_args.pop("base_model", None)
+        super().cleanup()
+
+    def _check_family(self, config):
+        if self.family is not None and (self.family == SIGMA) != config.is_sigma:
+            raise ValueError(
+                f"ControlNet of the other family: got one of PixArt-{self.family}, expected one of PixArt-"
+                f"{'sigma' if config.is_sigma else 'alpha'} like the model. Connect the model that it was trained on."
+            )
+
+
+def to_rgb(image):
+    """(B, C, H, W) -> (B, 3, H, W): grey is repeated, transparency left out."""
+    return image[:, :3] if image.shape[1] >= 3 else image[:, :1].repeat(1, 3, 1, 1)
+
+
+def apply_control(positive, negative, control_net, image, vae, strength, start_percent, end_percent):
+    """Both CONDITIONINGs with the control net in them. image: (B, H, W, C) in [0, 1]; percents as fractions.
+
+    Raises ValueError for a CONTROL_NET of another kind, a VAE with other channels, and a start after the end.
+    """
+    if not isinstance(control_net, PixArtControl):
+        raise ValueError(
+            f"Not a PixArt ControlNet: got {type(control_net).__name__}, expected the CONTROL_NET of Load PixArt "
+            f"ControlNet. Connect that node, or use ComfyUI's Apply ControlNet."
+        )
+    channels = getattr(vae, "latent_channels", control_net.control_model.config.in_channels)
+    if channels != control_net.control_model.config.in_channels:
+        raise ValueError(
+            f"VAE of another model: got one of {channels} latent channels, expected "
+            f"{control_net.control_model.config.in_channels}. Connect the VAE that decodes this model's pictures."
+        )
+    if start_percent > end_percent:
+        raise ValueError(
+            f"Control ends before it starts: got start_percent {start_percent:g} and end_percent {end_percent:g}, "
+            f"expected a start before the end. Exchange them."
+        )
+    if strength == 0:
+        return positive, negative
+    hint, twins = image.movedim(-1, 1), {}
+
+    def controlled(entry):
+        options = entry[1].copy()
+        previous = options.get("control")
+        if previous not in twins:  # prompts that share their controls share this one, so the host can batch them
+            twins[previous] = control_net.copy().set_cond_hint(hint, strength, (start_percent, end_percent), vae=vae)
+            twins[previous].set_previous_controlnet(previous)
+        options |= {"control": twins[previous], "control_apply_to_uncond": False}
+        return [entry[0], options]
+
+    return [controlled(entry) for entry in positive], [controlled(entry) for entry in negative]
+
+
+def list_controlnets() -> list[str]:
+    """What Load PixArt ControlNet offers: files of models/controlnet, and diffusers folders there and in diffusers."""
+    return [*list_files(FILE_KINDS), *find_folders(FOLDER_KINDS, _is_controlnet)]
+
+
+def load_controlnet(name: str, variant: str, dtype: str):
+    """(CONTROL_NET, MODEL or None) of one of list_controlnets. MODEL: the base of a combined file.
+
+    variant: of loading.VARIANTS, for the base; dtype: of loading.DTYPES. Raises ValueError for files of other kinds.
+    """
+    if name.endswith("/"):
+        path = find_folder(FOLDER_KINDS, _is_controlnet, name)
+    else:
+        path = find_file(FILE_KINDS, name)
+    checkpoint = read_controlnet(path, **hints_of(variant))
+    control = make_control(checkpoint, DTYPES[dtype])
+    return control, None if checkpoint.base is None else _base_model(checkpoint, path, variant, dtype)
+
+
+def load_base(path, variant, dtype, disable_dynamic=False):
+    """The MODEL in a combined file: what the host calls to load the same once more."""
+    return _base_model(read_controlnet(path, **hints_of(variant)), path, variant, dtype, disable_dynamic)
+
+
+def _base_model(checkpoint, path, variant, dtype, disable_dynamic=False):
+    model = make_model(checkpoint.base, dtype, disable_dynamic)
+    model.cached_patcher_init = (load_base, (path, variant, dtype))
+    return model
+
+
+def make_control(checkpoint: ControlNetCheckpoint, dtype: torch.dtype | None = None) -> PixArtControl:
+    """A CONTROL_NET. dtype: of the weights; None lets the host choose by the file and the device."""
+    management = comfy.model_management
+    state_dict = checkpoint.state_dict
+    if dtype is None:
+        dtype = management.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(state_dict),
+            supported_dtypes=[torch.float16, torch.bfloat16, torch.float32],
+            weight_dtype=comfy.utils.weight_dtype(state_dict),
+        )
+    model = ControlNetModel(checkpoint.config, checkpoint.num_copies, dtype)
+    state_dict = name_tables({key: cast_weight(key, value, dtype) for key, value in state_dict.items()})
+    model.load_state_dict(state_dict, strict=True, assign=True)
+    model.eval().requires_grad_(False)
+    management.archive_model_dtypes(model)
+    return PixArtControl(model, checkpoint.family, load_device=management.get_torch_device())
+
+
+def _is_controlnet(folder: Path) -> bool:
+    return class_name(folder) in (ALPHA_CLASS, SIGMA_CLASS)
