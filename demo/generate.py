@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from ..pixart.config import PixArtConfig
+from ..pixart.controlnet import PixArtControlNet
 from ..pixart.transformer import PixArt
 from ..samplers import SAMPLERS
 from ..samplers.schedules import sigmas, timesteps_from_sigmas, uniform
@@ -63,19 +64,31 @@ def load_autoencoder(path: Path) -> Autoencoder:
     return model.eval().requires_grad_(False)
 
 
-def _denoised(model: DemoModel, captions: list[str], height_px: int, width_px: int, guidance: float):
+@dataclass
+class Steering:
+    """A ControlNet over the demo's denoiser, and the pictures to follow: hints (B, 3, H, W) in [0, 1]."""
+
+    control: PixArtControlNet
+    hints: Tensor
+
+
+def _denoised(
+    model: DemoModel, captions: list[str], height_px: int, width_px: int, guidance: float, steering: Steering | None
+):
     """The function (x, sigma) -> denoised that samplers call: both captions of every picture in one forward."""
     text = make_text_batch([*captions, *[""] * len(captions)], model.tokenizer)
     states = encode_text(model.text, text)
     size = torch.tensor([[height_px, width_px]], dtype=torch.float32)
     ratio = size[:, :1] / size[:, 1:]
+    hints = None if steering is None else model.autoencoder.encode(steering.hints).repeat(2, 1, 1, 1)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         timestep = timesteps_from_sigmas(sigma).float()
         level = sigma.reshape(-1, 1, 1, 1)
         noisy = x / (1 + level.square()).sqrt()
         both = torch.cat([noisy, noisy]), torch.cat([timestep, timestep])
-        prediction = model.denoiser(*both, states, text.kept, size, ratio)
+        residuals = None if steering is None else steering.control.attach(model.denoiser, hints)
+        prediction = model.denoiser(*both, states, text.kept, size, ratio, control=residuals)
         told, untold = prediction[:, : x.shape[1]].chunk(2)
         return x - level * (untold + guidance * (told - untold))
 
@@ -93,12 +106,13 @@ def generate(
     guidance: float = 4.0,
     seed: int = 0,
     sampler: str = "dpm_solver",
+    steering: Steering | None = None,
 ) -> np.ndarray:
-    """One picture per caption: (B, height_px, width_px, 3) uint8."""
+    """One picture per caption: (B, height_px, width_px, 3) uint8. steering: what they are to follow, one hint each."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(captions), 4, height_px // 8, width_px // 8, generator=generator)
     levels = sigmas(uniform(steps))
-    denoise = _denoised(model, captions, height_px, width_px, guidance)
+    denoise = _denoised(model, captions, height_px, width_px, guidance, steering)
     latents = SAMPLERS[sampler](denoise, noise * float((1 + levels[0] ** 2).sqrt()), levels, disable=True)
     pictures = model.autoencoder.decode(latents)
     return (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
