@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import compare, controlnet, edges, latent, loaders, sampling, styles, text
+from . import compare, controlnet, dataset, edges, latent, loaders, lora, sampling, styles, text
 from .host.sampling import register_samplers
 
 
@@ -28,4 +28,6 @@ class PixArtExtension(ComfyExtension):
             *compare.NODES,
             *controlnet.NODES,
             *edges.NODES,
+            *lora.NODES,
+            *dataset.NODES,
         ]

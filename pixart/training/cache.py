@@ -175,7 +175,7 @@ class DatasetEncoder:
                 _report(progress, done, len(missing), pixels[-1])
         self.shards.scan()
 
-    def features(self, manifest: str | None = MANIFEST) -> "CachedFeatures":
+    def features(self, manifest: str = MANIFEST) -> "CachedFeatures":
         """The encoded dataset; its list is written into the cache's folder under the name `manifest`.
 
         Raises FileNotFoundError while other processes have not encoded their share.
@@ -187,11 +187,10 @@ class DatasetEncoder:
             "null_caption": self.null_key,
             "items": self.items,
         }
-        features = CachedFeatures(self.shards, content)
-        if manifest:
-            text = json.dumps(content, ensure_ascii=False, indent=1)
-            path = self.shards.folder / manifest
-            write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        path = self.shards.folder / manifest
+        features = CachedFeatures(self.shards, content, path)
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         return features
 
     def _share(self, entries: Iterable[tuple]) -> list[tuple]:
@@ -288,10 +287,13 @@ def _check_latents(mean: torch.Tensor, batch: list[_Job]) -> None:
 
 
 class CachedFeatures:
-    """A FeatureSet over a cache: only what is asked for is read. It can be copied into other processes."""
+    """A FeatureSet over a cache: only what is asked for is read. It can be copied into other processes.
 
-    def __init__(self, shards: ShardFolder, content: dict):
-        self.shards, self.items, self.settings = shards, content["items"], content["settings"]
+    path: the dataset's list, with which open_features gives the same again. settings: the fields of EncodeSettings.
+    """
+
+    def __init__(self, shards: ShardFolder, content: dict, path: Path):
+        self.shards, self.items, self.settings, self.path = shards, content["items"], content["settings"], path
         self._null_key = content["null_caption"]
         wanted = {item[part] for item in self.items for part in ("caption", "picture", "hint") if item[part]}
         missing = sum(key not in shards for key in {*wanted, self._null_key})
@@ -347,7 +349,7 @@ def open_cached(path: str | Path) -> CachedFeatures:
         raise _wrong_list(lists[0]) from error
     if not complete:
         raise _wrong_list(lists[0])
-    return CachedFeatures(ShardFolder(lists[0].parent), content)
+    return CachedFeatures(ShardFolder(lists[0].parent), content, lists[0])
 
 
 def _wrong_list(path: Path) -> ValueError:

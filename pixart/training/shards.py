@@ -69,7 +69,13 @@ class ShardFolder:
 
     def _file(self, shard: str):
         if shard not in self._open:
-            self._open[shard] = safe_open(self.folder / shard, framework="pt")
+            try:
+                self._open[shard] = safe_open(self.folder / shard, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise OSError(
+                    f"Cache file cannot be read: got '{error}' for {shard} in '{self.folder}', expected it as it was "
+                    f"when the dataset was opened. Encode the dataset again; only what is lost is encoded."
+                ) from error
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
