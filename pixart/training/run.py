@@ -105,7 +105,8 @@ def choose_folder(root: Path, name: str, resume: bool) -> Path:
     """
     check_name(name)
     pattern = re.compile(rf"{re.escape(name)}_(\d{{3,}})")
-    numbers = [int(m[1]) for path in root.glob(f"{name}_*") if path.is_dir() and (m := pattern.fullmatch(path.name))]
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    numbers = [int(found[1]) for path in folders if (found := pattern.fullmatch(path.name))]
     newest = max(numbers, default=0)
     return root / f"{name}_{newest if resume and newest else newest + 1:03d}"
 

@@ -1,0 +1,218 @@
+"""Adapters: their maths, against PEFT's on the same weights, and what they are saved as."""
+
+import pytest
+import torch
+from torch import nn
+
+from pixart_pack.pixart.checkpoint import to_diffusers
+from pixart_pack.pixart.lora import merge, read_lora
+from pixart_pack.pixart.training.adapters import AdaptedLinear, adapters_disabled, add_adapters
+from pixart_pack.pixart.training.build import make_objective
+from pixart_pack.pixart.training.draws import draw_batch
+from pixart_pack.pixart.training.examples import collate
+from pixart_pack.pixart.training.frozen import Fp8Linear, freeze
+from pixart_pack.pixart.training.results import lora_factors, save_result
+from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
+
+ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0") + tuple(
+    f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")
+)
+
+
+def randomize(objective, seed=3):
+    """Weights as in the middle of a training."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad and "dora" not in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def one_batch(settings, features=None):
+    features = features or make_features(count=4, sizes=((8, 8),))
+    batch = collate([features[index] for index in range(len(features))])
+    return batch, draw_batch(settings, 0, range(len(batch)), batch.latent.shape[1:])
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gradients_equal_those_of_autograd(parts):
+    torch.manual_seed(0)
+    settings = tiny_settings(rank=3, alpha=5.0)
+    layer = AdaptedLinear(freeze_linear(nn.Linear(7, 6 * parts)), settings, parts).double()
+    nn.init.normal_(layer.lora_up)
+    x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *args: layer(args[0]), (x, layer.lora_down, layer.lora_up))
+    expected = nn.functional.linear(x, layer.base.weight + layer.delta(), layer.base.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def freeze_linear(layer):
+    return layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("fields", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+def test_gradients_equal_those_of_peft(fields, tmp_path):
+    """The same weights, batch and noise through diffusers' model with PEFT's adapters."""
+    peft, diffusers = pytest.importorskip("peft"), pytest.importorskip("diffusers")
+    settings = tiny_settings(rank=4, alpha=6.0, caption_dropout=0.0, **fields)
+    model = tiny_model()
+    other = diffusers_twin(diffusers, model)
+    other.requires_grad_(False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=list(ATTENTION), use_dora=bool(fields.get("dora")),
+        use_rslora=bool(fields.get("rslora")),
+    )  # fmt: skip
+    other = peft.get_peft_model(other, config)
+    objective = make_objective(model, settings)
+    randomize(objective)
+    ours = dict(objective.named_parameters())
+    weights = {name: parameter.detach() for name, parameter in ours.items() if parameter.requires_grad}
+    twins = match(other, lora_factors(objective, weights))
+    batch, draws = one_batch(settings)
+    objective(batch, draws).total.backward()
+    peft_loss(objective, other, batch, draws).backward()
+    gradients = {name: ours[name].grad for name in weights}
+    checked = 0
+    for target, factor in lora_factors(objective, gradients).items():
+        twin = twins[target]
+        for mine, parameter in zip((factor.down, factor.up, factor.magnitude), twin, strict=True):
+            if mine is not None:
+                # float32: two orders of the same sums through three blocks
+                torch.testing.assert_close(mine.reshape(parameter.shape), parameter.grad, rtol=2e-4, atol=2e-6)
+                checked += 1
+    assert checked == len(twins) * (3 if "dora" in fields else 2) and len(twins) == 8 * 3
+
+
+def diffusers_twin(diffusers, model):
+    from pixart_pack.pixart.saving import diffusers_config
+
+    config = {key: value for key, value in diffusers_config(model.config).items() if not key.startswith("_")}
+    twin = diffusers.PixArtTransformer2DModel(**config)
+    twin.caption_projection = type(twin.caption_projection)(model.config.caption_channels, model.config.hidden_size)
+    twin.load_state_dict(to_diffusers(model.state_dict(), keep_null_caption=False))
+    return twin
+
+
+def match(other, factors):
+    """{target: PEFT's parameters (A, B, magnitude)}, set to our values."""
+    found = {}
+    for target, factor in factors.items():
+        layer = other.base_model.model.get_submodule(target.diffusers_module)
+        magnitude = getattr(layer, "lora_magnitude_vector", None)
+        places = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        places.append(magnitude["default"].weight if magnitude else None)
+        for place, value in zip(places, (factor.down, factor.up, factor.magnitude), strict=True):
+            if place is not None:
+                place.data.copy_(value.reshape(place.shape))
+        found[target] = tuple(places)
+    return found
+
+
+def peft_loss(objective, other, batch, draws):
+    start = objective.start(batch, draws)
+    noisy = objective.diffusion.q_sample(start, draws.timestep, draws.noise)
+    predicted = other(
+        noisy,
+        encoder_hidden_states=batch.caption,
+        encoder_attention_mask=batch.caption_mask,
+        timestep=draws.timestep,
+        added_cond_kwargs={"resolution": batch.resolution, "aspect_ratio": batch.aspect_ratio},
+        return_dict=False,
+    )[0]
+    return (predicted[:, :4] - draws.noise).square().mean()
+
+
+@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"rslora": True, "alpha": 3.0}], ids=["lora", "dora", "rslora"])
+@pytest.mark.parametrize("targets", ["attention", "blocks", "all-linear"])
+def test_the_saved_file_merged_into_the_weights_is_the_trained_model(fields, targets, tmp_path):
+    settings = tiny_settings(targets=targets, **fields)
+    objective = make_objective(tiny_model(), settings)
+    randomize(objective)
+    weights = {n: p.detach().clone() for n, p in objective.named_parameters() if p.requires_grad}
+    save_result(tmp_path / "lora.safetensors", objective, weights, settings)
+    lora = read_lora(tmp_path / "lora.safetensors")
+    assert not lora.unmatched
+    plain = tiny_model()
+    plain.load_state_dict(merge(plain.state_dict(), lora))
+    batch, draws = one_batch(settings)
+    inputs = objective.conditioned(batch, draws.dropped)
+    with torch.no_grad():
+        adapted = objective.model(draws.noise, draws.timestep.float(), **inputs)
+        merged = plain(draws.noise, draws.timestep.float(), **inputs)
+        with adapters_disabled({n: m for n, m in objective.model.named_modules() if isinstance(m, AdaptedLinear)}):
+            before = objective.model(draws.noise, draws.timestep.float(), **inputs)
+    assert not torch.allclose(before, adapted, atol=1e-2)
+    torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-5)  # float32, sums in another order
+
+
+def test_a_fresh_adapter_changes_nothing():
+    for fields in ({}, {"dora": True}, {"dropout": 0.5}):
+        model, adapted = tiny_model(), tiny_model()
+        settings = tiny_settings(**fields)
+        add_adapters(freeze(adapted, torch.float32), settings)
+        batch, draws = one_batch(settings)
+        args = (draws.noise, draws.timestep.float(), batch.caption, batch.caption_mask)
+        torch.testing.assert_close(adapted(*args), model(*args), rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_weights_get_no_gradients_and_early_layers_no_backward():
+    settings = tiny_settings(targets="custom", target_pattern=r"blocks\.2\.attn\.qkv")
+    objective = make_objective(tiny_model(), settings)
+    entered = []
+    for index, block in enumerate(objective.model.blocks):
+        block.register_full_backward_hook(lambda *_, index=index: entered.append(index))
+    objective(*one_batch(settings)).total.backward()
+    graded = [name for name, parameter in objective.named_parameters() if parameter.grad is not None]
+    assert graded == ["model.blocks.2.attn.qkv.lora_down", "model.blocks.2.attn.qkv.lora_up"]
+    assert entered == [2]
+
+
+def test_what_is_kept_for_the_backward_pass_holds_no_frozen_copies():
+    """Adapters under bf16: no activation is kept in fp32, and none twice."""
+    settings = tiny_settings(dtype="bf16", rank=2)
+    objective = make_objective(tiny_model(), settings)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective(*one_batch(settings))
+    weights = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+    tokens = 4 * 16 * tiny_model().config.hidden_size
+    large = [t for where, t in kept.items() if where not in weights and t.numel() >= tokens]
+    assert large and all(tensor.dtype == torch.bfloat16 for tensor in large)
+
+
+@pytest.mark.parametrize("pattern, match", [("nothing", "No layer for the LoRA"), ("", "Target pattern is missing")])
+def test_patterns_without_a_layer_are_refused(pattern, match):
+    with pytest.raises(ValueError, match=match):
+        add_adapters(tiny_model(), tiny_settings(targets="custom", target_pattern=pattern))
+
+
+def test_a_base_in_8_bits_is_near_the_full_one_and_takes_adapters():
+    settings = tiny_settings(dtype="bf16", base_dtype="fp8", targets="blocks")
+    objective = make_objective(tiny_model(), settings)
+    packed = [module for module in objective.modules() if isinstance(module, Fp8Linear)]
+    assert len(packed) == 7 * 3 and all(module.weight.dtype == torch.float8_e4m3fn for module in packed)
+    exact = make_objective(tiny_model(), tiny_settings(targets="blocks"))
+    batch, draws = one_batch(settings)
+    losses = [each(batch, draws).total for each in (objective, exact)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.02, atol=0)  # 3 mantissa bits in three blocks
+    losses[0].backward()
+    losses[1].backward()
+    given, expected = (
+        torch.cat([p.grad.flatten() for p in each.parameters() if p.requires_grad]) for each in (objective, exact)
+    )
+    assert torch.cosine_similarity(given, expected, dim=0) > 0.98
+
+
+def test_8_bits_without_an_adapter_have_the_right_gradient():
+    torch.manual_seed(1)
+    layer = Fp8Linear(nn.Linear(6, 5))
+    plain = nn.functional.linear
+    x = torch.randn(3, 6, requires_grad=True)
+    layer(x).square().sum().backward()
+    mine, x.grad = x.grad, None
+    plain(x, layer.unpack(torch.float32), layer.bias).square().sum().backward()
+    torch.testing.assert_close(mine, x.grad)

@@ -1,0 +1,116 @@
+"""Settings: what is refused before any work, and the way to a file and back."""
+
+import math
+
+import pytest
+
+from pixart_pack.pixart.training.optimizers import rate_factor
+from pixart_pack.pixart.training.run import check_name, choose_folder
+from pixart_pack.pixart.training.settings import (
+    RunConfig,
+    TrainingSettings,
+    read_config,
+    settings_from_dict,
+    settings_to_dict,
+    write_config,
+)
+
+
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        ({"rank": 0}, "Rank is out of range: got 0, expected a LoRA rank from 1"),
+        ({"learning_rate": 0.0}, "Learning rate is out of range: got 0, expected more than 0"),
+        ({"learning_rate": -1e-4}, "Learning rate is out of range"),
+        ({"learning_rate": 3.0}, "Learning rate is out of range: got 3, .* Usual is 1e-4 for a LoRA"),
+        ({"learning_rate": math.nan}, "Learning rate is out of range: got nan"),
+        ({"learning_rate": 0.05, "optimizer": "lion"}, "at most 0.01 with lion"),
+        ({"steps": 0}, "Steps is out of range: got 0"),
+        ({"batch_size": 0}, "Batch size is out of range"),
+        ({"caption_dropout": 1.5}, "Caption dropout is out of range"),
+        ({"kind": "textual inversion"}, "Unknown kind: got 'textual inversion', expected one of lora"),
+        ({"optimizer": "sgd"}, "Unknown optimizer"),
+        ({"timestep_min": 500, "timestep_max": 100}, "Timestep range is empty"),
+        ({"timestep_weights": [[1000, 1]]}, "Timestep weight is out of range"),
+        ({"targets": "custom"}, "Target pattern is missing"),
+        ({"targets": "custom", "target_pattern": "("}, "no regular expression"),
+        ({"kind": "lcm", "lcm_steps": 7}, "do not divide"),
+        ({"rank": "many"}, "wrong kind: got rank = 'many', expected int"),
+        ({"rank": 1.5}, "wrong kind"),
+        ({"dora": 1}, "wrong kind: got dora = 1, expected bool"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(fields, match):
+    with pytest.raises(ValueError, match=match):
+        TrainingSettings(**fields)
+
+
+def test_prodigy_has_its_own_learning_rate():
+    assert TrainingSettings(optimizer="prodigy", learning_rate=1.0).learning_rate == 1.0
+
+
+def test_numbers_of_yaml_are_taken_as_they_are_meant():
+    settings = settings_from_dict({"learning_rate": "1e-4", "rank": 8.0, "clip_norm": 1})
+    assert settings.learning_rate == 1e-4 and settings.rank == 8 and isinstance(settings.clip_norm, float)
+    with pytest.raises(ValueError, match="Unknown settings: got learning_rat, expected"):
+        settings_from_dict({"learning_rat": 1e-4})
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+def test_a_configuration_comes_back_from_its_file(name, tmp_path):
+    settings = TrainingSettings(kind="lcm_lora", timestep_weights=[[0, 1.0], [999, 0.5]], learning_rate=3e-5)
+    config = RunConfig("models/a.pth", "/data/übung", settings, name="größe", resume=False)
+    write_config(tmp_path / name, config)
+    found = read_config(tmp_path / name)
+    assert found.settings == settings and settings_from_dict(settings_to_dict(settings)) == settings
+    assert found.model == str(tmp_path / "models/a.pth") and found.features == "/data/übung"
+    assert (found.name, found.resume, found.validation) == ("größe", False, None)
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("model: a\nfeatures: b\nmodle: c", "unknown \\['modle'\\]"),
+        ("features: b", "without \\['model'\\]"),
+        ("[1, 2]", "is no mapping"),
+        ("a: [", "cannot be read"),
+        ("model: a\nfeatures: b\nsettings: {rank: 0}", "Rank is out of range"),
+    ],
+)
+def test_a_broken_configuration_is_refused(text, match, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=match):
+        read_config(tmp_path / "run.yaml")
+
+
+def test_a_missing_configuration_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Configuration not found"):
+        read_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "", "..", " x", "c:d", "x" * 200, "nul\0"])
+def test_names_never_leave_their_folder(name, tmp_path):
+    with pytest.raises(ValueError, match="Name of the training cannot be used"):
+        choose_folder(tmp_path, name, resume=True)
+
+
+def test_folders_are_numbered_and_found_again(tmp_path):
+    check_name("Größe 1.5 [v2]")
+    first = choose_folder(tmp_path, "x[1]", resume=True)
+    assert first.name == "x[1]_001"
+    first.mkdir()
+    assert choose_folder(tmp_path, "x[1]", resume=True) == first
+    assert choose_folder(tmp_path, "x[1]", resume=False).name == "x[1]_002"
+
+
+def test_the_course_of_the_learning_rate():
+    def course(**fields):
+        settings = TrainingSettings(steps=10, **fields)
+        return [round(rate_factor(settings, step), 4) for step in range(10)]
+
+    assert course() == [1.0] * 10
+    assert course(warmup_steps=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert course(schedule="linear") == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    cosine = course(schedule="cosine", warmup_steps=2, floor=0.1)
+    assert cosine[:3] == [0.5, 1.0, 1.0] and cosine == sorted(cosine[:2]) + sorted(cosine[2:], reverse=True)
+    assert 0.1 < cosine[-1] < 0.2
