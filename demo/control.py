@@ -49,7 +49,9 @@ def draw_hints(pictures: Tensor) -> Tensor:
 def _encode_scenes(scenes: Sequence[Scene], bucket: Bucket) -> dict[str, Tensor]:
     """Latents and hints of scenes: (scenes, 4, h, w) float16 each, on the model's scale."""
     parts: dict[str, list[Tensor]] = {"latent": [], "hint": []}
-    for start in tqdm(range(0, len(scenes), _CHUNK), desc=f"{bucket.height_px}x{bucket.width_px}", leave=False):
+    for start in tqdm(
+        range(0, len(scenes), _CHUNK), desc=f"{bucket.height_px}x{bucket.width_px}", leave=False, disable=None
+    ):
         drawn = [draw_scene(scene, bucket.height_px, bucket.width_px) for scene in scenes[start : start + _CHUNK]]
         pictures = to_tensor(drawn)
         parts["latent"].append(average_latents(pictures).half())

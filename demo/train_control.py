@@ -1,0 +1,108 @@
+"""Train the demo's ControlNet with the pack's own trainer: `python dev.py run -m pixart_pack.demo.train_control`.
+
+Goes on where it was stopped; checkpoints and log are in demo/work/control.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..pixart.control_storage import save_controlnet
+from ..pixart.training.build import make_objective
+from ..pixart.training.loop import Events, Progress, Trainer
+from ..pixart.training.settings import TrainingSettings
+from .control import BUCKETS, ControlFeatures
+from .evaluate import load_model
+from .evaluate_control import CONTROL_FILE, held_out_scenes, measure, steer
+from .generate import DemoModel
+from .pool import Bucket
+from .train import FOLDER
+
+SETTINGS = TrainingSettings(
+    kind="controlnet",
+    steps=2500,
+    batch_size=32,
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    schedule="cosine",
+    floor=0.02,
+    warmup_steps=100,
+    ema_decay=0.995,
+    weighting="velocity",
+    timesteps="log_normal",  # most at the noise levels at which the layout is decided
+    timestep_mean=0.4,
+    timestep_std=1.0,
+    control_blocks=5,
+    checkpoint_every=50,
+    log_every=20,
+    sample_every=250,
+    tensorboard=False,
+)
+CHECKED = 16  # held-out scenes that are measured on the way
+logger = logging.getLogger(__name__)
+
+
+class Bar(Events):
+    """The training's progress on a terminal."""
+
+    def __init__(self, steps: int):
+        self.bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty())
+
+    def stepped(self, progress: Progress) -> None:
+        self.bar.update(progress.step - self.bar.n)
+        self.bar.set_postfix({"loss": f"{progress.smoothed:.4g}"}, refresh=False)
+
+
+def train(
+    model: DemoModel,
+    settings: TrainingSettings,
+    work: Path,
+    path: Path,
+    *,
+    resume: bool = True,
+    buckets: Sequence[Bucket] = BUCKETS,
+) -> None:
+    """Train, or go on from what is in `work`, and write the ControlNet to `path`."""
+    features = ControlFeatures(model.tokenizer, model.text, work / "features", buckets=buckets)
+    config = model.denoiser.config
+    objective = make_objective(model.denoiser, settings)
+    scenes = held_out_scenes(CHECKED, 128, 128, seed=1)
+
+    def check(step: int) -> None:
+        found = measure(steer(model, objective.control, scenes, 128, 128, steps=15), scenes)
+        logger.info("step %d: %s", step, ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+
+    trainer = Trainer(objective, features, settings, work, events=Bar(settings.steps), sample=check)
+    trainer.run(resume)
+    weights = {name.removeprefix("control."): value for name, value in trainer.trained_weights().items()}
+    save_controlnet(path, weights, config, dtype=torch.float16)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="demo.train_control", description=__doc__)
+    parser.add_argument("--steps", type=int, default=SETTINGS.steps)
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--work", type=Path, default=FOLDER / "work" / "control", help="checkpoints and logs")
+    parser.add_argument("--output", type=Path, default=CONTROL_FILE)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokenizer", type=Path, help="folder of the T5 tokenizer; default: an importable ComfyUI's")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _parse()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(options.threads)
+    settings = replace(SETTINGS, steps=options.steps, seed=options.seed)
+    train(load_model(options.tokenizer), settings, options.work, options.output, resume=options.resume)
+
+
+if __name__ == "__main__":
+    main()
