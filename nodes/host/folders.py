@@ -1,5 +1,7 @@
-"""Models in the host's folders: files, and folders of the Hugging Face kind, which the host does not list."""
+"""Names in the host's folders: model files, folders of the Hugging Face kind (the host lists none), new outputs."""
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,6 +54,24 @@ def find_folder(kinds: tuple[str, ...], wanted: Callable[[Path], bool], name: st
             f"another."
         )
     return found
+
+
+def next_output(prefix: str, suffix: str = "") -> Path:
+    """A new path below the host's output folder, numbered as the host's save nodes do it: `prefix_00001_suffix`.
+
+    prefix: folders and the start of the name, with `%date%`-like variables of the host. suffix: `.safetensors`, or
+    nothing for a folder. Raises ValueError for a prefix that is no name or leads out of the output folder.
+    """
+    output = os.path.realpath(folder_paths.get_output_directory())
+    parts = prefix.replace("\\", "/").split("/")
+    is_name = parts[-1].strip(" .") and ".." not in parts and not re.search(r'[<>:"|?*\x00-\x1f]', prefix)
+    if not is_name or os.path.commonpath([output, os.path.realpath(os.path.join(output, prefix))]) != output:
+        raise ValueError(
+            f"Unusable file name: got '{prefix}', expected a name like 'loras/my_lora', which stays in the output "
+            f"folder. Correct filename_prefix."
+        )
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
+    return Path(folder, f"{name}_{counter:05}_{suffix}")
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
