@@ -67,6 +67,19 @@ class ComfyClient:
         with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
             return json.loads(answer.read() or b"{}")
 
+    def upload(self, image: Image.Image, name: str) -> str:
+        """Put a picture into the server's input folder, over one of that name. Returns its name for LoadImage."""
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        boundary = uuid.uuid4().hex
+        fields = (("overwrite", "", b"true"), ("image", f'; filename="{name}"', buffer.getvalue()))
+        body = b"".join(
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"{more}\r\n\r\n'.encode() + content + b"\r\n"
+            for field, more, content in fields
+        )
+        body += f"--{boundary}--\r\n".encode()
+        return self.post_bytes("/upload/image", body, f"multipart/form-data; boundary={boundary}")["name"]
+
     def queue(self, workflow: dict) -> str:
         """Queue a workflow in API format and return the run's id. Raises PromptError with the reasons of a refusal."""
         try:

@@ -1,11 +1,7 @@
 """A ComfyUI server for tests, with this pack in it, over HTTP."""
 
-import io
 import sys
-import uuid
 from pathlib import Path
-
-from PIL import Image
 
 import pixart_pack.demo.client as client
 from pixart_pack.devtools.server import PACK, Server, prepare_base
@@ -36,15 +32,6 @@ class Host(client.ComfyClient):
         messages = []
         self.wait(self.queue(workflow), timeout_s, lambda *message: messages.append(message))
         return messages
-
-    def upload(self, image: Image.Image, name: str) -> str:
-        """Put a picture into the input folder; returns its name for LoadImage."""
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        boundary = uuid.uuid4().hex
-        head = f'Content-Disposition: form-data; name="image"; filename="{name}"\r\nContent-Type: image/png\r\n\r\n'
-        body = f"--{boundary}\r\n{head}".encode() + buffer.getvalue() + f"\r\n--{boundary}--\r\n".encode()
-        return self.post_bytes("/upload/image", body, f"multipart/form-data; boundary={boundary}")["name"]
 
     def unload(self) -> None:
         """Let the server forget its models and cached results before its next prompt."""

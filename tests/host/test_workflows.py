@@ -1,0 +1,121 @@
+"""The workflows that the pack ships: up to date, tidy, equal in both formats, and running in a real queue."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from pixart_pack.devtools.templates.__main__ import make
+from pixart_pack.devtools.templates.api import to_api, widget_values
+from pixart_pack.devtools.templates.files import FILES
+from pixart_pack.devtools.templates.pictures import WORKFLOWS
+from pixart_pack.devtools.templates.rehearsal import INPUT_PICTURE, input_picture, rehearse
+
+FOLDER = Path(__file__).parent.parent.parent / "workflows"
+FROZEN = Path(__file__).parent.parent / "data" / "workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+TITLE_PX = 30
+LARGEST_THUMBNAIL = 100_000
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def object_info(start_host):
+    return start_host().object_info()
+
+
+@pytest.fixture(scope="module")
+def ready_host(start_host):
+    host = start_host()
+    host.upload(input_picture(), INPUT_PICTURE)
+    return host
+
+
+def boxes(workflow: dict) -> dict:
+    """By node: left, top, right, bottom in pixels, the title counted."""
+    return {
+        (node["id"], node["type"]): (
+            node["pos"][0],
+            node["pos"][1] - TITLE_PX,
+            node["pos"][0] + node["size"][0],
+            node["pos"][1] + node["size"][1],
+        )
+        for node in workflow["nodes"]
+    }
+
+
+def overlap(one: tuple, other: tuple) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def test_every_workflow_of_the_collection_is_there():
+    assert NAMES == sorted(WORKFLOWS)
+    assert NAMES == sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_what_the_tool_writes(name, object_info):
+    # Mend with: python dev.py run -m pixart_pack.devtools.templates
+    assert read(FOLDER / f"{name}.json") == make(name, object_info)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_formats_are_equal(name, object_info):
+    assert read(FOLDER / "api" / f"{name}.json") == to_api(read(FOLDER / f"{name}.json"), object_info)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_tidy(name):
+    workflow = read(FOLDER / f"{name}.json")
+    places = boxes(workflow)
+    assert not [pair for pair in combinations(places, 2) if overlap(places[pair[0]], places[pair[1]])]
+    groups = [group["bounding"] for group in workflow["groups"]]
+    groups = [(left, top, left + width, top + height) for left, top, width, height in groups]
+    assert not [pair for pair in combinations(groups, 2) if overlap(*pair)]
+    for box in places.values():
+        assert sum(g[0] <= box[0] and g[1] <= box[1] and box[2] <= g[2] and box[3] <= g[3] for g in groups) == 1
+    lefts = {node["id"]: node["pos"][0] for node in workflow["nodes"]}
+    assert all(lefts[origin] <= lefts[target] for _, origin, _, target, *_ in workflow["links"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_the_files_it_needs(name, object_info):
+    workflow = read(FOLDER / f"{name}.json")
+    notes = " ".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    for node in workflow["nodes"]:
+        if node["type"] not in object_info:
+            continue
+        for value in widget_values(node, object_info[node["type"]]).values():
+            if value in FILES:
+                assert {"name": value, **FILES[value]} in node["properties"]["models"]
+                assert value in notes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_has_a_small_thumbnail(name):
+    assert 1000 < (FOLDER / f"{name}.jpg").stat().st_size < LARGEST_THUMBNAIL
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_with_the_demo_model(name, ready_host):
+    pictures = ready_host.run(rehearse(read(FOLDER / "api" / f"{name}.json"), steps=2, side_px=64))
+    assert pictures
+    assert all(picture.convert("L").entropy() > 1 for picture in pictures)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FROZEN.glob("*.json")))
+def test_a_shared_workflow_of_an_earlier_version_still_works(name, object_info, ready_host):
+    frozen = read(FROZEN / "api" / f"{name}.json")
+    today = to_api(read(FROZEN / f"{name}.json"), object_info)
+    assert today.keys() == frozen.keys()
+    for number, node in frozen.items():
+        assert today[number]["class_type"] == node["class_type"]
+        assert today[number]["inputs"] == node["inputs"]
+    current = FOLDER / "api" / f"{name}.json"
+    if current.exists() and read(current) == frozen:
+        return  # it has just been run
+    assert ready_host.run(rehearse(frozen, steps=2, side_px=64))
