@@ -5,6 +5,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -20,7 +21,12 @@ from .scenes import Scene, describe, draw_scene
 from .text import encode_text, make_text_batch
 
 COUNTS = (32, 45, 23)  # weights of one, two and three shapes
-BUCKETS = (
+SMALL_BUCKETS = (
+    Bucket(64, 64, 5000, 0.6, COUNTS),
+    Bucket(64, 96, 1000, 0.2, COUNTS),
+    Bucket(96, 64, 1000, 0.2, COUNTS),
+)
+FULL_BUCKETS = (
     Bucket(128, 128, 6000, 0.6, COUNTS),
     Bucket(96, 160, 1500, 0.2, COUNTS),
     Bucket(160, 96, 1500, 0.2, COUNTS),
@@ -46,16 +52,23 @@ def draw_hints(pictures: Tensor) -> Tensor:
     return soft_edges(pictures).expand(-1, 3, -1, -1)
 
 
-def _encode_scenes(scenes: Sequence[Scene], bucket: Bucket) -> dict[str, Tensor]:
-    """Latents and hints of scenes: (scenes, 4, h, w) float16 each, on the model's scale."""
+def _encode_scenes(scenes: Sequence[Scene], bucket: Bucket, shrink: int) -> dict[str, Tensor]:
+    """Latents and hints of scenes: (scenes, 4, h, w) float16 each, on the model's scale.
+
+    shrink: hints are drawn so many times as large and then averaged, so that lines are as wide against the shapes as
+    in pictures of that size.
+    """
     parts: dict[str, list[Tensor]] = {"latent": [], "hint": []}
     for start in tqdm(
         range(0, len(scenes), _CHUNK), desc=f"{bucket.height_px}x{bucket.width_px}", leave=False, disable=None
     ):
-        drawn = [draw_scene(scene, bucket.height_px, bucket.width_px) for scene in scenes[start : start + _CHUNK]]
-        pictures = to_tensor(drawn)
+        part = scenes[start : start + _CHUNK]
+        pictures, large = (
+            to_tensor([draw_scene(scene, bucket.height_px * scale, bucket.width_px * scale) for scene in part])
+            for scale in (1, shrink)
+        )
         parts["latent"].append(average_latents(pictures).half())
-        parts["hint"].append(average_latents(draw_hints(pictures)).half())
+        parts["hint"].append(average_latents(F.avg_pool2d(draw_hints(large), shrink)).half())
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
@@ -73,7 +86,7 @@ def _encode_captions(
 
 
 class ControlFeatures:
-    """A FeatureSet of scenes with their hints; what was drawn is kept under `folder`."""
+    """A FeatureSet of scenes with their hints; what was drawn is kept under `folder`. shrink: see _encode_scenes."""
 
     null_caption = None  # the demo's denoiser has a learned one
 
@@ -83,7 +96,8 @@ class ControlFeatures:
         encoder: T5EncoderModel,
         folder: Path,
         *,
-        buckets: Sequence[Bucket] = BUCKETS,
+        buckets: Sequence[Bucket] = FULL_BUCKETS,
+        shrink: int = 1,
         seed: int = 1,
     ):
         rng = Random(f"control captions {seed}")
@@ -95,7 +109,7 @@ class ControlFeatures:
             scenes = bucket_scenes(bucket, seed)
             path = folder / f"{bucket.height_px}x{bucket.width_px}_{bucket.scenes}_{seed}.safetensors"
             if not path.exists():
-                encoded = _encode_scenes(scenes, bucket)
+                encoded = _encode_scenes(scenes, bucket, shrink)
                 write_atomically(path, lambda temporary, encoded=encoded: save_file(encoded, temporary))
             content = load_file(path)
             self.latents += content["latent"].unbind()

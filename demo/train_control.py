@@ -7,7 +7,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from ..pixart.control_storage import save_controlnet
 from ..pixart.training.build import make_objective
 from ..pixart.training.loop import Events, Progress, Trainer
 from ..pixart.training.settings import TrainingSettings
-from .control import BUCKETS, ControlFeatures
+from .control import FULL_BUCKETS, SMALL_BUCKETS, ControlFeatures
 from .evaluate import load_model
 from .evaluate_control import CONTROL_FILE, held_out_scenes, measure, steer
 from .generate import DemoModel
@@ -26,14 +26,12 @@ from .train import FOLDER
 
 SETTINGS = TrainingSettings(
     kind="controlnet",
-    steps=2500,
     batch_size=32,
-    learning_rate=1e-3,
     weight_decay=0.0,
     schedule="cosine",
     floor=0.02,
-    warmup_steps=100,
-    ema_decay=0.995,
+    warmup_steps=50,
+    ema_decay=0.99,
     weighting="velocity",
     timesteps="log_normal",  # most at the noise levels at which the layout is decided
     timestep_mean=0.4,
@@ -43,6 +41,25 @@ SETTINGS = TrainingSettings(
     log_every=20,
     sample_every=250,
     tensorboard=False,
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training: on which pictures, and for how long. shrink: see ControlFeatures."""
+
+    name: str
+    buckets: Sequence[Bucket]
+    shrink: int
+    steps: int
+    learning_rate: float
+    floor: float
+
+
+# The position grid spans the same range at every size: small pictures teach to follow lines at a quarter of the cost.
+PHASES = (
+    Phase("small", SMALL_BUCKETS, 2, 1500, 1.5e-3, 0.3),
+    Phase("full", FULL_BUCKETS, 1, 800, 8e-4, 0.02),
 )
 CHECKED = 16  # held-out scenes that are measured on the way
 logger = logging.getLogger(__name__)
@@ -65,11 +82,10 @@ def train(
     work: Path,
     path: Path,
     *,
+    phases: Sequence[Phase] = PHASES,
     resume: bool = True,
-    buckets: Sequence[Bucket] = BUCKETS,
 ) -> None:
-    """Train, or go on from what is in `work`, and write the ControlNet to `path`."""
-    features = ControlFeatures(model.tokenizer, model.text, work / "features", buckets=buckets)
+    """Train, or go on from what is in `work`, and write the ControlNet to `path` after each phase."""
     config = model.denoiser.config
     objective = make_objective(model.denoiser, settings)
     scenes = held_out_scenes(CHECKED, 128, 128, seed=1)
@@ -78,15 +94,21 @@ def train(
         found = measure(steer(model, objective.control, scenes, 128, 128, steps=15), scenes)
         logger.info("step %d: %s", step, ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
 
-    trainer = Trainer(objective, features, settings, work, events=Bar(settings.steps), sample=check)
-    trainer.run(resume)
-    weights = {name.removeprefix("control."): value for name, value in trainer.trained_weights().items()}
-    save_controlnet(path, weights, config, dtype=torch.float16)
+    for phase in phases:
+        features = ControlFeatures(
+            model.tokenizer, model.text, work / "features", buckets=phase.buckets, shrink=phase.shrink
+        )
+        chosen = replace(settings, steps=phase.steps, learning_rate=phase.learning_rate, floor=phase.floor)
+        trainer = Trainer(objective, features, chosen, work / phase.name, events=Bar(phase.steps), sample=check)
+        trainer.run(resume)
+        weights = {name.removeprefix("control."): value for name, value in trainer.trained_weights().items()}
+        objective.control.load_state_dict(weights)
+        save_controlnet(path, weights, config, dtype=torch.float16)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo.train_control", description=__doc__)
-    parser.add_argument("--steps", type=int, default=SETTINGS.steps)
+    parser.add_argument("--steps", type=int, nargs=len(PHASES), default=[phase.steps for phase in PHASES])
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--work", type=Path, default=FOLDER / "work" / "control", help="checkpoints and logs")
     parser.add_argument("--output", type=Path, default=CONTROL_FILE)
@@ -100,8 +122,9 @@ def main() -> None:
     options = _parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
-    settings = replace(SETTINGS, steps=options.steps, seed=options.seed)
-    train(load_model(options.tokenizer), settings, options.work, options.output, resume=options.resume)
+    phases = [replace(phase, steps=steps) for phase, steps in zip(PHASES, options.steps, strict=True)]
+    settings = replace(SETTINGS, seed=options.seed)
+    train(load_model(options.tokenizer), settings, options.work, options.output, phases=phases, resume=options.resume)
 
 
 if __name__ == "__main__":
