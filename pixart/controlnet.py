@@ -1,6 +1,7 @@
 """PixArt ControlNet: copies of a base model's first blocks that steer the next ones by an image."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -135,13 +136,12 @@ class PixArtControlNet(nn.Module):
     def attach(self, base: PixArt, condition) -> list[Residual]:
         """What `base(..., control=...)` takes to run this branch in step with the base, block by block.
 
-        condition: (B, C, H, W), as in `forward`. Good for one forward pass of the base. Nothing is computed twice, and
-        no more than one residual is held.
+        condition: (B, C, H, W), as in `forward`. Good for any number of passes, one after another. Nothing is computed
+        twice, and no more than one residual is held.
         Raises ValueError for a base of another shape.
         """
         self.match_base(base.config)
-        branch = ControlBranch(self, base, condition)
-        return [branch.residual_at(index) for index in range(self.num_copies)]
+        return ControlBranch(self, base, condition).residuals()
 
     def match_base(self, config: PixArtConfig) -> None:
         """Takes the number of heads, which no weight tells, from the base that is to be steered.
@@ -165,29 +165,21 @@ class PixArtControlNet(nn.Module):
 
 
 class ControlBranch:
-    """One pass of a control branch beside one pass of its base; each copy runs when the base gets there."""
+    """A control branch beside a pass of its base: each copy runs when the base gets to the block after it."""
 
     def __init__(self, control: PixArtControlNet, base: PixArt, condition):
-        self.control, self.base = control, base
-        self.latent = condition
-        self.condition = None
-        self.done = 0  # copies that have run
+        self.control, self.base, self.latent = control, base, condition
+        self.condition = None  # the last copy's output, (B, N, D)
 
-    def residual_at(self, index: int) -> Residual:
-        """The function that gives residual `index` when the base calls it in front of block index + 1."""
-        return lambda tokens, inputs: self.advance(index, tokens, inputs)
+    def residuals(self) -> list[Residual]:
+        """A function for each copy, to be called in their order; the first begins anew."""
+        return [partial(self.advance, index) for index in range(self.control.num_copies)]
 
     def advance(self, index: int, tokens, inputs: BlockInputs):
-        """Runs the copies up to `index` and returns its residual, (B, N, D). tokens: (B, N, D) of the base."""
-        if self.done == 0:
-            self.condition = self.control.embed(self.base, self.latent.to(tokens))
-        residual = None
-        while self.done <= index:
-            block = self.control.controlnet[self.done]
-            residual, self.condition = block(self.condition, tokens, inputs)
-            self.done += 1
-        if self.done == self.control.num_copies:
-            self.condition = None
+        """Runs copy `index` and returns its residual, (B, N, D). tokens: (B, N, D) of the base."""
+        condition = self.control.embed(self.base, self.latent.to(tokens)) if index == 0 else self.condition
+        residual, condition = self.control.controlnet[index](condition, tokens, inputs)
+        self.condition = condition if index + 1 < self.control.num_copies else None
         return residual
 
 

@@ -141,6 +141,18 @@ def test_the_first_block_and_the_embeddings_run_once():
     assert sorted(calls) == ["block", "caption", "patches", "patches", "time"]  # patches of latent and condition
 
 
+def test_an_attached_branch_serves_every_step():
+    base = tiny_model()
+    control = tiny_control(base, 2)
+    latent, timestep, caption, mask = tiny_inputs(1, 8, 8, [3])
+    steering = control.attach(base, latent)
+    with torch.no_grad():
+        for time in (timestep, timestep / 2, timestep):
+            expected = control(base, latent, time, caption, latent, mask)
+            given = base(latent, time, caption, mask, control=steering)
+            assert torch.equal(given, base(latent, time, caption, mask, control=expected))
+
+
 def test_a_fresh_branch_changes_nothing():
     base = tiny_model()
     control = PixArtControlNet.from_base(base)

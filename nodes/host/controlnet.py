@@ -1,5 +1,6 @@
 """PixArt's ControlNet as the host's CONTROL_NET: chained, scaled, scheduled and moved in memory like any other."""
 
+import weakref
 from pathlib import Path
 
 import comfy.controlnet
@@ -11,7 +12,7 @@ import torch
 
 from ...pixart.config import PixArtConfig
 from ...pixart.control_storage import ALPHA_CLASS, SIGMA_CLASS, ControlNetCheckpoint, read_controlnet
-from ...pixart.controlnet import PixArtControlNet
+from ...pixart.controlnet import ControlBranch, PixArtControlNet
 from ...pixart.detection import SIGMA
 from .folders import find_file, find_folder, find_folders, list_files
 from .loading import DTYPES, class_name, hints_of, make_model
@@ -63,7 +64,9 @@ class ControlNetModel(PixArtControlNet):
 
         x: (B, C, H, W). hint: (B or 1, C, H, W), encoded and scaled. timesteps, context: the base brings them itself.
         """
-        return {"output": [Residual([(compute, 1.0)], x.shape) for compute in self.attach(base_model, hint)]}
+        # By a weak reference: the host takes a model for leaked while anything, such as a kept residual, refers to it.
+        branch = ControlBranch(weakref.proxy(self), base_model, hint)
+        return {"output": [Residual([(compute, 1.0)], x.shape) for compute in branch.residuals()]}
 
 
 class PixArtControl(comfy.controlnet.ControlNet):

@@ -1,0 +1,425 @@
+"""PixArt's ControlNet as the host's CONTROL_NET, in this process: what it computes and with what it combines."""
+
+import importlib
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pixart_pack.demo.train import VAE_FILE
+from pixart_pack.pixart.control_storage import save_controlnet
+from pixart_pack.pixart.controlnet import PixArtControlNet
+from pixart_pack.tests.host.test_model import caption, count_forwards, sample
+from pixart_pack.tests.tiny_pixart import make_model, make_weights, tiny_config
+
+CONFIG = tiny_config(depth=4)
+COPIES = 2
+NOISE = 2e-3  # cfg 4.5 and sigma 157 multiply the network's float32 noise in the first step
+
+
+def control_weights(config=CONFIG, seed=3, copies=COPIES):
+    """Random everywhere, and strong enough to be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = PixArtControlNet(config, copies, device="meta").state_dict()
+    return {name: torch.randn(like.shape, generator=generator) * 0.15 for name, like in shapes.items()}
+
+
+def zeroed(weights):
+    return {
+        name: torch.zeros_like(t) if "_proj." in name.split("copied_block")[0] else t for name, t in weights.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def adapter(pack):
+    return importlib.import_module("pixart_pack.nodes.host.controlnet")
+
+
+@pytest.fixture(scope="module")
+def host_model(pack):
+    return importlib.import_module("pixart_pack.nodes.host.model")
+
+
+@pytest.fixture(scope="module")
+def patcher(host_model):
+    return host_model.make_patcher(make_weights(CONFIG), CONFIG, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def vae(pack):
+    return importlib.import_module("pixart_pack.nodes.host.loading").read_vae(VAE_FILE)
+
+
+@pytest.fixture
+def make_control(adapter, tmp_path):
+    """A function that writes a ControlNet and loads it: make_control(weights, dtype) -> CONTROL_NET."""
+
+    def make(weights=None, dtype=torch.float32, config=CONFIG, name="edges"):
+        save_controlnet(tmp_path / f"{name}.safetensors", weights or control_weights(config), config)
+        return adapter.make_control(adapter.read_controlnet(tmp_path / f"{name}.safetensors"), dtype)
+
+    return make
+
+
+def picture(seed=0, size=(9, 13), batch=1):
+    """A hint as large as the latent's picture, (B, H, W, 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, size[0] * 8, size[1] * 8, 3, generator=generator).round()
+
+
+def prompts(lengths=(12, 3)):
+    return caption(lengths[0], 1, keep=lengths[0] - 2), caption(lengths[1], 2)
+
+
+def apply(adapter, control, vae, hint=None, conds=None, strength=1.0, start=0.0, end=1.0):
+    positive, negative = conds or prompts()
+    hint = picture() if hint is None else hint
+    found = adapter.apply_control([positive], [negative], control, hint, vae, strength, start, end)
+    return found[0][0], found[1][0]
+
+
+def watch(model):
+    """A clone of the MODEL, and a list of (x, timesteps, context, control, conds, prediction) of each forward."""
+    extension = importlib.import_module("comfy.patcher_extension")
+    seen, clone = [], model.clone()
+
+    def note(executor, x, timesteps, context, control, options, **conds):
+        out = executor(x, timesteps, context, control, options, **conds)
+        seen.append((x, timesteps, context, control, conds, out))
+        return out
+
+    clone.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "watch", note)
+    return clone, seen
+
+
+def plain_prediction(seen, branches):
+    """The same forward outside any host. branches: pairs of control weights and hint latent (rows as x's)."""
+    x, timesteps, context, _, conds, _ = seen
+    base = make_model(CONFIG)
+    residuals = None
+    for weights, hint in branches:
+        control = PixArtControlNet(CONFIG, COPIES).eval()
+        control.load_state_dict(weights)
+        found = control(
+            base, x, timesteps, context, hint, conds["attention_mask"], conds["c_size"].float(),
+            (conds["c_ar"].double() / 1_000_000).float(),
+        )  # fmt: skip
+        residuals = found if residuals is None else [one + other for one, other in zip(residuals, found, strict=True)]
+    return base(x, timesteps, context, conds["attention_mask"], conds["c_size"].float(),
+                (conds["c_ar"].double() / 1_000_000).float(), control=residuals)[:, :4]  # fmt: skip
+
+
+def encode(vae, hint):
+    with torch.inference_mode():
+        return vae.encode(hint) * CONFIG.vae_scale
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13)])
+def test_equals_the_plain_control(comfy, adapter, patcher, vae, make_control, size):
+    hint = picture(size=size)
+    model, seen = watch(patcher)
+    sample(comfy, model, *apply(adapter, make_control(), vae, hint), size=size)
+    assert [tuple(each[0].shape) for each in seen] == [(2, 4, *size)] * 2  # both prompts in one forward
+    with torch.inference_mode():
+        expected = plain_prediction(seen[0], [(control_weights(), encode(vae, hint))])
+        torch.testing.assert_close(seen[0][-1], expected, atol=2e-5, rtol=0)
+        assert (seen[0][-1] - plain_prediction(seen[0], [])).abs().max() > 0.1
+
+
+def test_two_chained_add_up_with_their_strengths(comfy, adapter, patcher, vae, make_control):
+    one, other = control_weights(seed=3), control_weights(seed=4)
+    model, seen = watch(patcher)
+    conds = apply(adapter, make_control(one), vae, picture(1), strength=0.5)
+    conds = apply(adapter, make_control(other, name="other"), vae, picture(2), conds, strength=1.5)
+    sample(comfy, model, *conds)
+
+    def scaled(weights, strength):
+        return {n: t * strength if "after_proj" in n else t for n, t in weights.items()}
+
+    with torch.inference_mode():
+        branches = [(scaled(one, 0.5), encode(vae, picture(1))), (scaled(other, 1.5), encode(vae, picture(2)))]
+        torch.testing.assert_close(seen[0][-1], plain_prediction(seen[0], branches), atol=5e-5, rtol=0)
+
+
+def test_the_same_net_twice_with_two_hints(comfy, adapter, patcher, vae, make_control):
+    control = make_control()
+    model, seen = watch(patcher)
+    conds = apply(adapter, control, vae, picture(1))
+    sample(comfy, model, *apply(adapter, control, vae, picture(2), conds))
+    with torch.inference_mode():
+        branches = [(control_weights(), encode(vae, picture(seed))) for seed in (1, 2)]
+        torch.testing.assert_close(seen[0][-1], plain_prediction(seen[0], branches), atol=5e-5, rtol=0)
+
+
+def test_a_batch_of_hints_over_guidance(comfy, adapter, patcher, vae, make_control):
+    hints = picture(batch=2)
+    model, seen = watch(patcher)
+    together = sample(comfy, model, *apply(adapter, make_control(), vae, hints), batch=2)
+    assert [len(each[0]) for each in seen] == [4, 4]
+    with torch.inference_mode():
+        expected = plain_prediction(seen[0], [(control_weights(), encode(vae, hints).repeat(2, 1, 1, 1))])
+    torch.testing.assert_close(seen[0][-1], expected, atol=2e-5, rtol=0)
+    assert together.shape == (2, 4, 9, 13)
+    four = sample(comfy, patcher, *apply(adapter, make_control(), vae, picture()), batch=4)
+    assert four.isfinite().all()
+
+
+def test_strength_zero_and_fresh_weights_give_the_picture_of_none(
+    comfy, core_nodes, adapter, patcher, vae, make_control
+):
+    none = sample(comfy, patcher, *prompts())
+    assert torch.equal(sample(comfy, patcher, *apply(adapter, make_control(), vae, strength=0.0)), none)
+    assert torch.equal(sample(comfy, patcher, *apply(adapter, make_control(zeroed(control_weights())), vae)), none)
+    conds = apply(adapter, make_control(), vae)
+    conds[0][1]["control"].strength = 0.0  # as a strength that a schedule brings to zero
+    assert torch.equal(sample(comfy, patcher, *conds), none)
+    assert not torch.equal(sample(comfy, patcher, *apply(adapter, make_control(), vae)), none)
+
+
+def test_the_hosts_apply_node_does_the_same(comfy, core_nodes, adapter, patcher, vae, make_control):
+    ours = sample(comfy, patcher, *apply(adapter, make_control(), vae, strength=0.7))
+    node = core_nodes["ControlNetApplyAdvanced"]()
+    positive, negative = prompts()
+    found = node.apply_controlnet([positive], [negative], make_control(), picture(), 0.7, 0.0, 1.0, vae=vae)
+    assert torch.equal(sample(comfy, patcher, found[0][0], found[1][0]), ours)
+
+
+def test_start_and_end(comfy, adapter, patcher, vae, make_control):
+    model, seen = watch(patcher)
+    sample(comfy, model, *apply(adapter, make_control(), vae, start=0.3, end=0.7), steps=10)
+    controlled = [each[3] is not None for each in seen]
+    assert 2 <= sum(controlled) <= 5 and not controlled[0] and not controlled[-1]
+
+
+def test_embeddings_and_first_block_run_once_a_step(comfy, adapter, patcher, vae, make_control):
+    net, calls = patcher.model.diffusion_model, []
+    modules = {"block": net.blocks[0], "time": net.t_embedder, "caption": net.y_embedder, "adaln": net.t_block}
+    handles = [m.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, m in modules.items()]
+    model, seen = watch(patcher)
+    sample(comfy, model, *apply(adapter, make_control(), vae), steps=3)
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == 3
+    assert {name: calls.count(name) for name in modules} == dict.fromkeys(modules, 3)
+
+
+def test_prompts_in_forwards_of_their_own(comfy, monkeypatch, adapter, patcher, vae, make_control):
+    """As the host does it where memory is short."""
+    together = sample(comfy, patcher, *apply(adapter, make_control(), vae, picture(batch=2)), batch=2)
+    monkeypatch.setattr(importlib.import_module("comfy.model_base").BaseModel, "memory_required", lambda *_, **__: 1e18)
+    model, seen = count_forwards(patcher)
+    alone = sample(comfy, model, *apply(adapter, make_control(), vae, picture(batch=2)), batch=2)
+    assert [shape[0] for shape, _ in seen] == [2] * 4
+    torch.testing.assert_close(alone, together, atol=NOISE, rtol=1e-4)
+
+
+def test_masked_prompts_with_a_control_each(comfy, adapter, patcher, vae, make_control):
+    left = torch.zeros(1, 72, 104)
+    left[:, :, :48] = 1
+    conds = apply(adapter, make_control(), vae)
+    masked = [conds[0][0], {**conds[0][1], "mask": left, "mask_strength": 1.0}]
+    rest = [caption(5, 9)[0], {**caption(5, 9)[1], "mask": 1 - left, "mask_strength": 1.0}]
+    comfy_sample = importlib.import_module("comfy.sample")
+    latent = torch.zeros(1, 4, 9, 13)
+    with torch.inference_mode():
+        found = comfy_sample.sample(
+            patcher,
+            comfy_sample.prepare_noise(latent, 5),
+            1,
+            1.0,
+            "euler",
+            "simple",
+            [masked, rest],
+            [conds[1]],
+            latent,
+        )
+        without = comfy_sample.sample(
+            patcher, comfy_sample.prepare_noise(latent, 5), 1, 1.0, "euler", "simple",
+            [[prompts()[0][0], {**prompts()[0][1], "mask": left, "mask_strength": 1.0}], rest], [conds[1]], latent,
+        )  # fmt: skip
+    change = (found - without).abs().amax(dim=(0, 1))  # (9, 13)
+    assert change[:, :6].max() > 100 and change[:, 6:].max() < 0.01  # the noise of values near 1000
+
+
+@pytest.mark.parametrize(
+    ("base_dtype", "control_dtype", "noise"),
+    [
+        (torch.float32, torch.bfloat16, 0.05),
+        (torch.float32, torch.float8_e4m3fn, 0.3),
+        (torch.bfloat16, torch.bfloat16, 0.1),
+        (torch.bfloat16, torch.float32, 0.1),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, 0.3),
+        (torch.float16, torch.float8_e5m2, 0.5),
+    ],
+)
+def test_precisions(comfy, adapter, host_model, patcher, vae, make_control, base_dtype, control_dtype, noise):
+    """Weights of 8 and 3 bits of mantissa are off by 2^-9 and 2^-4 each; random signs average that out."""
+    exact = sample(comfy, patcher, *apply(adapter, make_control(), vae))
+    other = host_model.make_patcher(make_weights(CONFIG), CONFIG, dtype=base_dtype)
+    control = make_control(dtype=control_dtype)
+    weights = {p.dtype for name, p in control.control_model.named_parameters() if "scale_shift_table" not in name}
+    assert weights == {control_dtype}
+    found = sample(comfy, other, *apply(adapter, control, vae))
+    assert found.isfinite().all()
+    assert (found.float() - exact).norm() / exact.norm() < noise
+
+
+def test_with_a_lora(comfy, adapter, patcher, vae, make_control):
+    lora = {
+        "base_model.model.blocks.0.attn.qkv.lora_A.weight": torch.randn(4, 48),
+        "base_model.model.blocks.0.attn.qkv.lora_B.weight": torch.randn(144, 4),
+    }
+    model = patcher.clone()
+    key = "diffusion_model.blocks.0.attn.qkv.weight"
+    change = (
+        lora["base_model.model.blocks.0.attn.qkv.lora_B.weight"]
+        @ lora["base_model.model.blocks.0.attn.qkv.lora_A.weight"]
+    )
+    model.add_patches({key: ("diff", (change * 0.05,))})
+    conds = apply(adapter, make_control(), vae)
+    plain, changed = sample(comfy, patcher, *conds), sample(comfy, model, *conds)
+    assert not torch.allclose(plain, changed)
+    assert torch.equal(sample(comfy, patcher, *conds), plain)  # unpatched again
+
+
+def test_attention_patches_see_base_and_copies(comfy, adapter, patcher, vae, make_control):
+    calls, model = [], patcher.clone()
+
+    def override(function, q, k, v, heads, **kwargs):
+        calls.append(q.shape[1])
+        return function(q, k, v, heads, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    found = sample(comfy, model, *apply(adapter, make_control(), vae), steps=1)
+    assert len(calls) == 2 * (CONFIG.depth + COPIES)
+    assert torch.equal(found, sample(comfy, patcher, *apply(adapter, make_control(), vae), steps=1))
+
+
+def test_with_every_solver(comfy, pack, adapter, patcher, vae, make_control):
+    names = importlib.import_module("comfy.samplers").KSampler.SAMPLERS
+    ours = [name for name in names if name.startswith("pixart")]
+    assert ours
+    control = make_control()
+    for name in [*ours, "euler_ancestral", "dpmpp_2m_sde", "uni_pc", "heun"]:
+        settings = {"sampler_name": name, "steps": 1 if "dmd" in name else 4}
+        found = sample(comfy, patcher, *apply(adapter, control, vae), **settings)
+        assert found.isfinite().all(), name
+        assert not torch.equal(found, sample(comfy, patcher, *prompts(), **settings)), name
+
+
+def test_memory_management_knows_its_weights(comfy, adapter, vae, make_control):
+    control = make_control()
+    conds = apply(adapter, control, vae)
+    twin = conds[0][1]["control"]
+    assert twin.get_models() == [control.control_model_wrapped]
+    held = sum(p.nbytes for p in control.control_model.parameters())
+    assert control.control_model_wrapped.model_size() == held
+
+
+def test_partly_loaded(comfy, adapter, patcher, vae, make_control):
+    """As on a device with too little memory: weights come when their layer runs."""
+    exact = sample(comfy, patcher, *apply(adapter, make_control(), vae))
+    control = make_control()
+    wrapped = control.control_model_wrapped
+    wrapped.load(torch.device("cpu"), lowvram_model_memory=1)
+    low = [m for m in control.control_model.modules() if getattr(m, "comfy_patched_weights", False) is False]
+    assert low
+    assert torch.equal(sample(comfy, patcher, *apply(adapter, control, vae)), exact)
+
+
+def test_sampling_leaves_nothing_behind(comfy, adapter, patcher, vae, make_control):
+    conds = apply(adapter, make_control(), vae)
+    first = sample(comfy, patcher, *conds)
+    twin = conds[0][1]["control"]
+    assert "base_model" not in twin.extra_args and twin.cond_hint is None
+    assert torch.equal(sample(comfy, patcher, *conds), first)
+
+
+def test_a_hint_of_another_size_is_scaled_and_cropped(comfy, adapter, patcher, vae, make_control):
+    wide = picture(size=(9, 30))
+    torch.testing.assert_close(
+        sample(comfy, patcher, *apply(adapter, make_control(), vae, wide)),
+        sample(comfy, patcher, *apply(adapter, make_control(), vae, wide[:, :, 68:172])),
+    )
+    large = picture().repeat_interleave(2, 1).repeat_interleave(2, 2)
+    torch.testing.assert_close(
+        sample(comfy, patcher, *apply(adapter, make_control(), vae, large)),
+        sample(comfy, patcher, *apply(adapter, make_control(), vae)),
+    )
+
+
+def test_grey_and_transparent_hints(comfy, adapter, patcher, vae, make_control):
+    grey = picture()[..., :1]
+    colour = sample(comfy, patcher, *apply(adapter, make_control(), vae, grey.repeat(1, 1, 1, 3)))
+    assert torch.equal(sample(comfy, patcher, *apply(adapter, make_control(), vae, grey)), colour)
+    clear = torch.cat([grey.repeat(1, 1, 1, 3), torch.rand_like(grey)], dim=-1)
+    assert torch.equal(sample(comfy, patcher, *apply(adapter, make_control(), vae, clear)), colour)
+
+
+def test_the_hint_is_scaled_as_the_model_is(comfy, adapter, host_model, vae, make_control):
+    config = tiny_config("sigma-512", depth=4)
+    model, seen = watch(host_model.make_patcher(make_weights(config), config, dtype=torch.float32))
+    hints = []
+    control = make_control(config=config)
+    embed = control.control_model.embed
+    control.control_model.embed = lambda base, latent: hints.append(latent) or embed(base, latent)
+    sample(comfy, model, *apply(adapter, control, vae))
+    with torch.inference_mode():
+        torch.testing.assert_close(hints[0], vae.encode(picture()) * config.vae_scale)
+    assert config.vae_scale != CONFIG.vae_scale
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (tiny_config("sigma-512", depth=4), "got one of PixArt-alpha, expected one of PixArt-sigma"),
+        (tiny_config(depth=4, hidden_size=96), "got hidden_size 48, expected 96"),
+        (tiny_config(depth=2), "got 2 copied blocks over a base model of 2"),
+        (tiny_config(depth=4, qk_norm=True), "got qk_norm False, expected True"),
+    ],
+)
+def test_another_base_is_refused_before_the_first_step(comfy, adapter, host_model, vae, make_control, config, message):
+    model, seen = watch(host_model.make_patcher(make_weights(config), config, dtype=torch.float32))
+    with pytest.raises(ValueError, match=f"{message}.*Connect"):
+        sample(comfy, model, *apply(adapter, make_control(), vae))
+    assert not seen
+
+
+def test_what_must_be_connected_is_said(comfy, core_nodes, adapter, patcher, vae, make_control):
+    with pytest.raises(ValueError, match="got str, expected the CONTROL_NET of Load PixArt ControlNet"):
+        apply(adapter, "control", vae)
+    with pytest.raises(ValueError, match="Control ends before it starts: got start_percent 0.8"):
+        apply(adapter, make_control(), vae, start=0.8, end=0.2)
+    positive, negative = prompts()
+    node = core_nodes["ControlNetApplyAdvanced"]()
+    found = node.apply_controlnet([positive], [negative], make_control(), picture(), 1.0, 0.0, 1.0)
+    with pytest.raises(ValueError, match="ControlNet image without a VAE.*Connect it"):
+        sample(comfy, patcher, found[0][0], found[1][0])
+
+
+def test_loading_by_node(comfy, run_node, adapter):
+    folders = importlib.import_module("folder_paths")
+    folder = importlib.import_module("pathlib").Path(folders.get_folder_paths("controlnet")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    save_controlnet(folder / "both.pth", control_weights(), CONFIG, base=make_weights(CONFIG))
+    save_controlnet(folder / "alone.safetensors", control_weights(), CONFIG)
+    save_controlnet(folder / "diffusers_edges", control_weights(), CONFIG)
+    save_file({"control_model.input_hint_block.0.weight": torch.zeros(1)}, folder / "sd.safetensors")
+    save_file(make_weights(CONFIG), folder / "model.safetensors")
+    names = adapter.list_controlnets()
+    assert {"both.pth", "alone.safetensors", "sd.safetensors", "diffusers_edges/"} <= set(names)
+    control, model = run_node("PixArtLoadControlNet", controlnet="both.pth")
+    assert model.model.pixart_config == CONFIG and control.family == "alpha"
+    function, arguments = model.cached_patcher_init[:2]
+    assert function(*arguments, disable_dynamic=True).model.pixart_config == CONFIG
+    for name in ("alone.safetensors", "diffusers_edges/"):
+        control, model = run_node("PixArtLoadControlNet", controlnet=name, weight_dtype="fp8_e4m3fn")
+        assert "Load PixArt Checkpoint" in model.message
+        assert control.control_model.num_copies == COPIES
+    with pytest.raises(ValueError, match=r"sd\.safetensors: Not a PixArt ControlNet: got ControlNet .of another model"):
+        run_node("PixArtLoadControlNet", controlnet="sd.safetensors")
+    with pytest.raises(ValueError, match="got a PixArt model.*Load it with Load PixArt Checkpoint"):
+        run_node("PixArtLoadControlNet", controlnet="model.safetensors")
+    for outside in ("../both.pth", "nowhere.pth", "../", "nowhere/"):
+        with pytest.raises(FileNotFoundError):
+            run_node("PixArtLoadControlNet", controlnet=outside)
