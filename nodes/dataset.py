@@ -400,7 +400,8 @@ def _cache_inputs() -> list:
             "name",
             default="dataset",
             optional=True,
-            tooltip=f"Folder of the cache in output/{CACHE_FOLDER}. One folder may serve several datasets.",
+            tooltip=f"Folder of the cache in output/{CACHE_FOLDER}, best one for each dataset: PixArt Load Features "
+            "opens what was encoded into it last.",
         ),
     ]
 

@@ -81,6 +81,14 @@ def test_jsonl(tmp_path):
         read_dataset(tmp_path)
 
 
+def test_several_captions_and_a_stray_table(tmp_path):
+    draw(tmp_path / "x.png")
+    (tmp_path / "x.jsonl").write_text('{"file_name": "x.png", "caption": ["one", "two"]}', encoding="utf-8")
+    assert captions(read_dataset(tmp_path)) == {"x.png": "one"}
+    (tmp_path / "x.txt").write_text("mine")
+    assert captions(read_dataset(tmp_path)) == {"x.png": "mine"}
+
+
 @pytest.mark.parametrize("where", ["", "partition"])
 def test_pixarts_json(tmp_path, where):
     root = tmp_path / "InternData"
@@ -246,6 +254,9 @@ def test_a_huge_picture_is_shrunk_before_it_becomes_floats():
     pixels = read_picture(encoded(image.convert("RGB"), compress_level=1), least_px=(512, 512))
     assert pixels.shape == (1050, 1075, 3)
     assert read_picture(encoded(image, compress_level=1)).shape == (4200, 4300, 3)
+    wide = Image.fromarray(np.full((4200, 4300), 32896, np.uint16))
+    pixels = read_picture(encoded(wide, compress_level=1), least_px=(512, 512))
+    assert pixels.shape == (4200, 4300, 3)  # a mode that PIL cannot average
 
 
 def test_a_picture_that_changes_meanwhile_is_noticed(tmp_path):

@@ -13,6 +13,7 @@ from .identity import digest
 
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _HUGE_PIXELS = 2**24  # from here on a picture is first halved in steps, so that it never stands in memory as floats
+_REDUCIBLE = frozenset({"L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"})  # PIL's modes that its reduce can average
 _SHRINK_GAP = 2  # and keeps at least this many times the wanted size, so that the fit decides how it looks
 
 
@@ -115,7 +116,7 @@ def upright_size(image) -> tuple[int, int]:
 
 def _shrink(image, least_px: tuple[int, int]):
     height_px, width_px = least_px
-    if not (height_px and width_px) or image.width * image.height < _HUGE_PIXELS or image.mode in ("P", "1"):
+    if not (height_px and width_px) or image.width * image.height < _HUGE_PIXELS or image.mode not in _REDUCIBLE:
         return image
     factor = min(image.height // (height_px * _SHRINK_GAP), image.width // (width_px * _SHRINK_GAP))
     return image.reduce(factor) if factor > 1 else image

@@ -71,6 +71,8 @@ def detect_kind(path: Path) -> str:
     if (path / "images").is_dir() and (path / "captions").is_dir():
         return SAM
     tables = _tables_in(path)
+    if any(path.glob("*.txt")):  # captions beside the pictures; a table among them is about something else
+        return FOLDER
     return (CSV if tables[0].suffix.lower() != ".jsonl" else JSONL) if len(tables) == 1 else FOLDER
 
 
@@ -210,14 +212,20 @@ def _read_rows(rows, table: Path, place: _Place, columns: Columns, control, *bas
         name = str(row.get(picture) or "").strip()
         path, problem = place.find(name, *bases)
         hint_picture, problem = _find_control(row, hint, control, name, place, bases, problem)
-        text = row.get(caption)
         yield Record(
             name or f"row {number}",
             None if path is None else FilePicture(path),
-            None if text is None else str(text),
+            _caption_of(row.get(caption)),
             hint_picture,
             problem=problem,
         )
+
+
+def _caption_of(cell) -> str | None:
+    """The text of a table's cell; of several, as COCO has them, the first."""
+    if isinstance(cell, list | tuple):
+        cell = cell[0] if cell else None
+    return None if cell is None else str(cell)
 
 
 def _find_control(row, column, control: _Stems | None, name: str, place: _Place, bases, problem):
@@ -289,7 +297,7 @@ def _read_hugging_face(path: Path, place: _Place, columns: Columns, control: _St
     for index, text in enumerate(rows[caption]):
         hint_picture = RowPicture(rows, index, hint, place.root, place.confined) if hint else None
         own = RowPicture(rows, index, picture, place.root, place.confined)
-        yield Record(f"row {index + 1}", own, text, hint_picture)
+        yield Record(f"row {index + 1}", own, _caption_of(text), hint_picture)
 
 
 def _only_table(path: Path, suffixes: tuple[str, ...]) -> Path:
