@@ -15,7 +15,7 @@ from ..pixart.config import PixArtConfig
 from ..pixart.controlnet import PixArtControlNet
 from ..pixart.transformer import PixArt
 from ..samplers import SAMPLERS
-from ..samplers.schedules import sigmas, timesteps_from_sigmas, uniform
+from ..samplers.schedules import schedule_sigmas, timesteps_from_sigmas
 from .autoencoder import Autoencoder
 from .text import encode_text, make_text_batch
 
@@ -106,12 +106,13 @@ def generate(
     guidance: float = 4.0,
     seed: int = 0,
     sampler: str = "dpm_solver",
+    schedule: str = "uniform",
     steering: Steering | None = None,
 ) -> np.ndarray:
     """One picture per caption: (B, height_px, width_px, 3) uint8. steering: what they are to follow, one hint each."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(captions), 4, height_px // 8, width_px // 8, generator=generator)
-    levels = sigmas(uniform(steps))
+    levels = schedule_sigmas(schedule, steps)
     denoise = _denoised(model, captions, height_px, width_px, guidance, steering)
     latents = SAMPLERS[sampler](denoise, noise * float((1 + levels[0] ** 2).sqrt()), levels, disable=True)
     pictures = model.autoencoder.decode(latents)
