@@ -20,7 +20,7 @@ from .text import pixart_config
 
 KINDS = ("loras",)
 DTYPES = {"as it is": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_PREFIX = "diffusion_model."
+PREFIX = "diffusion_model."
 
 
 class DoraAdapter(WeightAdapterBase):
@@ -81,7 +81,7 @@ def add_lora(model, factors: Mapping[Target, Factor], strength: float = 1.0):
     shapes, patches = expected_shapes(pixart_config(model)), {}
     for target, factor in factors.items():
         rows = target.rows(shapes[target.name][0])
-        key = _host_key(target.name)
+        key = host_key(target.name)
         place = key if target.parts == 1 else (key, (0, rows.start, rows.stop - rows.start))
         patches[place] = _to_patch(factor)
     missing = patches.keys() - set(clone.add_patches(patches, strength))
@@ -111,10 +111,10 @@ def extract_lora(model, base, rank: int, energy: float, keep_small: bool, prefix
     """
     next_output(prefix)  # a bad name shows before minutes of work
     config, names = pixart_config(base), _shared_names(model, base)
-    models = model.get_key_patches(_PREFIX), base.get_key_patches(_PREFIX)
+    models = model.get_key_patches(PREFIX), base.get_key_patches(PREFIX)
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        tuned, plain = (_patched_weight(patches, _host_key(name), base.load_device) for patches in models)
+        tuned, plain = (patched_weight(patches, host_key(name), base.load_device) for patches in models)
         return tuned, plain
 
     factors, share = extract_factors(names, read, rank, energy, keep_small, _reporter(len(names)))
@@ -144,8 +144,9 @@ def _is_peft(folder: Path) -> bool:
     return (folder / PEFT_CONFIG).is_file()
 
 
-def _host_key(name: str) -> str:
-    return f"{_PREFIX}{name}{'.weight' if name.endswith(TABLES) else ''}"
+def host_key(name: str) -> str:
+    """A parameter's name in the host's model, from its original one."""
+    return f"{PREFIX}{name}{'.weight' if name.endswith(TABLES) else ''}"
 
 
 def _to_patch(factor: Factor):
@@ -179,7 +180,7 @@ def _shared_names(model, base) -> list[str]:
     return list(tuned)
 
 
-def _patched_weight(patches: Mapping[str, list], key: str, device: torch.device) -> torch.Tensor:
+def patched_weight(patches: Mapping[str, list], key: str, device: torch.device) -> torch.Tensor:
     """A weight as the MODEL runs with it, LoRAs and merges in it, in float32."""
     (weight, convert), *changes = patches[key]
     exact = comfy.model_management.cast_to_device(weight, device, torch.float32, copy=True)
