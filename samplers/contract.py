@@ -3,6 +3,10 @@
 import torch
 from tqdm.auto import trange
 
+from .schedules import sigmas as noise_levels
+
+LAST_LEVEL = noise_levels(0.0).item() * (1.0 + 1e-3)  # the noise left at t = 0, and what a host rounds it to
+
 
 def check_sigmas(sigmas):
     """The noise levels as Python floats, once they are known to be usable.
@@ -21,6 +25,17 @@ def check_sigmas(sigmas):
                 "below the one before it and not negative. Connect the SIGMAS of a scheduler, unflipped."
             )
     return levels
+
+
+def steps_to_lower(levels):
+    """The steps among which a multistep solver's last ones are of lower order.
+
+    That is all of them, but for a step to sigma 0 from t = 0: it only denoises, and the one before it is the large one
+    that the originals end with. Most of ComfyUI's schedules end so.
+    """
+    count = len(levels) - 1
+    only_denoises = levels[-1] == 0.0 and levels[-2] <= LAST_LEVEL
+    return max(1, count - only_denoises)
 
 
 class Denoiser:

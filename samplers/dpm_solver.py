@@ -3,7 +3,7 @@
 import logging
 import math
 
-from .contract import Denoiser, check_sigmas, steps
+from .contract import Denoiser, check_sigmas, steps, steps_to_lower
 from .exponential import adams_weights, moments
 
 MAX_ORDER = 3
@@ -25,11 +25,12 @@ def sample_dpm_solver(
     count = len(levels) - 1
     order = _check_order(order, lower_order_final, count)
     lower = lower_order_final == "always" or (lower_order_final == "short_runs" and count < SHORT_RUN)
+    last = steps_to_lower(levels)
     denoise = Denoiser(model, levels, extra_args, callback)
     history = []
     for i in steps(levels, disable):
         history = [denoise(x, i), *history][:order]
-        used = min(len(history), count - i) if lower else len(history)
+        used = min(len(history), max(1, last - i)) if lower else len(history)
         x = _step(x, levels[max(0, i - used + 1) : i + 2], history[:used])
     return x
 

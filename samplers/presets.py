@@ -28,7 +28,7 @@ _ALPHA_DPM = {"order": 2, "lower_order_final": "short_runs"}
 PRESETS = {
     "alpha DPM-Solver++ 14": Preset("dpm_solver", "uniform", 14, 4.5, options=_ALPHA_DPM),
     "alpha DPM-Solver++ 20": Preset("dpm_solver", "uniform", 20, 4.5, options=_ALPHA_DPM),
-    "alpha SA-Solver 25": Preset("sa_solver", "uniform", 25, 3.0),
+    "alpha SA-Solver 25": Preset("sa_solver", "uniform", 25, 3.0, options={"few_steps": True}),
     "alpha IDDPM 100": Preset("iddpm", "iddpm", 100, 4.5),
     "alpha LCM 4": Preset("lcm", "lcm", 4, 1.0, base_px=1024, distilled="LCM"),
     "alpha DMD 1": Preset("dmd", "dmd", 1, 1.0, base_px=512, distilled="DMD"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .contract import Denoiser, check_sigmas, steps
+from .contract import Denoiser, check_sigmas, steps, steps_to_lower
 from .exponential import adams_weights, moments
 from .noise import noise_source
 from .schedules import LAST_TIMESTEP, timesteps_from_sigmas
@@ -35,7 +35,7 @@ def sample_sa_solver(
     tau_unit="timestep",
     tau_at="target",
     mode="PEC",
-    few_steps=True,
+    few_steps=False,
     noise_device="cpu",
 ):
     """Solve the variance-controlled diffusion SDE with SA-Solver; with tau 0 it is the probability-flow ODE.
@@ -48,13 +48,14 @@ def sample_sa_solver(
     tau_at: whether the interval is compared with the "target" of a step (the original sampler) or with its "source"
         (the original scheduler).
     mode: "PEC" evaluates the model once a step, "PECE" again after the corrector.
-    few_steps: the paper's simplified second-order weights (appendix D), which suit large steps; False is exact.
+    few_steps: the paper's simplified second-order weights (appendix D), which the originals use; False is exact, and
+        more accurate from about 8 steps on.
     noise_sampler(sigma, sigma_next) replaces the noise of noise_device ("cpu" or "gpu").
     Returns the latent at the last sigma.
     """
     levels = check_sigmas(sigmas)
-    count = len(levels) - 1
-    _check_options(predictor_order, corrector_order, mode, count)
+    _check_options(predictor_order, corrector_order, mode, len(levels) - 1)
+    last = steps_to_lower(levels)
     taus = _tau_per_step(levels, tau, tau_interval, tau_unit, tau_at)
     draw = noise_source(x, noise_sampler, extra_args, noise_device)
     denoise = Denoiser(model, levels, extra_args, callback)
@@ -62,12 +63,12 @@ def sample_sa_solver(
     for i in steps(levels, disable):
         predicted = denoise(x, i)
         if step is not None and corrector_order:
-            order = min(corrector_order, i + 1, count - i + 2)
+            order = min(corrector_order, i + 1, last - i + 2)
             nodes = levels[i::-1][:order]
             x = step.advance(source, nodes, [predicted, *outputs][:order], few_steps)
             predicted = denoise.again(x, i) if mode == "PECE" else predicted
         outputs = [predicted, *outputs][:MAX_ORDER]
-        order = min(predictor_order, i + 1, count - i)
+        order = min(predictor_order, i + 1, max(1, last - i))
         noise = draw(levels[i], levels[i + 1]) if taus[i] and levels[i + 1] else None
         step, source = _Step(levels[i], levels[i + 1], taus[i], noise), x
         x = step.advance(source, levels[i::-1][:order], outputs[:order], few_steps)

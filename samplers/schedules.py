@@ -76,6 +76,12 @@ def karras(steps, denoise=1.0, rho=7.0):
     return _descend(torch.linspace(first, last, steps + 1, dtype=torch.float64).pow(rho))
 
 
+def kl_optimal(steps, denoise=1.0):
+    """Equal steps of the angle arctan(sigma). steps + 1 values. Source: arXiv 2404.14507, "KL-optimal" schedule."""
+    first, last = sigmas([_first_timestep(steps, denoise), 0.0]).atan().tolist()
+    return _descend(torch.linspace(first, last, steps + 1, dtype=torch.float64).tan())
+
+
 def linspace(steps, denoise=1.0):
     """Equal steps of time rounded to integers, down to 0, as diffusers' schedulers space them. steps + 1 values."""
     return _distinct(uniform(steps, denoise).round(), "linspace", steps)
@@ -143,6 +149,7 @@ SCHEDULES = {
     "log_snr": log_snr,
     "quadratic": quadratic,
     "karras": karras,
+    "kl_optimal": kl_optimal,
     "linspace": linspace,
     "trailing": trailing,
     "iddpm": iddpm,

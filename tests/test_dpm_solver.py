@@ -66,6 +66,27 @@ def test_last_step_to_sigma_zero_gives_the_denoised_latent(order):
     assert [state["i"] for state in seen] == list(range(12))
 
 
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_step_from_time_zero_to_sigma_zero_only_denoises(order):
+    """The steps before it, orders included, are those of a run that ends at t = 0."""
+    levels = schedule_sigmas("kl_optimal", 7)
+    x, clean = start(levels), torch.cat([levels, levels.new_zeros(1)])
+    expected = sample_dpm_solver(mixture(), x, levels, disable=True, order=order)
+    result = sample_dpm_solver(mixture(), x, clean, disable=True, order=order)
+    assert torch.equal(result, mixture()(expected, levels[-1:].expand(len(x))))
+
+
+def test_the_step_to_time_zero_is_of_first_order_by_default():
+    """Extrapolated to second order, as PixArt-alpha does in runs of 10 steps or more, it has more error."""
+    levels = schedule_sigmas("uniform", 14)
+    truth = exact()
+    default, alpha = (
+        (sample_dpm_solver(mixture(), start(levels), levels, disable=True, **options) - truth).square().mean()
+        for options in ({}, {"lower_order_final": "short_runs"})
+    )
+    assert default < 0.5 * alpha
+
+
 def test_pipeline_through_the_network():
     case, tensors = load_golden("pipeline_alpha_tiny")
     shape = case["config"]

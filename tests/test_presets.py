@@ -16,3 +16,13 @@ def test_sampler_options_and_schedule_exist(name):
     assert len(schedule_sigmas(preset.schedule, preset.steps)) == preset.steps + 1
     assert name.endswith(f" {preset.steps}")
     assert name.startswith("sigma" if preset.is_sigma else "alpha")
+
+
+def test_alpha_presets_have_the_rules_of_the_original():
+    """What the solvers do otherwise unless told."""
+    assert PRESETS["alpha DPM-Solver++ 14"].options["lower_order_final"] == "short_runs"
+    assert PRESETS["alpha DPM-Solver++ 20"].options["lower_order_final"] == "short_runs"
+    assert PRESETS["alpha SA-Solver 25"].options == {"few_steps": True}
+    defaults = {name: inspect.signature(SAMPLERS[name]).parameters for name in SAMPLERS}
+    assert defaults["dpm_solver"]["lower_order_final"].default == "always"
+    assert defaults["sa_solver"]["few_steps"].default is False

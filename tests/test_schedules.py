@@ -84,6 +84,11 @@ def test_lcm_grids(steps, official, diffusers):
     assert SCHEDULES["lcm_diffusers"](steps).tolist() == diffusers
 
 
+def test_kl_optimal_is_in_equal_angles():
+    angles = schedule_sigmas("kl_optimal", 9).atan()
+    assert (-angles.diff()).tolist() == pytest.approx([(angles[0] - angles[-1]).item() / 9] * 9, rel=1e-6)
+
+
 def test_dmd_is_t_400():
     assert SCHEDULES["dmd"](1).tolist() == [400.0]
 
