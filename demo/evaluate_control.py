@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ..pixart.control_storage import read_controlnet
 from ..pixart.controlnet import PixArtControlNet
+from ..pixart.sheet import comparison_grid
 from .control import colour_caption, draw_hints
 from .decoder_stage import to_tensor
-from .evaluate import contact_sheet, held_out_scenes, load_model
+from .evaluate import held_out_scenes, load_model
 from .generate import DemoModel, Steering, generate
 from .scenes import Scene, draw_scene
 from .scorer import find_background, find_masks, mean_overlap
@@ -27,6 +29,7 @@ from .train import MODELS
 CONTROL_FILE = MODELS / "controlnet" / "pixart_demo_control.safetensors"
 COLUMNS = {"overlap": "mean IoU", "colour": "colours", "background": "background", "count": "count"}
 TARGETS = {"with control": {"overlap": 0.75, "colour": 0.85}, "without control": {"overlap": 0.35}}
+SHEET_SCENES, SHEET_ROWS = 8, ("edges", "without control", "with control")
 _BATCH = 25
 logger = logging.getLogger(__name__)
 
@@ -102,9 +105,14 @@ def _cell(name: str, value: float, target: float | None) -> str:
     return f"{shown} (target {wanted})" if wanted else shown
 
 
-def _hint_pictures(scenes: list[Scene], height_px: int, width_px: int) -> list[np.ndarray]:
+def draw_sheet(
+    scenes: list[Scene], without: list[np.ndarray], with_control: list[np.ndarray], height_px: int, width_px: int
+) -> Image.Image:
+    """Edges, pictures without and with control in three rows, under the captions."""
     hints = draw_hints(to_tensor(draw_scenes(scenes, height_px, width_px)))
-    return list((hints * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    edges = list((hints * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    pictures = [Image.fromarray(picture) for picture in (*edges, *without, *with_control)]
+    return comparison_grid(pictures, SHEET_ROWS, [colour_caption(scene) for scene in scenes])
 
 
 def _parse() -> argparse.Namespace:
@@ -118,7 +126,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--control", type=Path, default=CONTROL_FILE)
     parser.add_argument("--tokenizer", type=Path, help="folder of the T5 tokenizer; default: an importable ComfyUI's")
-    parser.add_argument("--sheet", type=Path, help="write the first eight of hints and pictures there as one PNG")
+    parser.add_argument("--sheet", type=Path, help="write the first eight edges and pictures there as one PNG")
     return parser.parse_args()
 
 
@@ -135,8 +143,8 @@ def main() -> None:
     rows = {"with control": measure(with_control, scenes), "without control": measure(without, scenes)}
     logger.info("%s", make_table(rows))
     if options.sheet:
-        shown = [_hint_pictures(scenes[:8], height_px, width_px), without[:8], with_control[:8]]
-        contact_sheet([picture for row in shown for picture in row], columns=len(shown[0])).save(options.sheet)
+        shown = scenes[:SHEET_SCENES], without[:SHEET_SCENES], with_control[:SHEET_SCENES]
+        draw_sheet(*shown, height_px, width_px).save(options.sheet)
 
 
 if __name__ == "__main__":
