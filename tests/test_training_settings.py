@@ -91,16 +91,18 @@ def test_a_missing_configuration_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "", "..", " x", "c:d", "x" * 200, "nul\0"])
 def test_names_never_leave_their_folder(name, tmp_path):
     with pytest.raises(ValueError, match="Name of the training cannot be used"):
-        choose_folder(tmp_path, name, resume=True)
+        choose_folder(tmp_path, name, resume=True, steps=10)
 
 
-def test_folders_are_numbered_and_found_again(tmp_path):
+def test_folders_are_numbered_and_the_unfinished_one_is_found_again(tmp_path):
     check_name("Größe 1.5 [v2]")
-    first = choose_folder(tmp_path, "x[1]", resume=True)
+    first = choose_folder(tmp_path, "x[1]", resume=True, steps=10)
     assert first.name == "x[1]_001"
-    first.mkdir()
-    assert choose_folder(tmp_path, "x[1]", resume=True) == first
-    assert choose_folder(tmp_path, "x[1]", resume=False).name == "x[1]_002"
+    (first / "checkpoints").mkdir(parents=True)
+    (first / "checkpoints" / "step-00000010.pt").touch()
+    assert choose_folder(tmp_path, "x[1]", resume=True, steps=20) == first
+    assert choose_folder(tmp_path, "x[1]", resume=True, steps=10).name == "x[1]_002"
+    assert choose_folder(tmp_path, "x[1]", resume=False, steps=20).name == "x[1]_002"
 
 
 def test_the_course_of_the_learning_rate():

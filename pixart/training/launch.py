@@ -76,7 +76,7 @@ def _processes(config: RunConfig, device: str | None) -> SingleProcess:
 
 def _folder(config: RunConfig, processes: SingleProcess) -> Path:
     """The run's folder; every process chooses before the first one makes it."""
-    folder = choose_folder(Path(config.output), config.name, config.resume)
+    folder = choose_folder(Path(config.output), config.name, config.resume, config.settings.steps)
     processes.wait()
     return folder
 

@@ -26,7 +26,7 @@ from .optimizers import MovingAverage, make_optimizer, rate_factor
 from .processes import SingleProcess, like, whole
 from .report import Report
 from .settings import TrainingSettings
-from .state import Checkpoints, check_continues, check_space
+from .state import CHECKPOINTS, Checkpoints, check_continues, check_space
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Trainer:
         )
         self.parameters = _trained(objective)
         self.average = MovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay else None
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", settings.keep_last)
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, settings.keep_last)
         self.report = Report(self.folder, settings, is_main=self.processes.rank == 0)
         self.sanity = Sanity(objective.highest_error)
         is_half = settings.dtype == "fp16"

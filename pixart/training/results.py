@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapters import LowRank
+from ..control_storage import save_controlnet
 from ..lora import Target, save_lora
-from ..saving import save_checkpoint, write_atomically
+from ..saving import save_checkpoint
 from .adapters import AdaptedLinear
 from .build import DTYPES
 from .objectives import ControlPrediction, Objective
@@ -62,8 +61,6 @@ def save_result(path: Path, objective: Objective, weights: Mapping[str, Tensor],
     if settings.is_adapter:
         save_lora(path, lora_factors(objective, weights), metadata=texts, dtype=dtype)
     elif isinstance(objective, ControlPrediction):
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in control_weights(weights).items()}
-        texts["pixart_config"] = json.dumps(asdict(config))
-        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=texts))
+        save_controlnet(path, control_weights(weights), config, dtype=dtype, metadata=texts)
     else:
         save_checkpoint(path, model_weights(objective, weights), config, dtype=dtype, metadata=texts)

@@ -16,6 +16,7 @@ from .objectives import Objective
 from .processes import SingleProcess
 from .results import save_result
 from .settings import TrainingSettings
+from .state import CHECKPOINTS, Checkpoints
 from .validation import Decode, Validation, ValidationPrompt
 
 
@@ -47,11 +48,13 @@ def train(
     prompts: Sequence[ValidationPrompt] = (),
     decode: Decode | None = None,
     show: Callable[[Image.Image], None] | None = None,
+    file: Path | None = None,
 ) -> TrainingResult:
-    """Train, and write folder/<folder's name>.safetensors, loss.png, samples.png, log.jsonl and checkpoints.
+    """Train, and write the result, loss.png, samples.png, log.jsonl, settings.yaml and checkpoints into the folder.
 
     The model becomes part of the objective and is changed. prompts with decode: validation pictures, which `show`
-    gets too. Raises ValueError for data and settings that do not fit, before the first step.
+    gets too. file: of the result; None is folder/<folder's name>.safetensors.
+    Raises ValueError for data and settings that do not fit, before the first step.
     """
     check_features(features, model, settings)
     processes = processes or SingleProcess()
@@ -64,7 +67,7 @@ def train(
         trainer.sample = validation
     step = trainer.run(resume)
     weights = trainer.trained_weights()
-    file, strip = folder / f"{folder.name}.safetensors", None
+    file, strip = file or folder / f"{folder.name}.safetensors", None
     curve = trainer.report.curve()
     if processes.rank == 0:
         save_result(file, objective, weights, settings)
@@ -98,17 +101,18 @@ def check_features(features: FeatureSet, model: PixArt, settings: TrainingSettin
         )
 
 
-def choose_folder(root: Path, name: str, resume: bool) -> Path:
-    """The folder of a run below root: the newest of that name to resume, otherwise a new one, numbered.
+def choose_folder(root: Path, name: str, resume: bool, steps: int) -> Path:
+    """The folder of a run below root: the newest of that name that has not done its steps, or a new one, numbered.
 
-    Raises ValueError for a name that is no plain name.
+    resume: False is always a new one. Raises ValueError for a name that is no plain name.
     """
     check_name(name)
     pattern = re.compile(rf"{re.escape(name)}_(\d{{3,}})")
     folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     numbers = [int(found[1]) for path in folders if (found := pattern.fullmatch(path.name))]
     newest = max(numbers, default=0)
-    return root / f"{name}_{newest if resume and newest else newest + 1:03d}"
+    unfinished = newest and Checkpoints(root / f"{name}_{newest:03d}" / CHECKPOINTS, 1).newest_step() < steps
+    return root / f"{name}_{newest if resume and unfinished else newest + 1:03d}"
 
 
 def check_name(name: str) -> None:

@@ -14,6 +14,7 @@ from .settings import TrainingSettings, settings_to_dict
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"  # folder of a run
 _NAME = "step-{:08d}.pt"
 _PATTERN = re.compile(r"step-(\d{8,})\.pt")
 # Settings that a continued training may change; with any other the optimiser's state or the data would not fit.
@@ -36,6 +37,10 @@ class Checkpoints:
         """All of them, the oldest first."""
         found = [path for path in self.folder.glob("step-*.pt") if _PATTERN.fullmatch(path.name)]
         return sorted(found, key=lambda path: int(_PATTERN.fullmatch(path.name)[1]))
+
+    def newest_step(self) -> int:
+        """The step of the newest one by its name, 0 without any."""
+        return max((int(_PATTERN.fullmatch(path.name)[1]) for path in self.all()), default=0)
 
     def save(self, step: int, state: Mapping) -> Path:
         """Write one, and remove those beyond the last ones once it is in place.
