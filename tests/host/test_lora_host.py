@@ -105,6 +105,23 @@ def test_dora_while_weights_stay_elsewhere(host_lora):
         torch.testing.assert_close(found, factor.apply(weight, 0.5), **NOISE)
 
 
+def test_weights_that_are_patched_as_each_layer_is_called(host_lora, make_patcher):
+    """What a MODEL does that does not fit into memory."""
+    generator = torch.Generator().manual_seed(1)
+    latent, time = torch.randn(1, 4, 8, 6, generator=generator), torch.tensor([500.0])
+    caption = torch.randn(1, 5, CONFIG.caption_channels, generator=generator)
+    outputs = []
+    for how in ({"full_load": True}, {"lowvram_model_memory": 1}):  # bytes
+        model = make_patcher()
+        for factors, strength in ((packed(magnitude=True), 0.5), (shared(), 0.3), (others(), 0.2)):
+            model = host_lora.add_lora(model, placed(factors), strength)
+        model.load(torch.device("cpu"), **how)
+        with torch.inference_mode():
+            outputs.append(model.model.diffusion_model(latent, time, caption))
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(outputs[0], make_patcher().model.diffusion_model(latent, time, caption), atol=0.1)
+
+
 @pytest.mark.parametrize("layout", ["host", "kohya"])
 @pytest.mark.parametrize("factors", [packed(), shared()], ids=["packed", "shared"])
 def test_the_hosts_own_loader_reads_what_is_saved(core_nodes, make_patcher, loras, layout, factors, caplog):
