@@ -2,8 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import compare, controlnet, dataset, edges, latent, loaders, lora, sampling, styles, text
+from . import compare, controlnet, dataset, edges, latent, loaders, lora, sampling, styles, text, training
 from .host.sampling import register_samplers
+from .host.training import register_folders
 
 
 class PixArtExtension(ComfyExtension):
@@ -11,6 +12,7 @@ class PixArtExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         register_samplers()
+        register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -30,4 +32,5 @@ class PixArtExtension(ComfyExtension):
             *edges.NODES,
             *lora.NODES,
             *dataset.NODES,
+            *training.NODES,
         ]

@@ -268,6 +268,22 @@ def settings_from_dict(values: Mapping) -> TrainingSettings:
     return TrainingSettings(**values)
 
 
+def parse_settings(text: str, values: Mapping) -> TrainingSettings:
+    """Settings from `values`, and from lines of "name: value", which win. Raises ValueError for bad ones."""
+    try:
+        given = _yaml().safe_load(text) or {}
+    except _yaml().YAMLError as error:
+        raise ValueError(
+            f"Further settings cannot be read: got {text!r} ({error}), expected lines of 'name: value'. Correct them."
+        ) from error
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"Further settings cannot be read: got {text!r}, expected lines of 'name: value' such as 'huber_c: 0.1'. "
+            f"Correct them."
+        )
+    return settings_from_dict({**values, **given})
+
+
 def settings_to_dict(settings: TrainingSettings) -> dict:
     """All settings as plain numbers, texts and lists."""
     return {**asdict(settings), "timestep_weights": [list(point) for point in settings.timestep_weights]}
