@@ -167,10 +167,12 @@ def _identify_clip(clip) -> str:
 def _identify(patcher) -> str:
     """A model's identity: its weights as they were loaded, and the patches on them."""
     tensors = []
-    for name, (first, *patches) in patcher.get_key_patches().items():
-        tensors.append((name, first[0] if isinstance(first, tuple) else first))
+    for name, tensor in patcher.model_state_dict().items():
+        backup = patcher.backup.get(name)  # what stood there before a patch was computed into it
+        tensors.append((name, tensor if backup is None else backup.weight))
+    for name, patches in patcher.patches.items():
         tensors += [(f"{name} {place}", value) for place, value in _tensors_in(patches)]
-    return fingerprint((name, _plain(tensor)) for name, tensor in tensors if isinstance(tensor, torch.Tensor))
+    return fingerprint((name, _plain(tensor)) for name, tensor in tensors)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

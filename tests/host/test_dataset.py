@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from pixart_pack.demo.autoencoder import VAE_SCALE, average_latents
 from pixart_pack.pixart.training.examples import collate
+from pixart_pack.tests import tiny_t5
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = ROOT / "demo" / "models"
@@ -123,6 +124,8 @@ def test_a_patched_text_encoder_is_another(encoders):
     clip.add_patches({key: (torch.ones(64, 64),)}, 0.5)
     patched = encoding._identify_clip(clip)
     assert patched != plain
+    clip.encode_from_tokens_scheduled(clip.tokenize("a cat"))  # the patch is now computed into the weights
+    assert encoding._identify_clip(clip) == patched
     other = encoders["clip"].clone()
     other.add_patches({key: (torch.ones(64, 64),)}, 0.7)
     assert len({plain, patched, encoding._identify_clip(other)}) == 3
@@ -261,3 +264,24 @@ def test_an_identity_stays_when_a_model_is_used(encoders):
     before = encoding._identify(vae.patcher)
     vae.encode(torch.rand(1, 64, 64, 3))
     assert encoding._identify(vae.patcher) == before
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_fp8_text_encoder_has_an_identity(places, scaled):
+    t5 = importlib.import_module("pixart_pack.nodes.host.t5")
+    encoding = importlib.import_module("pixart_pack.nodes.host.encoding")
+    weights = tiny_t5.weights_of(tiny_t5.make_t5())
+    found = set()
+    for seed in range(2):
+        weights["encoder.block.1.layer.0.SelfAttention.q.weight"] += seed * 0.1
+        plain = {
+            name: weight.to(torch.float8_e4m3fn) if weight.ndim == 2 else weight for name, weight in weights.items()
+        }
+        path = places.models / "text_encoders" / f"fp8_{scaled}_{seed}.safetensors"
+        save_file(tiny_t5.scale_to_fp8(weights)[0] if scaled else plain, path)
+        clip = t5.load_t5(path)
+        before = encoding._identify_clip(clip)
+        clip.encode_from_tokens_scheduled(clip.tokenize("a cat"))
+        assert encoding._identify_clip(clip) == before
+        found.add(before)
+    assert len(found) == 2
