@@ -92,10 +92,12 @@ def watch(model):
     return clone, seen
 
 
-def plain_prediction(seen, branches):
+def plain_prediction(seen, branches, base_weights=None):
     """The same forward outside any host. branches: pairs of control weights and hint latent (rows as x's)."""
     x, timesteps, context, _, conds, _ = seen
     base = make_model(CONFIG)
+    if base_weights is not None:
+        base.load_state_dict(base_weights)
     residuals = None
     for weights, hint in branches:
         control = PixArtControlNet(CONFIG, COPIES).eval()
@@ -265,21 +267,19 @@ def test_precisions(comfy, adapter, host_model, patcher, vae, make_control, base
 
 
 def test_with_a_lora(comfy, adapter, patcher, vae, make_control):
-    lora = {
-        "base_model.model.blocks.0.attn.qkv.lora_A.weight": torch.randn(4, 48),
-        "base_model.model.blocks.0.attn.qkv.lora_B.weight": torch.randn(144, 4),
-    }
-    model = patcher.clone()
-    key = "diffusion_model.blocks.0.attn.qkv.weight"
-    change = (
-        lora["base_model.model.blocks.0.attn.qkv.lora_B.weight"]
-        @ lora["base_model.model.blocks.0.attn.qkv.lora_A.weight"]
-    )
-    model.add_patches({key: ("diff", (change * 0.05,))})
+    """The base's patched block is what control reads; the copies keep their own weights."""
+    model, seen = watch(patcher)
+    change = torch.randn(144, 48, generator=torch.Generator().manual_seed(8)) * 0.05
+    model.add_patches({"diffusion_model.blocks.0.attn.qkv.weight": ("diff", (change,))})
     conds = apply(adapter, make_control(), vae)
-    plain, changed = sample(comfy, patcher, *conds), sample(comfy, model, *conds)
-    assert not torch.allclose(plain, changed)
-    assert torch.equal(sample(comfy, patcher, *conds), plain)  # unpatched again
+    before = sample(comfy, patcher, *conds)
+    sample(comfy, model, *conds)
+    weights = make_weights(CONFIG)
+    weights["blocks.0.attn.qkv.weight"] += change
+    with torch.inference_mode():
+        expected = plain_prediction(seen[0], [(control_weights(), encode(vae, picture()))], weights)
+    torch.testing.assert_close(seen[0][-1], expected, atol=2e-5, rtol=0)
+    assert torch.equal(sample(comfy, patcher, *conds), before)  # unpatched again
 
 
 def test_attention_patches_see_base_and_copies(comfy, adapter, patcher, vae, make_control):
@@ -316,15 +316,20 @@ def test_memory_management_knows_its_weights(comfy, adapter, vae, make_control):
     assert control.control_model_wrapped.model_size() == held
 
 
-def test_partly_loaded(comfy, adapter, patcher, vae, make_control):
-    """As on a device with too little memory: weights come when their layer runs."""
-    exact = sample(comfy, patcher, *apply(adapter, make_control(), vae))
-    control = make_control()
-    wrapped = control.control_model_wrapped
-    wrapped.load(torch.device("cpu"), lowvram_model_memory=1)
-    low = [m for m in control.control_model.modules() if getattr(m, "comfy_patched_weights", False) is False]
-    assert low
-    assert torch.equal(sample(comfy, patcher, *apply(adapter, control, vae)), exact)
+def test_streamed_weights_of_a_small_card(patcher, make_control):
+    """What --lowvram does to a control that does not fit: weights are cast as each layer is called."""
+    latent, timestep, states = torch.randn(2, 4, 8, 8), torch.tensor([500.0]), caption(5, 1)[0]
+    net, predictions = patcher.model.diffusion_model, []
+    for how in ({"full_load": True}, {"lowvram_model_memory": 1}):  # bytes
+        wrapped = make_control().control_model_wrapped
+        wrapped.load(torch.device("cpu"), **how)
+        assert wrapped.model.model_lowvram == ("lowvram_model_memory" in how)
+        with torch.no_grad():
+            control = wrapped.model(latent, latent, None, None, base_model=net)
+            predictions.append(net(latent, timestep, states, control))
+    assert torch.equal(*predictions)
+    with torch.no_grad():
+        assert (predictions[0] - net(latent, timestep, states)).abs().max() > 0.1
 
 
 def test_sampling_leaves_nothing_behind(comfy, adapter, patcher, vae, make_control):
