@@ -1,0 +1,218 @@
+"""The training nodes in this process: what they leave alone, and what they give."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from pixart_pack.pixart.lora import merge, read_lora
+from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
+from pixart_pack.tests.training_data import make_features
+
+CONFIG = tiny_config()
+USUAL = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def output(comfy):
+    return Path(importlib.import_module("folder_paths").get_output_directory())
+
+
+@pytest.fixture(scope="module")
+def management(comfy):
+    return importlib.import_module("comfy.model_management")
+
+
+@pytest.fixture
+def make_model(pack):
+    module = importlib.import_module("pixart_pack.nodes.host.model")
+
+    def make(dtype=torch.float32, config=CONFIG):
+        with torch.inference_mode():
+            return module.make_patcher(make_weights(config), config, dtype)
+
+    return make
+
+
+@pytest.fixture
+def features():
+    with torch.inference_mode():  # as encoded inside a prompt
+        return make_features(count=6, hint=True)
+
+
+def weights_of(model):
+    """The weights that a MODEL runs with, by their names in the host."""
+    with torch.inference_mode():
+        model.patch_model()
+        found = {name: tensor.clone() for name, tensor in model.model.diffusion_model.state_dict().items()}
+        model.unpatch_model()
+    return found
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_lora_is_trained_applied_and_saved(run_node, make_model, features, output):
+    model = make_model()
+    before = weights_of(model)
+    trained, file, curve, samples = run_node("PixArtTrainLoRA", model=model, features=features, name="one", rank=2,
+                                             targets="attention", **USUAL)  # fmt: skip
+    assert same(weights_of(model), before) and not model.patches
+    assert Path(file).parent == output / "loras" and curve.shape[0] == samples.shape[0] == 1
+    merged = merge(make_weights(CONFIG), read_lora(file))
+    after = weights_of(trained)
+    changed = [name for name in before if not torch.equal(after[name], before[name])]
+    assert len(changed) == 3 * 5
+    for name in changed:
+        # The host rounds a sum to its weights' dtype once, as the merge does.
+        torch.testing.assert_close(after[name], merged[name], rtol=1e-5, atol=1e-6)
+    with safe_open(file, framework="pt") as opened:
+        assert '"rank": 2' in opened.metadata()["pixart_training"]
+    run = output / "pixart_training" / "one_001"
+    assert {"checkpoints", "log.jsonl", "loss.png"} <= {path.name for path in run.iterdir()}
+
+
+def test_loras_on_the_model_are_part_of_what_is_trained_on(run_node, make_model, features, output):
+    _, file, *_ = run_node("PixArtTrainLoRA", model=make_model(), features=features, name="base_lora", rank=2,
+                           targets="attention", **{**USUAL, "steps": 5})  # fmt: skip
+    module = importlib.import_module("pixart_pack.nodes.host.lora")
+    settings = importlib.import_module("pixart_pack.pixart.training.settings").TrainingSettings()
+    training = importlib.import_module("pixart_pack.nodes.host.training")
+    patched = module.add_lora(make_model(), read_lora(file).factors, 0.5)
+    with torch.inference_mode(False):
+        plain = training.plain_model(patched, settings, torch.device("cpu"))
+    expected = merge(make_weights(CONFIG), read_lora(file), 0.5)
+    assert all(not parameter.is_inference() for parameter in plain.parameters())
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fine-tune", "DreamBooth"])
+def test_a_whole_model_is_trained(run_node, make_model, features, output, method):
+    model = make_model()
+    before = weights_of(model)
+    trained, file, *_ = run_node("PixArtTrain", model=model, features=features, name=method, method=method, **USUAL)
+    assert same(weights_of(model), before) and Path(file).parent == output / "diffusion_models"
+    after = weights_of(trained)
+    assert trained.model.pixart_config == CONFIG and trained.model.has_null_caption
+    assert not torch.equal(after["blocks.0.mlp.fc1.weight"], before["blocks.0.mlp.fc1.weight"])
+    assert torch.equal(after["y_embedder.y_embedding.weight"], before["y_embedder.y_embedding.weight"])
+
+
+@pytest.mark.parametrize("method", ["LoRA", "model"])
+def test_lcm_is_distilled(run_node, make_model, features, method):
+    model = make_model()
+    before = weights_of(model)
+    trained, *_ = run_node("PixArtDistillLCM", model=model, features=features, name="lcm", method=method,
+                           lcm_guidance=4.5, rank=2, targets="attention", **USUAL)  # fmt: skip
+    assert same(weights_of(model), before) and not same(weights_of(trained), before)
+
+
+def test_a_controlnet_is_trained(run_node, make_model, features, output):
+    control, file, *_ = run_node("PixArtTrainControlNet", model=make_model(), features=features, name="edges", **USUAL)
+    assert control.control_model.num_copies == CONFIG.depth - 1 and Path(file).parent == output / "controlnet"
+    with pytest.raises(ValueError, match="Control pictures are missing"):
+        run_node("PixArtTrainControlNet", model=make_model(), features=make_features(), name="none", **USUAL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("base_fp8", [False, True])
+def test_a_base_of_any_precision_is_trained_on(run_node, make_model, features, dtype, base_fp8):
+    model = make_model(dtype)
+    before = weights_of(model)
+    trained, *_ = run_node("PixArtTrainLoRA", model=model, features=features, name="precision", rank=2,
+                           targets="blocks", base_fp8=base_fp8, dtype="bf16", **USUAL)  # fmt: skip
+    kept = weights_of(model)
+    assert all(torch.equal(kept[name].float(), before[name].float()) for name in before)
+    assert trained.patches
+
+
+def test_an_interruption_saves_and_gives_what_is_there(run_node, make_model, features, management, monkeypatch):
+    training = importlib.import_module("pixart_pack.nodes.host.training")
+    usual = {"model": make_model(), "features": features, "name": "cut", "rank": 2, "targets": "attention"}
+    stepped = training._HostEvents.stepped
+
+    def interrupt(self, progress):
+        stepped(self, progress)
+        if progress.step == 2:
+            management.interrupt_current_processing(True)
+
+    whole, *_ = run_node("PixArtTrainLoRA", **{**usual, **USUAL, "name": "whole", "steps": 5})
+    with monkeypatch.context() as patched:
+        patched.setattr(training._HostEvents, "stepped", interrupt)
+        trained, file, *_ = run_node("PixArtTrainLoRA", **{**usual, **USUAL, "steps": 5})
+    assert trained.patches and Path(file).is_file() and not management.processing_interrupted()
+    again, second, *_ = run_node("PixArtTrainLoRA", **{**usual, **USUAL, "steps": 5})
+    assert second == file and same(weights_of(again), weights_of(whole))
+    assert not same(weights_of(again), weights_of(trained))
+
+
+def test_interrupted_before_the_first_step_the_prompt_ends(run_node, make_model, features, management):
+    management.interrupt_current_processing(True)
+    with pytest.raises(management.InterruptProcessingException):
+        run_node("PixArtTrainLoRA", model=make_model(), features=features, name="never", rank=2, targets="attention",
+                 **USUAL)  # fmt: skip
+    assert not management.processing_interrupted()
+
+
+def test_validation_pictures_of_prompts_and_of_the_dataset(run_node, make_model, features, output):
+    class Vae:
+        def decode(self, latent):
+            return torch.nn.functional.interpolate(latent[:, :3], scale_factor=8).movedim(1, -1).sigmoid()
+
+    prompts = [[torch.randn(2, 5, CONFIG.caption_channels), {"attention_mask": torch.ones(2, 5, dtype=torch.bool)}]]
+    more = {"rank": 2, "targets": "attention", "sample_every": 2, "sample_steps": 2, "vae": Vae(), **USUAL}
+    *_, samples = run_node("PixArtTrainLoRA", model=make_model(), features=features, name="seen",
+                           validation=prompts, **more)  # fmt: skip
+    assert samples.shape == (1, 3 * (64 + 16), 2 * 64, 3)  # before, after 2 steps, at the end
+    run_node("PixArtTrainLoRA", model=make_model(), features=features, name="own", **more)
+    assert len(list((output / "pixart_training" / "own_001" / "samples").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        ({"name": "../up"}, "Name of the training cannot be used"),
+        ({"learning_rate": 0.0}, "Learning rate is out of range: got 0"),
+        ({"learning_rate": 5.0}, "Learning rate is out of range: got 5"),
+        ({"rank": 0}, "Rank is out of range"),
+        ({"more_settings": "rnk: 3"}, "Unknown settings: got rnk"),
+        ({"more_settings": "nothing"}, "Further settings cannot be read"),
+        ({"features": make_features(count=0)}, "Empty dataset"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(run_node, make_model, features, output, fields, match):
+    usual = {"model": make_model(), "features": features, "name": "bad", "rank": 2, "targets": "attention", **USUAL}
+    with pytest.raises(ValueError, match=match):
+        run_node("PixArtTrainLoRA", **{**usual, **fields})
+    assert not list((output / "pixart_training").glob("bad*"))
+
+
+def test_captions_of_another_text_encoder_are_refused(run_node, make_model, features):
+    other = make_model(config=tiny_config(caption_channels=32))
+    with pytest.raises(ValueError, match="Caption width mismatch: got 24, expected 32"):
+        run_node("PixArtTrainLoRA", model=other, features=features, name="wide", rank=2, targets="attention", **USUAL)
+
+
+def test_more_settings_win(run_node, make_model, features, output):
+    run_node("PixArtTrainLoRA", model=make_model(), features=features, name="more", rank=2, targets="attention",
+             more_settings="loss: huber\nsteps: 2\ntimestep_weights: [[0, 1], [999, 2]]", **USUAL)  # fmt: skip
+    assert len((output / "pixart_training" / "more_001" / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_model_without_a_null_caption_uses_the_datasets(run_node, pack, features):
+    module = importlib.import_module("pixart_pack.nodes.host.model")
+    weights = make_weights(CONFIG)
+    del weights["y_embedder.y_embedding"]
+    model = module.make_patcher(weights, CONFIG, torch.float32)
+    trained, *_ = run_node("PixArtTrain", model=model, features=features, name="null", method="fine-tune", **USUAL)
+    assert not trained.model.has_null_caption
+
+
+def test_an_exported_training_needs_a_dataset_on_disk(run_node, make_model, features):
+    with pytest.raises(ValueError, match="Encoded pictures are not on disk"):
+        run_node("PixArtExportTrainingConfig", kind="LoRA", model=make_model(), features=features, name="x", rank=2,
+                 targets="attention", **USUAL)  # fmt: skip
