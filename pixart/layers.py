@@ -48,8 +48,25 @@ def tile_rows(x, batch):
 
 
 def modulate(x, shift, scale):
-    """Normalises x over its channels, then scales and shifts it. x: (B, N, D); shift, scale: (B, 1, D)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+    """Normalises x over its channels, then scales and shifts it. x: (B, N, D); shift, scale: (B or 1, 1, D)."""
+    scale = 1 + scale
+    if shift.shape[0] == 1 and shift.dtype == x.dtype:  # alike for the whole batch: one pass over x in place of two
+        return F.layer_norm(x, x.shape[-1:], scale.flatten(), shift.flatten(), eps=NORM_EPS)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale)
+
+
+def common_row(values):
+    """The first row alone where all rows are alike and it costs nothing to know: (B, ...) -> (1, ...) or (B, ...).
+
+    On another device than the CPU, looking would wait for all work that is queued there.
+    """
+    if (
+        values.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or not torch.equal(values, values[:1].expand_as(values))
+    ):
+        return values
+    return values[:1]
 
 
 def position_grid(height, width, hidden_size, base_size, pe_scale):
@@ -94,7 +111,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latent):
         """(B, C, H, W) -> (B, N, D), row by row."""
-        return self.proj(latent).flatten(2).transpose(1, 2)
+        # Contiguous, since everything behind keeps the layout, and every norm would copy a transposed one.
+        return self.proj(latent).flatten(2).transpose(1, 2).contiguous()
 
 
 class ScalarEmbedder(nn.Module):
@@ -123,7 +141,11 @@ class Mlp(nn.Module):
         self.fc2 = operations.Linear(hidden_channels, out_channels, dtype=dtype, device=device)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        hidden = self.fc1(x)
+        if hidden.requires_grad:
+            return self.fc2(F.gelu(hidden, approximate="tanh"))
+        # In place: the largest tensor of the model, and fresh memory costs the CPU as much as the function itself.
+        return self.fc2(torch.ops.aten.gelu_(hidden, approximate="tanh"))
 
 
 class CaptionEmbedder(nn.Module):
@@ -199,9 +221,13 @@ class CrossAttention(nn.Module):
         self.kv_linear = operations.Linear(width, width * 2, dtype=dtype, device=device)
         self.proj = operations.Linear(width, width, dtype=dtype, device=device)
 
-    def forward(self, x, caption, caption_bias, attention):
-        """x: (B, N, D). caption: (B, L, D). caption_bias: (B, 1, 1, L) additive, or None. Returns (B, N, D)."""
-        k, v = self.kv_linear(caption).chunk(2, dim=2)
+    def keys_values(self, caption):
+        """(B, L, D) -> keys and values side by side, (B, L, 2 D): the same at every step of a picture."""
+        return self.kv_linear(caption)
+
+    def forward(self, x, keys_values, caption_bias, attention):
+        """x: (B, N, D). keys_values: (B, L, 2 D). caption_bias: (B, 1, 1, L) additive, or None. Returns (B, N, D)."""
+        k, v = keys_values.chunk(2, dim=2)
         return self.proj(attention(self.q_linear(x), k, v, self.num_heads, mask=caption_bias))
 
 

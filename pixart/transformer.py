@@ -17,6 +17,7 @@ from .layers import (
     ScalarEmbedder,
     SelfAttention,
     attend,
+    common_row,
     make_table,
     modulate,
     position_grid,
@@ -29,11 +30,22 @@ OPTIONAL_KEYS = ("y_embedder.y_embedding",)  # absent from diffusers files; see 
 POSITION_CACHE_SIZE = 8
 
 
+class ProjectedCaption(NamedTuple):
+    """A caption as the blocks read it, see `PixArt.project_caption`.
+
+    states: (B, L, D). keys_values: for every block (B, L, 2 D), or None where each forward pass computes them.
+    """
+
+    states: torch.Tensor
+    keys_values: tuple[torch.Tensor, ...] | None
+
+
 class BlockInputs(NamedTuple):
     """What every block of one forward pass shares.
 
-    modulation: (B, 6, D). caption: (B, L, D), projected. caption_bias: (B, 1, 1, L) additive, or None.
-    grid: (rows, columns) of tokens. self_attention, cross_attention: see `layers.attend`.
+    modulation: (B, 6, D), or (1, 6, D) when all rows are alike. caption: (B, L, D), projected.
+    caption_bias: (B, 1, 1, L) additive, or None. grid: (rows, columns) of tokens.
+    self_attention, cross_attention: see `layers.attend`. keys_values: of `caption`, see ProjectedCaption.
     """
 
     modulation: torch.Tensor
@@ -42,6 +54,15 @@ class BlockInputs(NamedTuple):
     grid: tuple[int, int]
     self_attention: Attention
     cross_attention: Attention
+    keys_values: tuple[torch.Tensor, ...] | None = None
+
+    def with_caption(self, caption):
+        """The same with another projected caption, (B, L, D)."""
+        return self if caption is self.caption else self._replace(caption=caption, keys_values=None)
+
+    def keys_values_of(self, index):
+        """What block `index` reads of the caption, (B, L, 2 D), or None where it has to compute that."""
+        return None if self.keys_values is None else tile_rows(self.keys_values[index], self.caption.shape[0])
 
 
 class PixArtBlock(nn.Module):
@@ -59,14 +80,16 @@ class PixArtBlock(nn.Module):
         self.cross_attn = CrossAttention(config, **factory)
         self.mlp = Mlp(width, int(width * config.mlp_ratio), width, **factory)
 
-    def forward(self, x, inputs: BlockInputs):
-        """x: (B, N, D). Returns (B, N, D)."""
-        rows = inputs.modulation + read_table(self.scale_shift_table, x)  # (B, 6, D)
+    def forward(self, x, inputs: BlockInputs, keys_values=None):
+        """x: (B, N, D). keys_values: of this block's cross-attention, (B, L, 2 D), if known. Returns (B, N, D)."""
+        rows = inputs.modulation + read_table(self.scale_shift_table, x)  # (B or 1, 6, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = rows.chunk(6, dim=1)  # (B, 1, D)
         attended = self.attn(modulate(x, shift_attn, scale_attn), inputs.grid, inputs.self_attention)
         x = torch.addcmul(x, gate_attn, attended)
+        if keys_values is None:
+            keys_values = self.cross_attn.keys_values(inputs.caption)
         # The caption is read from the raw stream: no norm, no modulation, no gate.
-        x = x + self.cross_attn(x, inputs.caption, inputs.caption_bias, inputs.cross_attention)
+        x = x + self.cross_attn(x, keys_values, inputs.caption_bias, inputs.cross_attention)
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
 
 
@@ -81,8 +104,8 @@ class FinalLayer(nn.Module):
         )
 
     def forward(self, x, condition):
-        """x: (B, N, D). condition: (B, D). Returns (B, N, patch_size**2 * C_out), the channel fastest."""
-        rows = read_table(self.scale_shift_table, x) + condition.unsqueeze(1)  # (B, 2, D)
+        """x: (B, N, D). condition: (B or 1, D). Returns (B, N, patch_size**2 * C_out), the channel fastest."""
+        rows = read_table(self.scale_shift_table, x) + condition.unsqueeze(1)  # (B or 1, 2, D)
         shift, scale = rows.chunk(2, dim=1)
         return self.linear(modulate(x, shift, scale))
 
@@ -133,7 +156,8 @@ class PixArt(nn.Module):
 
         latent: (B, C, H, W), scaled by the VAE factor; H and W in latent pixels, any parity.
         timestep: (B,) float in [0, 1000).
-        caption: (B, L, caption_channels) T5 states. caption_mask: (B, L) bool, True = keep.
+        caption: (B, L, caption_channels) T5 states, or what `project_caption` makes of them.
+        caption_mask: (B, L) bool, True = keep.
         resolution: (B, 2) height and width in pixels; aspect_ratio: (B, 1) height / width. Both are read only
         when config.micro_condition, and default to the latent's own.
         control: list of (B, N, hidden_size) residuals; the i-th is added before block i + 1. In place of a residual
@@ -146,7 +170,7 @@ class PixArt(nn.Module):
         condition = self.embed_condition(latent, timestep, resolution, aspect_ratio)
         inputs = self.prepare_blocks(x, grid, condition, caption, caption_mask, self.attention)
         for index, block in enumerate(self.blocks):
-            x = block(add_control(x, control, index, inputs), inputs)
+            x = block(add_control(x, control, index, inputs), inputs, inputs.keys_values_of(index))
         return self.project(x, condition, grid, latent.shape)
 
     def embed_latent(self, latent):
@@ -172,9 +196,13 @@ class PixArt(nn.Module):
         return self._positions[key]
 
     def embed_condition(self, latent, timestep, resolution=None, aspect_ratio=None):
-        """Timestep, and the picture's size when config.micro_condition: (B, D) in the latent's dtype."""
+        """Timestep, and the picture's size when config.micro_condition, in the latent's dtype.
+
+        (B, D), or (1, D) where all rows are alike: a timestep and a size that occur once are embedded once.
+        """
         batch, dtype = latent.shape[0], latent.dtype
-        condition = self.t_embedder(tile_rows(timestep, batch), dtype)
+        timestep = common_row(tile_rows(timestep, batch))
+        condition = self.t_embedder(timestep, dtype)
         if not self.config.micro_condition:
             return condition
         height, width = latent.shape[2:]
@@ -182,36 +210,49 @@ class PixArt(nn.Module):
             resolution = timestep.new_tensor([[height, width]]) * LATENT_DOWNSCALE
         if aspect_ratio is None:
             aspect_ratio = timestep.new_tensor([[height / width]])
-        size = self.csize_embedder(tile_rows(resolution, batch), dtype)
-        ratio = self.ar_embedder(tile_rows(aspect_ratio, batch), dtype)
-        return condition + torch.cat([size, ratio], dim=1)
+        size = self.csize_embedder(common_row(tile_rows(resolution, batch)), dtype)
+        ratio = self.ar_embedder(common_row(tile_rows(aspect_ratio, batch)), dtype)
+        rows = max(len(size), len(ratio))
+        return condition + torch.cat([size.expand(rows, -1), ratio.expand(rows, -1)], dim=1)
 
-    def prepare_blocks(self, x, grid, condition, caption, caption_mask, attention) -> BlockInputs:
-        """Everything that the blocks share, from the condition (B, D) and the raw caption (B, L, channels)."""
+    def project_caption(self, caption, *, keep_keys=True) -> ProjectedCaption:
+        """What the blocks read of raw captions (B, L, caption_channels), to be given to `forward` at every step.
+
+        Right until the weights change. keep_keys: also what every block makes of it, depth * B * L * 2 D numbers.
+        Raises ValueError for captions of another width.
+        """
         channels = self.config.caption_channels
         if caption.ndim != 3 or caption.shape[2] != channels:
             raise ValueError(
                 f"Caption width mismatch: got {caption.shape[-1]}, expected {channels} in a (batch, length, width) "
                 f"tensor. Connect the T5 text encoder that this PixArt model was trained with."
             )
-        batch = x.shape[0]
+        states = self.y_embedder(caption)
+        keys = tuple(block.cross_attn.keys_values(states) for block in self.blocks) if keep_keys else None
+        return ProjectedCaption(states, keys)
+
+    def prepare_blocks(self, x, grid, condition, caption, caption_mask, attention) -> BlockInputs:
+        """Everything that the blocks share, from the condition (B or 1, D) and the caption, see `forward`."""
+        if not isinstance(caption, ProjectedCaption):
+            caption = self.project_caption(caption.to(x.dtype), keep_keys=False)
+        batch, length = x.shape[0], caption.states.shape[1]
         bias = None
         if caption_mask is not None:
-            if caption_mask.shape[-1] != caption.shape[1]:
+            if caption_mask.shape[-1] != length:
                 raise ValueError(
-                    f"Caption mask length mismatch: got {caption_mask.shape[-1]}, expected {caption.shape[1]}. "
+                    f"Caption mask length mismatch: got {caption_mask.shape[-1]}, expected {length}. "
                     f"Encode the caption and its mask with the same node."
                 )
             bias = caption_bias(tile_rows(caption_mask.flatten(1), batch), x.dtype)
-        projected = tile_rows(self.y_embedder(caption.to(x.dtype)), batch)
         modulation = self.t_block(condition).unflatten(1, (6, -1))
-        return BlockInputs(modulation, projected, bias, grid, attention, attention)
+        states = tile_rows(caption.states, batch)
+        return BlockInputs(modulation, states, bias, grid, attention, attention, caption.keys_values)
 
-    def project(self, x, condition, grid, latent_shape):
-        """Tokens (B, N, D) -> prediction (B, C_out, H, W), cropped to the latent's own size."""
+    def project(self, x, condition, grid, latent_shape, channels=None):
+        """Tokens (B, N, D) -> the first `channels` of the prediction (all by default), cropped to the latent's size."""
         size, (rows, columns) = self.config.patch_size, grid
         x = self.final_layer(x, condition)
-        x = x.reshape(x.shape[0], rows, columns, size, size, self.config.out_channels)
+        x = x.reshape(x.shape[0], rows, columns, size, size, self.config.out_channels)[..., :channels]
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C_out, rows * size, columns * size)
         return x[:, :, : latent_shape[2], : latent_shape[3]]
 

@@ -287,3 +287,72 @@ def test_matches_the_original_under_guidance():
     # Guidance multiplies the noise of one forward (2e-5) by up to 2 * 4.5 - 1.
     torch.testing.assert_close(guided, expected[:1, :3], atol=1.6e-4, rtol=1e-5)
     torch.testing.assert_close(conditional[:, 3:], expected[:1, 3:], atol=2e-5, rtol=0)
+
+
+def rows_and_caption(config, batch=2, length=9):
+    generator = torch.Generator().manual_seed(4)
+    latent = torch.randn(batch, 4, 6, 8, generator=generator)
+    states = torch.randn(batch, length, config.caption_channels, generator=generator)
+    return latent, states, torch.arange(length) < torch.tensor([[length], [3]])
+
+
+@pytest.mark.parametrize("keep_keys", [True, False])
+def test_projected_caption_changes_nothing(keep_keys):
+    model = tiny_model()
+    latent, states, mask = rows_and_caption(TINY)
+    with torch.no_grad():
+        projected = model.project_caption(states, keep_keys=keep_keys)
+        assert (projected.keys_values is not None) == keep_keys
+        for time in (3.0, 900.0):
+            timestep = torch.full((2,), time)
+            expected = model(latent, timestep, states, mask)
+            assert torch.equal(model(latent, timestep, projected, mask), expected)
+        one = model.project_caption(states[:1], keep_keys=keep_keys)
+        assert torch.equal(model(latent, timestep, one), model(latent, timestep, states[:1]))
+
+
+def test_projected_caption_gives_gradients():
+    model = tiny_model()
+    latent, states, _ = rows_and_caption(TINY)
+    states.requires_grad_()
+    model(latent, torch.full((2,), 5.0), model.project_caption(states)).sum().backward()
+    assert states.grad.abs().sum() > 0
+    assert all(parameter.grad is not None for parameter in model.blocks.parameters())
+
+
+def test_projected_caption_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="Caption width mismatch: got 16, expected 32"):
+        PixArt(TINY).project_caption(torch.zeros(1, 4, 16))
+
+
+@pytest.mark.parametrize("micro_condition", [False, True])
+def test_rows_that_are_alike_are_modulated_at_once(micro_condition, monkeypatch):
+    """The same prediction as with a modulation of its own for every row, but for float noise."""
+    model = tiny_model(micro_condition=micro_condition)
+    latent, states, mask = rows_and_caption(TINY)
+    timestep, sizes, ratios = torch.full((2,), 400.5), torch.tensor([[64, 48]] * 2), torch.full((2, 1), 1.3)
+    with torch.no_grad():
+        assert model.embed_condition(latent, timestep, sizes, ratios).shape[0] == 1
+        differing = torch.tensor([[64, 48], [64, 56]])
+        assert model.embed_condition(latent, timestep, differing, ratios).shape[0] == 1 + micro_condition
+        together = model(latent, timestep, states, mask, sizes, ratios)
+        monkeypatch.setattr("pixart_pack.pixart.transformer.common_row", lambda values: values)
+        apart = model(latent, timestep, states, mask, sizes, ratios)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)  # float32, values of a few units
+
+
+def test_tokens_are_contiguous():
+    """Every norm behind would copy another layout first."""
+    model = PixArt(TINY)
+    tokens, _ = model.embed_latent(torch.randn(2, 4, 6, 8))
+    assert tokens.is_contiguous()
+
+
+def test_only_the_wanted_channels_are_put_together():
+    model = tiny_model()
+    latent, _, _ = rows_and_caption(TINY)
+    with torch.no_grad():
+        tokens, grid = model.embed_latent(latent)
+        condition = model.embed_condition(latent, torch.full((2,), 1.0))
+        whole = model.project(tokens, condition, grid, latent.shape)
+        assert torch.equal(model.project(tokens, condition, grid, latent.shape, channels=4), whole[:, :4])
