@@ -42,11 +42,20 @@ class Factor:
         """The factors multiplied, without the scale: (rows, columns), or with the kernel's two dimensions after it."""
         raise NotImplementedError
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The factors and the magnitude by their names, without those that are None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number is one."""
+        return all(bool(tensor.float().isfinite().all()) for tensor in self.tensors.values())
+
     def to(self, *args) -> "Factor":
         """The same with its tensors on another device or of another dtype, as torch.Tensor.to takes them."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(*args) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{name: tensor.to(*args) for name, tensor in self.tensors.items()})
 
     def delta(self, like: torch.Tensor) -> torch.Tensor:
         """What is added to a weight: of the shape, dtype and device of `like`."""

@@ -277,6 +277,11 @@ def _check_factors(lora: LoRA, shapes: Mapping[str, tuple[int, ...]] | None, set
                 f"LoRA width mismatch at '{target.name}': got {got}, expected {wanted or 'one matrix'}. Choose a LoRA "
                 f"that was trained on this PixArt model."
             )
+        if not factor.is_finite:
+            raise ValueError(
+                f"Broken LoRA at '{target.name}': got infinite values or no numbers, expected finite ones. Its "
+                f"training went wrong: choose an earlier checkpoint of it."
+            )
     if settings.use_dora and not any(factor.magnitude is not None for factor in lora.factors.values()):
         raise ValueError(
             f"DoRA without its magnitudes: got use_dora in {PEFT_CONFIG} and no 'lora_magnitude_vector', expected one "

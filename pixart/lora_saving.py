@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -143,16 +143,15 @@ def _named_tensors(name: str, target: Target, factor: Factor) -> dict[str, torch
         return {f"{name}.{'diff_b' if target == target.bias else 'diff'}": factor.values}
     alpha = factor.rank if factor.alpha is None else factor.alpha
     tensors = {} if alpha is None else {f"{name}.alpha": torch.tensor(float(alpha))}
-    if isinstance(factor, LowRank):
-        given = {"lora_up.weight": factor.up, "lora_down.weight": factor.down, "lora_mid.weight": factor.mid}
-    else:
-        start = {Hadamard: "hada_", Kronecker: "lokr_"}[type(factor)]
-        own = [field.name for field in fields(factor) if field.name not in ("alpha", "magnitude")]
-        given = {f"{start}{part}": getattr(factor, part) for part in own}
+    names = {"up": "lora_up.weight", "down": "lora_down.weight", "mid": "lora_mid.weight"}
+    start = {Hadamard: "hada_", Kronecker: "lokr_"}.get(type(factor), "")
+    for part, tensor in factor.tensors.items():
+        if part != "magnitude":
+            tensors[f"{name}.{names.get(part, f'{start}{part}')}"] = tensor
     if factor.magnitude is not None:
-        kernel = [1] * (len(factor.product_shape) - 2 if not isinstance(factor, LowRank) else factor.down.ndim - 2)
-        given["dora_scale"] = factor.magnitude.reshape(*factor.magnitude.shape, *kernel)
-    return tensors | {f"{name}.{part}": tensor for part, tensor in given.items() if tensor is not None}
+        dimensions = max(tensor.ndim for tensor in factor.tensors.values())
+        tensors[f"{name}.dora_scale"] = factor.magnitude.reshape(*factor.magnitude.shape, *[1] * (dimensions - 2))
+    return tensors
 
 
 def _export_peft(factors: Mapping[Target, Factor]) -> tuple[dict[str, torch.Tensor], dict]:

@@ -348,8 +348,9 @@ def test_what_is_told_of_a_lora():
         (one_lora(lora_magnitude_vector=torch.ones(7)), "width mismatch"),
         ({"blocks.0.attn.proj.lokr_w1": torch.ones(5, 5), "blocks.0.attn.proj.lokr_w2": torch.ones(9, 9)}, "mismatch"),
         ({key: value.int() for key, value in one_lora().items()}, "No key"),
+        ({key: value / 0 for key, value in one_lora().items()}, "Broken LoRA at 'blocks"),
     ],
-    ids=["empty", "another model", "text encoder", "widths", "ranks", "magnitudes", "kronecker", "integers"],
+    ids=["empty", "another model", "text encoder", "widths", "ranks", "magnitudes", "kronecker", "integers", "NaN"],
 )  # fmt: skip
 def test_wrong_files_are_refused(tensors, message):
     with pytest.raises(ValueError, match=message):

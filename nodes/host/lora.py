@@ -21,6 +21,10 @@ from .text import pixart_config
 KINDS = ("loras",)
 DTYPES = {"as it is": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PREFIX = "diffusion_model."
+DORA_NOTE = (
+    "note: ComfyUI's own loaders set the lengths of DoRA's rows by those before the change; load this file with Load "
+    "PixArt LoRA."
+)
 
 
 class DoraAdapter(WeightAdapterBase):
@@ -100,7 +104,9 @@ def convert_lora(name: str, layout: str, prefix: str, dtype: str) -> str:
     """
     lora = read_lora(_find(name))
     path = _save(lora.factors, layout, prefix, dtype, {"pixart_converted_from": name})
-    return f"saved: {path}\n{describe_lora(lora)}"
+    has_magnitudes = any(factor.magnitude is not None for factor in lora.factors.values())
+    note = f"\n{DORA_NOTE}" if has_magnitudes and layout != "peft" else ""
+    return f"saved: {path}\n{describe_lora(lora)}{note}"
 
 
 def extract_lora(model, base, rank: int, energy: float, keep_small: bool, prefix: str, dtype: str):

@@ -186,6 +186,19 @@ def test_converting_twice_overwrites_nothing(run_node, make_patcher, loras, layo
     same_weights(weights_of(model), merge(make_weights(CONFIG), read_lora(loras / "a.safetensors")), **NOISE)
 
 
+@pytest.mark.parametrize("layout", ["host", "peft", "kohya"])
+def test_dora_survives_conversion_and_warns_of_other_loaders(run_node, make_patcher, loras, layout):
+    save_lora(loras / "dora.safetensors", packed(magnitude=True))
+    [text] = run_node(
+        "PixArtConvertLoRA", lora="dora.safetensors", layout=layout, filename_prefix="loras/dora", dtype="fp32"
+    )
+    assert ("ComfyUI's own loaders" in text) == (layout != "peft")
+    name = Path(text.splitlines()[0]).name + "/" * (layout == "peft")
+    model, info = run_node("PixArtLoadLoRA", model=make_patcher(), lora=name, strength=0.5)
+    same_weights(weights_of(model), merge(make_weights(CONFIG), LoRA(placed(packed(magnitude=True))), 0.5), **NOISE)
+    assert "kind: DoRA" in info
+
+
 @pytest.mark.parametrize("prefix", ["../out", "loras/../../out", "/tmp/out", "", "loras/", "a:b", "loras/..", "x\0y"])
 def test_names_stay_in_the_output_folder(run_node, loras, prefix):
     save_file(one_lora(), loras / "a.safetensors")

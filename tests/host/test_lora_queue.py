@@ -9,6 +9,7 @@ from pixart_pack.demo.client import Interrupted, PromptError
 from pixart_pack.pixart.checkpoint import config_to_tensor
 from pixart_pack.pixart.lora import merge, read_lora, save_lora
 from pixart_pack.tests.host.graph import PictureGraph, write_pixart, write_t5
+from pixart_pack.tests.host.test_queue import differ, pictures
 from pixart_pack.tests.test_lora import KOHYA, renamed
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 
@@ -20,7 +21,6 @@ PEFT, ONETRAINER, BARE, DORA, ORIGINAL = (
 )
 FOLDER, WIDE, FOREIGN = "lora_folder/", "lora_wide.safetensors", "lora_foreign.safetensors"
 BARE_HOST = "lora_bare_host.safetensors"
-ROUNDING = 1.0  # of 255: float32 noise can tip a value over to the next
 
 
 def attention_lora(seed=0, width=CONFIG.hidden_size):
@@ -69,14 +69,6 @@ def fill(host):
 @pytest.fixture
 def server(host):
     return fill(host)
-
-
-def pictures(host, nodes):
-    return [np.asarray(image.convert("RGB"), np.float32) for image in host.run(nodes, timeout_s=300)]
-
-
-def differ(one, other):
-    return np.abs(one - other).max() > ROUNDING
 
 
 def close(one, other, without):
