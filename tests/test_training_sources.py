@@ -268,3 +268,18 @@ def test_a_picture_that_changes_meanwhile_is_noticed(tmp_path):
 def test_record_without_picture():
     with pytest.raises(ValueError, match="No usable picture"):
         check_records([Record("x", None, "a")])
+
+
+def test_the_check_can_be_interrupted(tmp_path):
+    for number in range(30):
+        draw(tmp_path / f"{number}.png", seed=number)
+    seen = []
+
+    def stop(done, total, picture):
+        seen.append((done, total, picture))
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_records(read_dataset(tmp_path), fallback_caption="x", progress=stop)
+    assert seen == [(1, 30, None), (2, 30, None), (3, 30, None)]

@@ -16,6 +16,7 @@ from ...pixart.training.pictures import TensorPicture
 from ...pixart.training.records import Dataset, Record, check_records
 from ...pixart.training.sources import Columns, read_dataset
 from .latent import CHANNELS
+from .progress import show_progress
 
 _RATIO_TABLE_PX = 1024  # every table has the same ratios
 
@@ -48,7 +49,7 @@ def load_dataset(path: str, kind: str, columns: Columns, control_folder: str = "
     found, is_relative = find_below(path, root, "Dataset")
     control = find_below(control_folder, root, "Control folder")[0] if control_folder.strip() else None
     records = read_dataset(found, kind, columns, control_folder=control, confined=is_relative)
-    return check_records(records, **checks)
+    return check_records(records, progress=show_progress(len(records)), **checks)
 
 
 def fingerprint_paths(*paths: str) -> str:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
-import comfy.utils
 import folder_paths
 import torch
 
@@ -15,13 +14,12 @@ from ...pixart.training.identity import digest, fingerprint
 from ...pixart.training.records import Dataset
 from .edges import AUTO, METHODS, make_edges
 from .latent import CHANNELS
-from .pictures import to_pil
+from .progress import show_progress
 from .text import check_caption_width, encode_captions, pixart_config
 
 CACHE_FOLDER = "pixart_cache"  # below the output folder
 CONTROL_FILES = "control pictures"
 CONTROL_METHODS = ("none", CONTROL_FILES, *METHODS)
-_PREVIEW_PX = 512
 _LOGVAR_LIMITS = (-30.0, 20.0)  # of the autoencoder's own posterior
 _PROBE_CAPTION = "A photo of 2 cats, naïve (and old): «x»"
 _PROBE_PX = 64
@@ -72,10 +70,10 @@ def encode_dataset(
         hint_identity=_identify_edges(make_hint) if make_hint else "",
     )
     captions, pictures = len(encoder.missing_captions), len(encoder.missing_pictures)
-    bar = comfy.utils.ProgressBar(captions + pictures) if captions + pictures else None
+    total = captions + pictures
     try:
-        encoder.encode_captions(_caption_encoder(clip, settings.caption_length, model), _progress(bar))
-        encoder.encode_pictures(_picture_encoder(vae), batch_size, make_hint, _progress(bar, captions))
+        encoder.encode_captions(_caption_encoder(clip, settings.caption_length, model), show_progress(total))
+        encoder.encode_pictures(_picture_encoder(vae), batch_size, make_hint, show_progress(total, captions))
     finally:
         unload(clip.patcher, vae.patcher)
     return encoder.features(MANIFEST)
@@ -191,12 +189,3 @@ def _tensors_in(value, place: str = "") -> list[tuple[str, torch.Tensor]]:
     if not isinstance(inner, list | tuple):
         return []
     return [found for index, part in enumerate(inner) for found in _tensors_in(part, f"{place}.{index}")]
-
-
-def _progress(bar, offset: int = 0) -> Callable:
-    def report(done: int, total: int, picture: torch.Tensor | None) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        preview = None if picture is None else ("JPEG", to_pil(picture[None])[0], _PREVIEW_PX)
-        bar.update_absolute(offset + done, bar.total, preview)
-
-    return report

@@ -1,6 +1,6 @@
 """A dataset before it is encoded: its pictures, captions and control pictures, and the table of what is wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -68,11 +68,13 @@ def check_records(
     policy: str = POLICIES[0],
     fallback_caption: str = "",
     is_prior: bool = False,
+    progress: Callable[[int, int, None], None] | None = None,
 ) -> Dataset:
     """Read every picture, and keep the records that can be trained with.
 
     smallest_px: pictures whose shorter side is less are too small; 0 lets all pass. policy: "skip" leaves out what is
     wrong, "error" refuses the dataset. fallback_caption: for pictures without one. is_prior: marks the records.
+    progress: told how many of how many are read; what it raises ends the reading.
     Raises ValueError with the table for policy "error", and when nothing is left.
     """
     if policy not in POLICIES:
@@ -80,8 +82,7 @@ def check_records(
     if not records:
         raise ValueError("Empty dataset: got no pictures, expected at least one. Choose a folder or file with some.")
     records = [_settle(record, fallback_caption, is_prior) for record in records]
-    with ThreadPoolExecutor(_READERS) as pool:
-        seen = list(pool.map(_read, records))
+    seen = _read_all(records, progress)
     findings: list[Finding] = []
     kept, contents = [], {}
     for record, sight in zip(records, seen, strict=True):
@@ -110,6 +111,18 @@ def check_records(
 def _settle(record: Record, fallback_caption: str, is_prior: bool) -> Record:
     caption = (record.caption or "").strip() or fallback_caption.strip() or None
     return replace(record, caption=caption, is_prior=record.is_prior or is_prior)
+
+
+def _read_all(records: Sequence[Record], progress: Callable | None) -> list[_Seen]:
+    pool, seen = ThreadPoolExecutor(_READERS), []
+    try:
+        for sight in pool.map(_read, records):
+            seen.append(sight)
+            if progress is not None:
+                progress(len(seen), len(records), None)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return seen
 
 
 def _read(record: Record) -> _Seen:
