@@ -10,6 +10,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
+def make_parser(name: str, text: str) -> argparse.ArgumentParser:
+    """The parser of `python -m pixart.<name>`. text: the module's: a summary, and after an empty line the examples."""
+    description, _, examples = text.partition("\n\n")
+    return argparse.ArgumentParser(
+        f"python -m pixart.{name}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def run_command(
     main: Callable[[argparse.Namespace], None],
     parser: argparse.ArgumentParser,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .autoencoder import load_autoencoder
-from .command import DTYPES, add_device, run_command
+from .command import DTYPES, add_device, make_parser, run_command
 from .config import LATENT_DOWNSCALE
 from .pipeline import Pipeline, Settings
 from .resolution import parse_prompt_flags
@@ -98,11 +98,7 @@ def _own_schedule(solver: str) -> str:
 
 
 def parse() -> argparse.ArgumentParser:
-    description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m pixart.sample", description=description, epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = make_parser("sample", __doc__)
     add_models(parser)
     add_settings(parser)
     texts = parser.add_mutually_exclusive_group(required=True)
