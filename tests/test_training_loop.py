@@ -123,6 +123,12 @@ def test_a_killed_process_loses_the_steps_since_the_checkpoint_alone(tmp_path, m
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_without_resume_it_begins_anew_and_has_a_log(tmp_path):
+    trained(tmp_path, tiny_settings(steps=3))
+    made = trainer(tmp_path, tiny_settings(steps=2))
+    assert made.run(resume=False) == 2 and sorted(losses(tmp_path)) == [1, 2]
+
+
 def test_a_broken_checkpoint_is_passed_over(tmp_path):
     settings = tiny_settings(checkpoint_every=2)
     whole = trained(tmp_path, settings)

@@ -1,8 +1,10 @@
 """Training on several processes, really launched: the same losses as one process with the same global batch."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +111,30 @@ def test_two_processes_train_as_one_does(place, alone, launcher, kind):
 
 
 @pytest.mark.slow
+def test_a_signal_ends_a_training_with_its_result(place):
+    name = "stopped"
+    usual = tiny_settings(steps=100_000, batch_size=2, checkpoint_every=0)
+    write_config(place / f"{name}.yaml", RunConfig("model.safetensors", "features", usual, output="runs", name=name))
+    command = [sys.executable, "-m", "pixart.training", "run", str(place / f"{name}.yaml"), "--device", "cpu"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        folder, began = place / "runs" / f"{name}_001", time.monotonic()
+        while len(read_log(folder / "log.jsonl")) < 3 and time.monotonic() - began < 200:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=200)
+    assert process.returncode == 0
+    steps = len(read_log(folder / "log.jsonl"))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{steps:08d}.pt"]
+    assert not read_lora(folder / f"{folder.name}.safetensors").unmatched
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_sharded_processes_train_as_one_does(place, alone, kind):
     flags = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
     more = (*flags.split(), "--fsdp_transformer_layer_cls_to_wrap", "PixArtBlock", "--fsdp_cpu_ram_efficient_loading")
-    folder, _ = launch(place, f"sharded_{kind}", "accelerate", (*more, "false"), kind=kind, batch_size=2)
+    name, more = f"sharded_{kind}", (*more, "false")
+    if kind == "lora":  # and continued from a checkpoint of the shards
+        launch(place, name, "accelerate", more, kind=kind, batch_size=2, steps=2)
+    folder, _ = launch(place, name, "accelerate", more, kind=kind, batch_size=2)
     assert_like_one(folder, alone[kind])

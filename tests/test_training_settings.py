@@ -98,8 +98,9 @@ def test_folders_are_numbered_and_the_unfinished_one_is_found_again(tmp_path):
     check_name("Größe 1.5 [v2]")
     first = choose_folder(tmp_path, "x[1]", resume=True, steps=10)
     assert first.name == "x[1]_001"
-    (first / "checkpoints").mkdir(parents=True)
-    (first / "checkpoints" / "step-00000010.pt").touch()
+    first.mkdir()
+    assert choose_folder(tmp_path, "x[1]", resume=True, steps=10) == first
+    (first / "result.json").write_text('{"step": 10, "file": "x"}')
     assert choose_folder(tmp_path, "x[1]", resume=True, steps=20) == first
     assert choose_folder(tmp_path, "x[1]", resume=True, steps=10).name == "x[1]_002"
     assert choose_folder(tmp_path, "x[1]", resume=False, steps=20).name == "x[1]_002"

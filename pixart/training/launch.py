@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -58,10 +60,21 @@ def run_config(config: RunConfig, device: str | None = None):
 
 
 class _Bar(Events):
-    """Progress on a terminal."""
+    """Progress on a terminal. The first Ctrl-C ends the training with its result written, a second one at once."""
 
     def __init__(self, bar: tqdm):
-        self.bar = bar
+        self.bar, self.stopped = bar, False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._stop)
+
+    def _stop(self, number, _frame) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+    def should_stop(self) -> bool:
+        return self.stopped
 
     def stepped(self, progress: Progress) -> None:
         self.bar.update(progress.step - self.bar.n)

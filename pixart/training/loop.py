@@ -148,8 +148,8 @@ class Trainer:
         step, and of an exploded training those of the last checkpoint are the good ones.
         """
         settings = self.settings
-        if resume:
-            self._resume()
+        if not (resume and self._resume()):
+            self.report.start(0)
         if self.processes.rank == 0:
             check_space(self.folder, self._checkpoint_bytes() * (1 + (settings.keep_last > 1)))
         self.objective.train()
@@ -304,11 +304,11 @@ class Trainer:
         positions = range(first, first + len(batch))
         return batch, draw_batch(self.settings, number, positions, batch.latent.shape[1:], self.objective.grid)
 
-    def _resume(self):
+    def _resume(self) -> bool:
+        """Go on from the newest checkpoint; False without one."""
         state = self.checkpoints.load()
         if state is None:
-            self.report.start(0)
-            return
+            return False
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         check_continues(state, self.settings, shapes)
         self.step = self.saved_step = state["step"]
@@ -328,6 +328,7 @@ class Trainer:
         self.sanity.load_state_dict(state["sanity"])
         self.report.start(self.step)
         logger.info("PixArt training goes on after step %d", self.step)
+        return True
 
     def _load_optimizer(self, state: dict):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

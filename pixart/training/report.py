@@ -4,6 +4,9 @@ import importlib.util
 import json
 import logging
 import math
+import netrc
+import os
+import secrets
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,9 +128,21 @@ def _open_wandb(folder: Path, settings: dict):
         ) from error
     # The run's own file remembers its id, so that a continued training continues its charts.
     marker = folder / "wandb_id.txt"
-    known = marker.read_text(encoding="utf-8").strip() if marker.is_file() else wandb.util.generate_id()
+    known = marker.read_text(encoding="utf-8").strip() if marker.is_file() else secrets.token_hex(4)
     marker.write_text(known, encoding="utf-8")
-    return wandb.init(project="pixart", name=folder.name, id=known, resume="allow", dir=str(folder), config=settings)
+    mode = None if _has_wandb_account() else "offline"  # without one it would ask on a terminal that nobody watches
+    return wandb.init(
+        project="pixart", name=folder.name, id=known, resume="allow", dir=str(folder), config=settings, mode=mode
+    )
+
+
+def _has_wandb_account() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
+        return True
+    try:
+        return "api.wandb.ai" in netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def read_log(path: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """One training from a model, features and settings to files: what the graph's nodes and the command line share."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from ..saving import write_atomically
 from ..transformer import PixArt
 from .build import make_objective
 from .examples import FeatureSet
@@ -16,8 +18,9 @@ from .objectives import Objective
 from .processes import SingleProcess
 from .results import save_result
 from .settings import TrainingSettings
-from .state import CHECKPOINTS, Checkpoints
 from .validation import Decode, Validation, ValidationPrompt
+
+RESULT = "result.json"  # in a run's folder, once its result is written: the steps that it has, and where it is
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def train(
     show: Callable[[Image.Image], None] | None = None,
     file: Path | None = None,
 ) -> TrainingResult:
-    """Train, and write the result, loss.png, samples.png, log.jsonl, settings.yaml and checkpoints into the folder.
+    """Train, and write the result, loss.png, samples.png, log.jsonl, result.json and checkpoints into the folder.
 
     The model becomes part of the objective and is changed. prompts with decode: validation pictures, which `show`
     gets too. file: of the result; None is folder/<folder's name>.safetensors.
@@ -70,11 +73,21 @@ def train(
     file, strip = file or folder / f"{folder.name}.safetensors", None
     curve = trainer.report.curve()
     if processes.rank == 0:
-        save_result(file, objective, weights, settings)
+        try:
+            save_result(file, objective, weights, settings)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"Result cannot be written: got '{error.strerror or error}', expected a writable disk with space. "
+                f"Nothing is lost: free some space and start the training again, it will only write the result",
+                str(file),
+            ) from error
         curve.save(folder / "loss.png")
         strip = validation.strip() if validation else None
         if strip is not None:
             strip.save(folder / "samples.png")
+        mark = json.dumps({"step": step, "file": str(file)})
+        write_atomically(folder / RESULT, lambda temporary: temporary.write_text(mark, encoding="utf-8"))
     processes.wait()
     return TrainingResult(objective, weights, step, file, curve, strip)
 
@@ -102,7 +115,7 @@ def check_features(features: FeatureSet, model: PixArt, settings: TrainingSettin
 
 
 def choose_folder(root: Path, name: str, resume: bool, steps: int) -> Path:
-    """The folder of a run below root: the newest of that name that has not done its steps, or a new one, numbered.
+    """The folder of a run below root: the newest of that name without a result of `steps`, or a new one, numbered.
 
     resume: False is always a new one. Raises ValueError for a name that is no plain name.
     """
@@ -111,8 +124,16 @@ def choose_folder(root: Path, name: str, resume: bool, steps: int) -> Path:
     folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     numbers = [int(found[1]) for path in folders if (found := pattern.fullmatch(path.name))]
     newest = max(numbers, default=0)
-    unfinished = newest and Checkpoints(root / f"{name}_{newest:03d}" / CHECKPOINTS, 1).newest_step() < steps
+    unfinished = newest and _steps_of_result(root / f"{name}_{newest:03d}") < steps
     return root / f"{name}_{newest if resume and unfinished else newest + 1:03d}"
+
+
+def _steps_of_result(folder: Path) -> int:
+    """The steps behind the result of a run, 0 where none was written."""
+    try:
+        return int(json.loads((folder / RESULT).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def check_name(name: str) -> None:

@@ -38,10 +38,6 @@ class Checkpoints:
         found = [path for path in self.folder.glob("step-*.pt") if _PATTERN.fullmatch(path.name)]
         return sorted(found, key=lambda path: int(_PATTERN.fullmatch(path.name)[1]))
 
-    def newest_step(self) -> int:
-        """The step of the newest one by its name, 0 without any."""
-        return max((int(_PATTERN.fullmatch(path.name)[1]) for path in self.all()), default=0)
-
     def save(self, step: int, state: Mapping) -> Path:
         """Write one, and remove those beyond the last ones once it is in place.
 

@@ -1,0 +1,155 @@
+"""Training through the prompt queue of a real server, with the demo's models: train, then sample with the result."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart_pack.demo.client import PromptError
+from pixart_pack.pixart.lora import read_lora
+from pixart_pack.pixart.training.settings import read_config
+from pixart_pack.tests.host.graph import VAE, Graph
+
+MODEL, T5 = "pixart_demo.safetensors", "pixart_demo_t5.safetensors"
+
+
+@pytest.fixture
+def folder(host, request):
+    """Pictures with captions in the server's input folder, named as the test."""
+    folder = host.models.parent / "input" / request.node.originalname
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a picture of noise number {number}", encoding="utf-8")
+    return folder
+
+
+class TrainingGraph(Graph):
+    """Up to the encoded pictures; `train` ends it or goes on to a picture."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.name = folder.name
+        self.model = self.add("PixArtLoadCheckpoint", checkpoint=MODEL)
+        self.clip, self.vae = self.add("PixArtLoadT5", text_encoder=T5), self.add("VAELoader", vae_name=VAE)
+        dataset = self.add("PixArtDataset", path=folder.name, kind="auto")
+        self.features = self.add(
+            "PixArtEncodeDataset",
+            dataset=dataset,
+            clip=self.clip,
+            vae=self.vae,
+            resolution=64,
+            caption_length=20,
+            name=folder.name,
+        )
+
+    def train(self, node="PixArtTrainLoRA", **changes):
+        """The training node; returns its first output."""
+        usual = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "seed": 0, "name": self.name}
+        if node == "PixArtTrainLoRA":
+            usual |= {"rank": 4, "targets": "attention"}
+        return self.add(node, model=self.model, features=self.features, **{**usual, **changes})
+
+    def sample(self, model):
+        """A picture by the trained model."""
+        text = self.add("PixArtTextEncode", clip=self.clip, text="a picture of noise")
+        none = self.add("PixArtNegative", mode="empty", clip=self.clip)
+        latent = self.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+        settings = {"seed": 1, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+        samples = self.add("KSampler", model=model, positive=text, negative=none, latent_image=latent, **settings)
+        pixels = self.add("VAEDecode", samples=samples, vae=self.vae)
+        return self.add("SaveImage", images=pixels, filename_prefix=self.name)
+
+
+def texts_of(events):
+    return {
+        data["node"]: data["output"]["text"][0]
+        for kind, data in events
+        if kind == "executed" and data["output"].get("text")
+    }
+
+
+def test_a_lora_is_trained_and_sampled_in_one_prompt(host, folder):
+    graph = TrainingGraph(folder)
+    prompts = graph.add("PixArtTextEncode", clip=graph.clip, text="a picture of noise")
+    trained = graph.train(sample_every=2, sample_steps=2, vae=graph.vae, validation=prompts)
+    graph.sample(trained)
+    for output in (2, 3):
+        graph.add("PreviewImage", images=[trained[0], output])
+    graph.add("PreviewAny", source=[trained[0], 1])
+    events = host.events(graph.nodes, 300)
+    assert texts_of(events)[trained[0]].splitlines()[1] == "steps: 4 of 4"
+    assert [kind for kind, _ in events].count("preview") >= 2
+    file = host.output / "loras" / f"{folder.name}_001.safetensors"
+    assert not read_lora(file).unmatched
+    loaders = host.object_info("LoraLoaderModelOnly")["input"]["required"]["lora_name"]
+    assert file.name in str(loaders)
+    host_graph = TrainingGraph(folder)
+    plain = host_graph.add("LoraLoaderModelOnly", model=host_graph.model, lora_name=file.name, strength_model=1.0)
+    ours = host_graph.add("PixArtLoadLoRA", model=host_graph.model, lora=file.name, strength=1.0)
+    pictures = [host_graph.sample(model) for model in (plain, ours)]
+    assert len(pictures) == 2 and len(host.run(host_graph.nodes, timeout_s=120)) == 2
+
+
+def test_two_trainings_queued_at_once_work_one_after_the_other(host, folder):
+    jobs = []
+    for name in ("first", "second"):
+        graph = TrainingGraph(folder)
+        graph.train(name=f"{folder.name}_{name}", steps=6)
+        jobs.append(host.queue(graph.nodes))
+    for job in jobs:
+        host.wait(job, 300)
+    for name in ("first", "second"):
+        assert (host.output / "loras" / f"{folder.name}_{name}_001.safetensors").is_file()
+
+
+def test_an_interruption_ends_the_training_and_the_graph_goes_on(host, folder):
+    graph = TrainingGraph(folder)
+    trained = graph.train(steps=100_000)
+    saved = graph.sample(trained)
+    messages, stopped = [], []
+
+    def stop(kind, data):
+        messages.append((kind, data))
+        if kind == "progress" and data.get("node") == trained[0] and data["value"] >= 3 and not stopped:
+            stopped.append(True)
+            host.interrupt()
+
+    host.wait(host.queue(graph.nodes), 300, stop)
+    assert stopped and saved[0] in {data["node"] for kind, data in messages if kind == "executed"}
+    assert "queue it again to go on" in texts_of(messages)[trained[0]]
+    assert (host.output / "loras" / f"{folder.name}_001.safetensors").is_file()
+
+
+def test_a_name_that_leads_out_of_its_folder_is_refused(host, folder):
+    graph = TrainingGraph(folder)
+    graph.train(name="../../escape")
+    with pytest.raises(PromptError, match="Name of the training cannot be used"):
+        host.run(graph.nodes, timeout_s=120)
+
+
+def test_a_training_is_exported_and_names_what_it_needs(host, folder):
+    graph = TrainingGraph(folder)
+    prompts = graph.add("PixArtTextEncode", clip=graph.clip, text="a picture of noise")
+    graph.add(
+        "PixArtExportTrainingConfig",
+        kind="LoRA",
+        model=graph.model,
+        features=graph.features,
+        name=folder.name,
+        steps=5,
+        batch_size=1,
+        learning_rate=1e-4,
+        seed=3,
+        rank=4,
+        targets="blocks",
+        sample_every=2,
+        validation=prompts,
+    )
+    host.run(graph.nodes, timeout_s=120)
+    config = read_config(host.output / "pixart_training" / f"{folder.name}.yaml")
+    assert config.model.endswith(MODEL) and config.settings.targets == "blocks" and config.settings.seed == 3
+    assert config.features.endswith("features.json") and config.validation.endswith(".prompts.safetensors")

@@ -1,0 +1,114 @@
+"""What a training tells: log, curve, TensorBoard, Weights & Biases, validation pictures."""
+
+import errno
+import json
+
+import pytest
+import torch
+
+import pixart_pack.pixart.training.run as run_module
+from pixart_pack.pixart.training.report import LOG, Report, draw_curve, read_log
+from pixart_pack.pixart.training.run import RESULT, choose_folder, train
+from pixart_pack.pixart.training.validation import ValidationPrompt, read_prompts, write_prompts
+from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
+
+
+def decode(latent):
+    return torch.nn.functional.interpolate(latent[:, :3], scale_factor=8).movedim(1, -1).sigmoid()
+
+
+def prompts_of(features):
+    return [ValidationPrompt(features[i].caption, features.bins[i], features[i].hint, f"é {i}") for i in range(2)]
+
+
+def test_a_log_that_was_cut_is_read_up_to_there(tmp_path):
+    path = tmp_path / LOG
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_log(path) == [{"step": 1, "loss": 2.0}]
+    report = Report(tmp_path, tiny_settings())
+    report.start(1)
+    assert report.log(2, 4.0, 4.0, 1.0, 1e-3, 0.1) == pytest.approx(3.0)
+    report.close()
+    assert [entry["step"] for entry in read_log(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("losses", [[], [(1, 0.5)], [(step, 1 / step) for step in range(1, 3000)], [(1, float("nan"))]])
+def test_the_curve_of_any_number_of_losses(losses):
+    curve = draw_curve(losses, (320, 160))
+    assert curve.size == (320, 160)
+    blue = [count for count, colour in curve.getcolors(1 << 16) if colour == (31, 97, 172)]
+    assert bool(blue) == bool([loss for _, loss in losses if loss == loss])
+
+
+def test_tensorboard_gets_numbers_and_pictures(tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    features = make_features()
+    settings = tiny_settings(tensorboard=True, sample_every=3, sample_steps=2, steps=3)
+    train(tiny_model(), features, settings, tmp_path, prompts=prompts_of(features), decode=decode)
+    events = reading.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"loss", "smoothed", "learning_rate", "gradient_norm"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert events.Tags()["images"] == ["validation"]
+
+
+@pytest.mark.slow
+def test_wandb_works_offline_and_goes_on_with_its_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for steps in (2, 3):
+        train(tiny_model(), make_features(), tiny_settings(wandb=True, steps=steps), tmp_path / "run")
+    runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and len({path.name.rpartition("-")[2] for path in runs}) == 1
+
+
+@pytest.mark.parametrize("kind", ["lora", "controlnet", "lcm"])
+def test_validation_pictures_are_the_same_for_the_same_weights(kind, tmp_path):
+    features = make_features(hint=True)
+    settings = tiny_settings(kind=kind, steps=2, sample_every=1, sample_steps=2, ema_decay=0.9)
+    shown = []
+    for name in ("one", "two"):
+        result = train(
+            tiny_model(), features, settings, tmp_path / name, prompts=prompts_of(features), decode=decode,
+            show=shown.append,
+        )  # fmt: skip
+    assert len(shown) == 6 and [a.tobytes() for a in shown[:3]] == [b.tobytes() for b in shown[3:]]
+    assert shown[0].tobytes() != shown[2].tobytes()
+    assert result.strip.size == (64 + 80, 3 * (64 + 16)) and shown[0].size == (144, 64)
+    assert (tmp_path / "one" / "samples.png").is_file()
+
+
+def test_validation_does_not_change_the_training(tmp_path):
+    features, weights = make_features(), []
+    for name, every in (("with", 1), ("without", 0)):
+        settings = tiny_settings(sample_every=every, sample_steps=2, dropout=0.3, ema_decay=0.5)
+        result = train(tiny_model(), features, settings, tmp_path / name, prompts=prompts_of(features), decode=decode)
+        weights.append(result.weights)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_prompts_come_back_from_their_file(tmp_path):
+    prompts = prompts_of(make_features(hint=True))
+    write_prompts(tmp_path / "p.safetensors", prompts)
+    for found, expected in zip(read_prompts(tmp_path / "p.safetensors"), prompts, strict=True):
+        assert torch.equal(found.caption, expected.caption) and torch.equal(found.hint, expected.hint)
+        assert (found.size_latent, found.text) == (expected.size_latent, expected.text)
+
+
+def test_a_result_that_found_no_room_is_written_by_the_next_run(tmp_path, monkeypatch):
+    settings = tiny_settings(steps=2)
+    folder = choose_folder(tmp_path, "full", True, 2)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "save_result", full)
+        with pytest.raises(OSError, match="Result cannot be written: got 'No space left"):
+            train(tiny_model(), make_features(), settings, folder)
+    assert choose_folder(tmp_path, "full", True, 2) == folder
+    result = train(tiny_model(), make_features(), settings, folder)
+    assert result.step == 2 and result.file.is_file()
+    assert json.loads((folder / RESULT).read_text())["step"] == 2
