@@ -40,9 +40,10 @@ class Contender:
 
 
 CONTENDERS = {
-    "SA-Solver (official)": Contender("sa_solver"),
-    "SA-Solver, exact weights": Contender("sa_solver", options={"few_steps": False}),
-    "SA-Solver, tau 0, exact weights": Contender("sa_solver", options={"few_steps": False, "tau": 0.0}),
+    "SA-Solver (official)": Contender("sa_solver", options={"few_steps": True}),
+    "SA-Solver": Contender("sa_solver"),
+    "SA-Solver, kl_optimal times": Contender("sa_solver", "kl_optimal"),
+    "SA-Solver, tau 0": Contender("sa_solver", options={"tau": 0.0}),
     "DPM-Solver++ 2": Contender("dpm_solver"),
     "DPM-Solver++ 3": Contender("dpm_solver", options={"order": 3}),
     "IDDPM": Contender("iddpm", "iddpm"),
@@ -100,19 +101,22 @@ def main(arguments):
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
-    studio = Studio(options.count)
-    runs = {
-        label: [100.0 * studio.accuracy(contender, steps) for steps in options.steps]
-        for label, contender in tqdm(CONTENDERS.items())
-    }
-    table = markdown_table(["sampler", *options.steps], [[k, *(f"{v:.1f}" for v in row)] for k, row in runs.items()])
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = f"Right attributes in {options.count} captions, per cent, by steps (guidance {GUIDANCE:g}):\n\n{table}"
-    numbers = {"captions": options.count, "steps": options.steps, "runs": runs}
-    (options.out / "captions.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    (options.out / "captions.md").write_text(text, encoding="utf-8")
-    styles = {label: {"linestyle": "--"} if c.host else {} for label, c in CONTENDERS.items()}
-    curves = {label: (options.steps, row, styles[label]) for label, row in runs.items()}
-    path = options.out / "captions.svg"
-    save_plot(path, curves, "The demo model's obedience", "steps", "right attributes, %", logarithmic=("x",))
+    studio, runs = Studio(options.count), {}
+    for label, contender in tqdm(CONTENDERS.items()):
+        runs[label] = [100.0 * studio.accuracy(contender, steps) for steps in options.steps]
+        text = save_results(runs, options.count, options.steps, options.out)
     logger.info("%s", text)
+
+
+def save_results(runs, count, steps, folder):
+    """Write the numbers, their table and their plot, also of a part of the runs. Returns the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = markdown_table(["sampler", *steps], [[k, *(f"{v:.1f}" for v in row)] for k, row in runs.items()])
+    text = f"Right attributes in {count} captions, per cent, by steps (guidance {GUIDANCE:g}):\n\n{table}"
+    numbers = {"captions": count, "steps": steps, "runs": runs}
+    (folder / "captions.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    (folder / "captions.md").write_text(text, encoding="utf-8")
+    curves = {label: (steps, row, {"linestyle": "--"} if CONTENDERS[label].host else {}) for label, row in runs.items()}
+    title = "The demo model's obedience"
+    save_plot(folder / "captions.svg", curves, title, "steps", "right attributes, %", logarithmic=("x",))
+    return text

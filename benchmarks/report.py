@@ -5,6 +5,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
+# Strong on white, and told apart by the colour-blind. Source: Okabe and Ito, "Color universal design", without yellow.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8b5a2b")
+MARKERS = ("o", "s", "^", "D", "x")
 
 
 def markdown_table(head, rows):
@@ -14,11 +17,15 @@ def markdown_table(head, rows):
 
 
 def save_plot(path, curves, title, x_label, y_label, logarithmic=("x", "y")):
-    """A line plot as SVG. curves: label -> (x values, y values, matplotlib style options). logarithmic: which axes."""
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    """A line plot as SVG. curves: label -> (x values, y values, matplotlib style options). logarithmic: which axes.
+
+    Up to 40 curves differ in colour or marker. The background is white, so that dark pages show it too.
+    """
+    figure = Figure(figsize=(11, 6.5), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    for label, (x, y, style) in curves.items():
-        axes.plot(x, y, label=label, marker="o", markersize=3, **style)
+    looks = [{"color": colour, "marker": marker} for marker in MARKERS for colour in COLOURS]
+    for look, (label, (x, y, style)) in zip(looks, curves.items(), strict=False):
+        axes.plot(x, y, label=label, markersize=4.5, linewidth=1.4, **{**look, **style})
     axes.set(**{f"{axis}scale": "log" for axis in logarithmic})
     ticks = sorted({value for x, _, _ in curves.values() for value in x})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -2,7 +2,7 @@
 
 Two errors: the distance of the samples' distribution from the data's (sliced Wasserstein-2, exact quantiles), and for
 deterministic solvers the distance of each sample from the exact solution of the ODE. ComfyUI's own samplers run in the
-same process on the same starts and sigmas, and on the sigmas of ComfyUI's `normal` scheduler where named so.
+same process on the same starts and sigmas, and on the sigmas of ComfyUI's own schedulers where named so.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,15 +33,16 @@ ORDER_STEPS = (1920, 3840)  # below, the errors of SA-Solver's corrector change 
 ORDER_SAMPLES = 16
 DIRECTIONS = 64
 SHAPE = (4, 1, 2)
-HOST_NORMAL = "normal"
+HOST_SCHEDULES = frozenset({"normal", "beta", "exponential", "kl_optimal"})
 EXACT_STEPS = 400
+SEED_STRIDE = 1000
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One row: a solver with its options on a schedule. host: the name of ComfyUI's sampler, None for ours."""
+    """One row: a solver with its options on a schedule. host: solver and schedules but "uniform" are ComfyUI's."""
 
     label: str
     sampler: str
@@ -60,29 +62,32 @@ def _hosts(sampler, schedule="uniform", deterministic=False):
     return Contender(label, sampler, schedule, host=True, deterministic=deterministic, style={"linestyle": "--"})
 
 
-EXACT = {"few_steps": False}
+FIRST = {"predictor_order": 1, "corrector_order": 1}
 THIRD = {"predictor_order": 3, "corrector_order": 3}
 CONTENDERS = (
-    _ours("SA-Solver 2/2, tau 1 (official)", "sa_solver"),
-    _ours("SA-Solver 2/2, tau 1, exact weights", "sa_solver", **EXACT),
-    _ours("SA-Solver 2/2, tau 1, exact weights, quadratic times", "sa_solver", "quadratic", **EXACT),
-    _ours("SA-Solver 2/2, tau 0, exact weights", "sa_solver", deterministic=True, tau=0.0, **EXACT),
-    _ours("SA-Solver 3/3, tau 0, exact weights", "sa_solver", deterministic=True, tau=0.0, **EXACT, **THIRD),
+    _ours("SA-Solver 2/2, tau 1 (official)", "sa_solver", few_steps=True),
+    _ours("SA-Solver 2/2, tau 1", "sa_solver"),
+    _ours("SA-Solver 2/2, tau 1, quadratic times", "sa_solver", "quadratic"),
+    _ours("SA-Solver 2/2, tau 1, kl_optimal times", "sa_solver", "kl_optimal"),
+    _ours("SA-Solver 1/1, tau 0", "sa_solver", deterministic=True, tau=0.0, **FIRST),
+    _ours("SA-Solver 2/2, tau 0", "sa_solver", deterministic=True, tau=0.0),
+    _ours("SA-Solver 3/3, tau 0", "sa_solver", deterministic=True, tau=0.0, **THIRD),
     _ours("DPM-Solver++ 1", "dpm_solver", deterministic=True, order=1),
     _ours("DPM-Solver++ 2 (Sigma)", "dpm_solver", deterministic=True),
     _ours("DPM-Solver++ 2 (alpha)", "dpm_solver", deterministic=True, lower_order_final="short_runs"),
+    _ours("DPM-Solver++ 2, kl_optimal times", "dpm_solver", "kl_optimal", deterministic=True),
     _ours("DPM-Solver++ 3", "dpm_solver", deterministic=True, order=3),
     _ours("IDDPM, posterior variance", "iddpm", "iddpm"),
     _ours("DDIM", "ddim", deterministic=True),
     _ours("LCM", "lcm"),
     _hosts("sa_solver"),
-    _hosts("sa_solver", HOST_NORMAL),
+    *(_hosts("sa_solver", schedule) for schedule in ("normal", "beta", "kl_optimal")),
     _hosts("dpmpp_2m_sde"),
-    _hosts("dpmpp_2m_sde", HOST_NORMAL),
+    *(_hosts("dpmpp_2m_sde", schedule) for schedule in ("normal", "beta", "exponential")),
     _hosts("dpmpp_2m", deterministic=True),
-    _hosts("dpmpp_2m", HOST_NORMAL, deterministic=True),
+    _hosts("dpmpp_2m", "normal", deterministic=True),
     _hosts("uni_pc", deterministic=True),
-    _hosts("uni_pc", HOST_NORMAL, deterministic=True),
+    _hosts("uni_pc", "normal", deterministic=True),
     _hosts("euler", deterministic=True),
     _hosts("ddim", deterministic=True),
     _hosts("lcm"),
@@ -92,9 +97,9 @@ ORDERS = {
     "DPM-Solver++ 1": ("dpm_solver", {"order": 1}, 1),
     "DPM-Solver++ 2": ("dpm_solver", {"order": 2}, 2),
     "DPM-Solver++ 3": ("dpm_solver", {"order": 3}, 3),
-    "SA-Solver 1/1, tau 0": ("sa_solver", {"tau": 0.0, **EXACT, "predictor_order": 1, "corrector_order": 1}, 1),
-    "SA-Solver 2/2, tau 0": ("sa_solver", {"tau": 0.0, **EXACT}, 2),
-    "SA-Solver 3/3, tau 0": ("sa_solver", {"tau": 0.0, **EXACT, **THIRD}, 3),
+    "SA-Solver 1/1, tau 0": ("sa_solver", {"tau": 0.0, **FIRST}, 1),
+    "SA-Solver 2/2, tau 0": ("sa_solver", {"tau": 0.0}, 2),
+    "SA-Solver 3/3, tau 0": ("sa_solver", {"tau": 0.0, **THIRD}, 3),
 }
 
 
@@ -113,9 +118,9 @@ class Host:
         # The host's "sqrt_linear" betas are the linear ones.
         self.sampling = Sampling(SimpleNamespace(sampling_settings={"beta_schedule": "sqrt_linear", **betas}))
 
-    def levels(self, steps):
-        """The sigmas of the `normal` scheduler."""
-        return self.samplers.calculate_sigmas(self.sampling, HOST_NORMAL, steps)
+    def levels(self, schedule, steps):
+        """The sigmas of ComfyUI's scheduler."""
+        return self.samplers.calculate_sigmas(self.sampling, schedule, steps)
 
     def solver(self, name):
         """The host's sampler as a function of one of our models."""
@@ -180,7 +185,7 @@ class Arena:
     def finest(self):
         """The solution of the ODE from a few starts, far more exact than what its orders are measured with."""
         orders = {"predictor_order": 4, "corrector_order": 4}
-        return self.solve("sa_solver", 2 * ORDER_STEPS[-1], tau=0.0, **EXACT, **orders)
+        return self.solve("sa_solver", 2 * ORDER_STEPS[-1], tau=0.0, **orders)
 
     def solve(self, sampler, steps, **options):
         """Solve from a few starts in float64, in equal steps of log SNR."""
@@ -192,25 +197,38 @@ class Arena:
         return (x.double() - self.solutions[last.item() == 0.0]).square().mean().sqrt().item()
 
 
-def measure(contender, steps, arena, host):
-    """One run: evaluations made, distance of the distribution, and error of the solution when deterministic."""
-    normal = contender.schedule == HOST_NORMAL
-    levels = (host.levels(steps) if normal else schedule_sigmas(contender.schedule, steps)).float()
+def measure(contender, steps, arena, host, repeats=1):
+    """Evaluations made, distance of the distribution, and error of the solution when deterministic.
+
+    repeats: how often a stochastic solver runs, each time with other noise; its distance is the root mean square.
+    """
+    own = contender.host and contender.schedule in HOST_SCHEDULES
+    levels = host.levels(contender.schedule, steps) if own else schedule_sigmas(contender.schedule, steps)
+    runs = [_run(contender, levels.float(), arena, host, seed) for seed in range(_repeats(contender, repeats))]
+    results, evaluations = zip(*runs, strict=True)
+    distances = [arena.distribution_distance(result) for result in results]
+    return {
+        "evaluations": evaluations[0],
+        "distribution": math.sqrt(sum(d**2 for d in distances) / len(distances)),
+        "solution": arena.solution_error(results[0], levels[-1]) if contender.deterministic else None,
+    }
+
+
+def _repeats(contender, repeats):
+    return 1 if contender.deterministic else repeats
+
+
+def _run(contender, levels, arena, host, seed):
+    """The samples and how often the model was evaluated."""
     solve = host.solver(contender.sampler) if contender.host else partial(SAMPLERS[contender.sampler], disable=True)
     model, x = arena.mixture(), arena.start(levels)
-    generator = torch.Generator().manual_seed(steps)
+    generator = torch.Generator().manual_seed(len(levels) - 1 + SEED_STRIDE * seed)
     options = dict(contender.options)
     if contender.host or not contender.deterministic:
         options["noise_sampler"] = lambda sigma, sigma_next: torch.randn(x.shape, generator=generator, dtype=x.dtype)
     if contender.sampler == "iddpm":
         options["variance"] = lambda: torch.full_like(x, -1.0)
-    result = solve(model, x, levels, **options)
-    error = arena.solution_error(result, levels[-1]) if contender.deterministic else None
-    return {
-        "evaluations": len(model.evaluations),
-        "distribution": arena.distribution_distance(result),
-        "solution": error,
-    }
+    return solve(model, x, levels, **options), len(model.evaluations)
 
 
 def measure_order(sampler, options, arena):
@@ -244,7 +262,7 @@ def _table(results, counts, key):
     return markdown_table(["solver", *counts], rows)
 
 
-def _plot(results, counts, path):
+def _plot(results, path):
     styles = {contender.label: contender.style for contender in CONTENDERS}
     curves = {
         label: ([run["evaluations"] for run in runs], [run["distribution"] for run in runs], styles[label])
@@ -257,22 +275,44 @@ def main(arguments):
     """Run the benchmark and write results/samplers.json, .md and .svg."""
     parser = argparse.ArgumentParser(prog="benchmarks samplers", description=__doc__)
     parser.add_argument("--samples", type=int, default=16384)
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each stochastic solver, with other noise")
     parser.add_argument("--evaluations", type=int, nargs="+", default=list(EVALUATIONS))
+    parser.add_argument("--only", default="", help="rows whose label matches this regular expression; others stay")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     arena, host = Arena(options.samples), Host()
-    results = {}
+    settings = {"samples": options.samples, "repeats": options.repeats, "evaluations": options.evaluations}
+    known = read_results(options.out / "samplers.json", settings) if options.only else {"runs": {}, "orders": {}}
+    results, orders = {}, {}
     for contender in tqdm(CONTENDERS):
-        results[contender.label] = [measure(contender, steps, arena, host) for steps in options.evaluations]
-    orders = {
-        label: (measure_order(sampler, settings, arena), theory)
-        for label, (sampler, settings, theory) in ORDERS.items()
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = report(results, orders, options.evaluations)
-    numbers = {"samples": options.samples, "runs": results, "orders": orders}
-    (options.out / "samplers.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    (options.out / "samplers.md").write_text(text, encoding="utf-8")
-    _plot(results, options.evaluations, options.out / "samplers.svg")
+        label = contender.label
+        if re.search(options.only, label):
+            counts = options.evaluations
+            results[label] = [measure(contender, count, arena, host, options.repeats) for count in counts]
+        elif label in known["runs"]:
+            results[label] = known["runs"][label]
+    for label, (sampler, parameters, theory) in ORDERS.items():
+        orders[label] = known["orders"].get(label) or (measure_order(sampler, parameters, arena), theory)
+    save_results({**settings, "runs": results, "orders": orders}, options.out)
+
+
+def read_results(path, settings):
+    """The numbers of an earlier run. Raises ValueError when it was made with other settings."""
+    numbers = json.loads(path.read_text(encoding="utf-8"))
+    given = {key: numbers.get(key) for key in settings}
+    if given != settings:
+        raise ValueError(
+            f"The results in {path} do not fit: got {given}, expected {settings}. Run it without --only, or set --out."
+        )
+    return numbers
+
+
+def save_results(numbers, folder):
+    """Write the numbers, their table and their plot, and log the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = report(numbers["runs"], numbers["orders"], numbers["evaluations"])
+    (folder / "samplers.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    (folder / "samplers.md").write_text(text, encoding="utf-8")
+    _plot(numbers["runs"], folder / "samplers.svg")
     logger.info("%s", text)

@@ -1,9 +1,12 @@
 """The benchmarks' own tools: the mixture is what it says, and tables and plots are written."""
 
+import pytest
 import torch
 
+from pixart_pack.benchmarks.captions import save_results as save_captions
 from pixart_pack.benchmarks.mixture import GaussianMixture
 from pixart_pack.benchmarks.report import markdown_table, save_plot
+from pixart_pack.benchmarks.samplers import read_results
 
 MEANS = torch.tensor([[1.0, 0.0, 0.0, -1.0], [-2.0, 1.0, 0.5, 0.0]])
 SCALES = torch.tensor([0.4, 0.7])
@@ -50,3 +53,24 @@ def test_table():
 def test_plot(tmp_path):
     save_plot(tmp_path / "new" / "plot.svg", {"one": ([1, 2], [0.5, 0.1], {"linestyle": "--"})}, "t", "x", "y")
     assert "<svg" in (tmp_path / "new" / "plot.svg").read_text()
+
+
+def test_every_curve_of_a_plot_looks_different(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes, **_: drawn.extend(axes.get_lines()))
+    save_plot(tmp_path / "plot.svg", {str(i): ([1, 2], [i + 1, i + 2], {}) for i in range(40)}, "t", "x", "y")
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == 40
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path):
+    path = tmp_path / "samplers.json"
+    path.write_text('{"samples": 16, "runs": {}, "orders": {}}')
+    assert read_results(path, {"samples": 16})["runs"] == {}
+    with pytest.raises(ValueError, match="do not fit: got {'samples': 16}, expected {'samples': 32}"):
+        read_results(path, {"samples": 32})
+
+
+def test_caption_results_are_written_after_each_sampler(tmp_path):
+    runs = {"SA-Solver": [50.0, 97.25]}
+    assert "| SA-Solver | 50.0 | 97.2 |" in save_captions(runs, 10, [2, 10], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"captions.json", "captions.md", "captions.svg"}

@@ -70,6 +70,21 @@ class Graph:
         for name, node_id in NODES.items():
             self.sample(self.add(node_id), self.scheduler(name, denoise), latent)
 
+    def every_preset(self, latent, denoise=1.0):
+        for preset in PRESETS:
+            number, _ = self.add("PixArtSamplingPreset", model=self.model, preset=preset, denoise=denoise)
+            self.sample([number, 0], [number, 1], latent, cfg=[number, 2])
+
+    def masked(self, latent):
+        """The latent of 64 x 64 px with a mask that leaves its right side, from 40 px on, to be painted."""
+        left = self.add("SolidMask", value=0.0, width=64, height=64)
+        right = self.add("SolidMask", value=1.0, width=24, height=64)
+        mask = self.add("MaskComposite", destination=left, source=right, x=40, y=0, operation="add")
+        return self.add("SetLatentNoiseMask", samples=latent, mask=mask)
+
+    def with_lora(self):
+        self.model = self.add("LoraLoaderModelOnly", model=self.model, lora_name=LORA, strength_model=1.0)
+
 
 def run(host, graph):
     """The pictures of a run that does not use cached results."""
@@ -128,14 +143,36 @@ def test_a_batch_holds_the_pictures_of_its_samples(host):
     assert np.abs(pictures[1] - pictures[4]).max() > 10.0
 
 
-def test_every_preset(host):
+def test_every_preset_in_a_batch_at_an_odd_size_and_the_same_seed_twice(host):
     graph = Graph()
-    for preset in PRESETS:
-        number, _ = graph.add("PixArtSamplingPreset", model=graph.model, preset=preset)
-        graph.sample([number, 0], [number, 1], graph.empty(), cfg=[number, 2])
-    pictures = run(host, graph)
-    assert len(pictures) == len(PRESETS)
-    assert all(picture.std() > 1.0 for picture in pictures)
+    graph.every_preset(graph.empty(88, 104, batch=4))
+    graph.every_preset(graph.empty())
+    first = run(host, graph)
+    batches, alone = first[: 4 * len(PRESETS)], first[4 * len(PRESETS) :]
+    assert [picture.shape for picture in batches] == [(104, 88, 3)] * (4 * len(PRESETS))
+    assert [picture.shape for picture in alone] == [(64, 64, 3)] * len(PRESETS)
+    assert all(picture.std() > 1.0 for picture in first)
+    assert all(np.array_equal(a, b) for a, b in zip(first, run(host, graph), strict=True))
+
+
+def test_every_preset_on_a_picture_with_a_mask_and_a_lora(host, photo):
+    """At half strength, and on the right side of the picture only; the LoRA changes what is drawn there."""
+    graph = Graph()
+    latent = graph.add("VAEEncode", pixels=graph.add("LoadImage", image=photo), vae=graph.vae)
+    graph.save(latent)
+    graph.every_preset(latent, denoise=0.5)
+    masked = graph.masked(latent)
+    graph.every_preset(masked, denoise=0.5)
+    graph.with_lora()
+    graph.every_preset(masked, denoise=0.5)
+    unchanged, *pictures = run(host, graph)
+    count = len(PRESETS)
+    kinds = pictures[:count], pictures[count : 2 * count], pictures[2 * count :]
+    for name, whole, right, taught in zip(PRESETS, *kinds, strict=True):
+        assert np.abs(whole - unchanged).mean() > 1.0, name
+        assert np.abs(right[:, :8] - unchanged[:, :8]).mean() < CODING_ERROR, name
+        assert np.abs(taught[:, :8] - unchanged[:, :8]).mean() < CODING_ERROR, name
+        assert np.abs(taught - right).max() > 1.0, name
 
 
 def test_image_to_image(host, photo):
@@ -157,10 +194,7 @@ def test_inpainting_keeps_what_the_mask_leaves_out(host, photo):
     image = graph.add("LoadImage", image=photo)
     latent = graph.add("VAEEncode", pixels=image, vae=graph.vae)
     graph.save(latent)
-    left = graph.add("SolidMask", value=0.0, width=64, height=64)
-    right = graph.add("SolidMask", value=1.0, width=24, height=64)
-    mask = graph.add("MaskComposite", destination=left, source=right, x=40, y=0, operation="add")
-    graph.every_solver(graph.add("SetLatentNoiseMask", samples=latent, mask=mask))
+    graph.every_solver(graph.masked(latent))
     unchanged, *pictures = run(host, graph)
     for name, picture in zip(NODES, pictures, strict=True):
         assert np.abs(picture[:, :8] - unchanged[:, :8]).mean() < CODING_ERROR, name
@@ -170,7 +204,7 @@ def test_inpainting_keeps_what_the_mask_leaves_out(host, photo):
 def test_with_a_lora(host):
     plain, changed = Graph(), Graph()
     plain.every_solver(plain.empty())
-    changed.model = changed.add("LoraLoaderModelOnly", model=changed.model, lora_name=LORA, strength_model=1.0)
+    changed.with_lora()
     changed.every_solver(changed.empty())
     for name, before, after in zip(NODES, run(host, plain), run(host, changed), strict=True):
         assert np.abs(before - after).max() > 1.0, name
@@ -192,9 +226,10 @@ def test_ksampler_offers_it(host, name):
     assert picture.std() > 1.0
 
 
-def test_interrupted_midway_and_the_next_prompt_runs(host):
+@pytest.mark.parametrize("name", ["sa_solver", "dpm_solver", "iddpm", "ddim"])  # the others have at most 50 steps
+def test_interrupted_midway_and_the_next_prompt_runs(host, name):
     graph = Graph()
-    graph.sample(graph.add("PixArtIDDPM"), graph.scheduler("iddpm", steps=1000), graph.empty())
+    graph.sample(graph.add(NODES[name]), graph.scheduler(name, steps=1000), graph.empty())
     steps = []
 
     def stop(kind, data):
