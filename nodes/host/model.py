@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import weakref
+from typing import NamedTuple
 
 import comfy.conds
 import comfy.latent_formats
@@ -14,12 +16,16 @@ import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.cli_args import args
+from comfy.ldm.modules import attention as host_backends
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...pixart.checkpoint import CONFIG_KEY, config_to_tensor
 from ...pixart.config import PixArtConfig
-from ...pixart.transformer import PixArt, add_control
+from ...pixart.transformer import PixArt, ProjectedCaption, add_control
+from .block_cache import BLOCK_CACHE
 
+CAPTION_MEMORY_BYTES = 256 * 2**20  # for captions that are kept projected while a picture is sampled
 TABLES = ("scale_shift_table", "y_embedding")  # parameters that are modules of their own here
 RATIO_UNITS = 1_000_000  # aspect ratios travel as integers, since the host casts floats to the inference dtype
 VARIANCE_SINK = "pixart_variance"  # transformer option: a list that receives (cond_or_uncond, full prediction)
@@ -69,12 +75,29 @@ def host_attention(transformer_options):
 
 
 def _host_attend(transformer_options, q, k, v, num_heads, mask=None):
-    return optimized_attention(q, k, v, num_heads, mask=mask, transformer_options=transformer_options)
+    attend = _backend(q.device.type)
+    return attend(q, k, v, num_heads, mask=mask, transformer_options=transformer_options)
+
+
+def _backend(device_type):
+    """The host's choice of attention; on the CPU, where it chooses by memory alone, PyTorch's unless told otherwise."""
+    chosen = host_backends.optimized_attention
+    told = args.use_quad_cross_attention or args.force_upcast_attention
+    if device_type == "cpu" and chosen is host_backends.attention_sub_quad and not told:
+        return host_backends.attention_pytorch  # less than half the time on two cores, and no more memory
+    return chosen
 
 
 def _replaced_attention(replacement, transformer_options, q, k, v, num_heads, mask=None):
     options = {**transformer_options, "n_heads": num_heads, "dim_head": q.shape[2] // num_heads}
     return replacement(q, k, v, options)
+
+
+class RememberedCaption(NamedTuple):
+    """A caption of this run with what was made of it at its first step. source: the tensor that the net is given."""
+
+    source: torch.Tensor
+    projected: ProjectedCaption
 
 
 class PixArtNet(PixArt):
@@ -101,16 +124,21 @@ class PixArtNet(PixArt):
         attention_mask=None,
         c_size=None,
         c_ar=None,
+        remembered_caption=None,
         **_,
     ):
         options = {} if transformer_options is None else transformer_options
         ratio = None if c_ar is None else c_ar.double() / RATIO_UNITS
         tokens, grid = self.embed_latent(x)
         condition = self.embed_condition(x, timesteps, c_size, None if ratio is None else ratio.float())
-        inputs = self.prepare_blocks(tokens, grid, condition, context, attention_mask, host_attention(options))
+        caption = context
+        if remembered_caption is not None and remembered_caption.source is context:  # no wrapper has put another
+            caption = remembered_caption.projected
+        inputs = self.prepare_blocks(tokens, grid, condition, caption, attention_mask, host_attention(options))
         tokens = self._run_blocks(tokens, inputs, x, condition, _residuals(control), options)
-        prediction = self.project(tokens, condition, grid, x.shape)
         sink = options.get(VARIANCE_SINK)
+        wanted = self.config.in_channels if sink is None else None
+        prediction = self.project(tokens, condition, grid, x.shape, wanted)
         if sink is not None:
             sink.append((options.get("cond_or_uncond"), prediction))
         return prediction[:, : self.config.in_channels]
@@ -120,16 +148,26 @@ class PixArtNet(PixArt):
         for patch in patches.get("post_input", ()):
             given = {"img": tokens, "txt": inputs.caption, "img_ids": None, "txt_ids": None}
             out = patch({**given, "transformer_options": options})
-            tokens, inputs = out["img"], inputs._replace(caption=out["txt"])
+            tokens, inputs = out["img"], inputs.with_caption(out["txt"])
         options["total_blocks"], options["block_type"] = len(self.blocks), "double"
-        for index, block in enumerate(self.blocks):
+        cache = options.get(BLOCK_CACHE)
+        evaluation = None if cache is None else cache.begin(options, residuals, tokens, len(self.blocks))
+        index = 0
+        while index < len(self.blocks):
+            if evaluation is not None:
+                index, tokens = evaluation.before(index, tokens)
+            if index == len(self.blocks):
+                break
             options["block_index"] = index
             tokens = add_control(tokens, residuals, index, inputs)
-            tokens, inputs = self._run_block(block, index, tokens, inputs, condition, options)
+            tokens, inputs = self._run_block(self.blocks[index], index, tokens, inputs, condition, options)
             for patch in patches.get("double_block", ()):
                 given = {"img": tokens, "txt": inputs.caption, "x": x, "block_index": index}
                 out = patch({**given, "transformer_options": options})
-                tokens, inputs = out["img"], inputs._replace(caption=out.get("txt", inputs.caption))
+                tokens, inputs = out["img"], inputs.with_caption(out.get("txt", inputs.caption))
+            index += 1
+        if evaluation is not None:
+            evaluation.end(tokens)
         return tokens
 
     def _run_block(self, block, index, tokens, inputs, condition, options):
@@ -140,15 +178,16 @@ class PixArtNet(PixArt):
             here = inputs._replace(self_attention=replaced)
         replacement = block_replacement(options, "dit", index, len(self.blocks))
         if replacement is None:
-            return block(tokens, here), inputs
+            return block(tokens, here, here.keys_values_of(index)), inputs
 
-        def original(args):
-            given = here._replace(caption=args.get("txt", here.caption))
-            return {"img": block(args["img"], given), "txt": given.caption}
+        def original(given):
+            told = here.with_caption(given.get("txt", here.caption))
+            return {"img": block(given["img"], told, told.keys_values_of(index)), "txt": told.caption}
 
-        args = {"img": tokens, "txt": inputs.caption, "vec": condition, "transformer_options": options}
-        out = replacement(args, {"original_block": original})
-        return out["img"], inputs._replace(caption=out.get("txt", inputs.caption))
+        vector = condition.expand(tokens.shape[0], -1)
+        given = {"img": tokens, "txt": inputs.caption, "vec": vector, "transformer_options": options}
+        out = replacement(given, {"original_block": original})
+        return out["img"], inputs.with_caption(out.get("txt", inputs.caption))
 
 
 def _residuals(control):
@@ -157,7 +196,21 @@ def _residuals(control):
 
 
 class CaptionCond(comfy.conds.CONDRegular):
-    """A caption or its mask, (B, L, ...): joins others of any length by zeros at the end, which the mask hides."""
+    """A caption or its mask, (B, L, ...): joins others of any length by zeros at the end, which the mask hides.
+
+    At every step of a run it gives the same tensors, by which PixArtModel knows the caption again.
+    """
+
+    def __init__(self, cond):
+        super().__init__(cond)
+        self._by_batch: dict[int, CaptionCond] = {}
+        self._joined: tuple[list, torch.Tensor] = ([], cond)  # (weak references to others, the rows of all)
+
+    def process_cond(self, batch_size, **kwargs):
+        """The same with its rows repeated up to the batch."""
+        if batch_size not in self._by_batch:
+            self._by_batch[batch_size] = super().process_cond(batch_size, **kwargs)
+        return self._by_batch[batch_size]
 
     def can_concat(self, other):
         """True when only the lengths differ."""
@@ -165,9 +218,14 @@ class CaptionCond(comfy.conds.CONDRegular):
 
     def concat(self, others):
         """Rows of all, padded to the longest: (sum of B, longest L, ...)."""
+        known, joined = self._joined
+        if len(known) == len(others) and all(ref() is other for ref, other in zip(known, others, strict=True)):
+            return joined
         captions = [self.cond, *(other.cond for other in others)]
         longest = max(caption.shape[1] for caption in captions)
-        return torch.cat([pad_length(caption, longest) for caption in captions])
+        joined = torch.cat([pad_length(caption, longest) for caption in captions])
+        self._joined = ([weakref.ref(other) for other in others], joined)
+        return joined
 
 
 def pad_length(caption, length):
@@ -224,6 +282,7 @@ class PixArtModel(comfy.model_base.PixArt):
             self, model_config, comfy.model_base.ModelType.EPS, device=device, unet_model=net
         )
         self.model_sampling = PixArtSampling(model_config)
+        self._captions = WeakTensorKeyDictionary()  # caption of a run -> ProjectedCaption; goes with the caption
 
     @property
     def pixart_config(self) -> PixArtConfig:
@@ -244,7 +303,8 @@ class PixArtModel(comfy.model_base.PixArt):
         caption, mask = self._caption(caption, kwargs.get("attention_mask"), kwargs.get("pixart_null", False))
         size = kwargs.get("pixart_size") or (kwargs["height"], kwargs["width"])
         ratio = kwargs.get("pixart_ratio") or kwargs.get("aspect_ratio") or size[0] / size[1]
-        out["c_crossattn"] = CaptionCond(caption)
+        device = kwargs.get("device", caption.device)
+        out["c_crossattn"] = CaptionCond(caption.to(device=device, dtype=self.get_dtype_inference()))
         out["attention_mask"] = CaptionCond(mask)
         out["c_size"] = comfy.conds.CONDRegular(torch.tensor([size], dtype=torch.long))
         out["c_ar"] = comfy.conds.CONDRegular(torch.tensor([[round(ratio * RATIO_UNITS)]], dtype=torch.long))
@@ -281,6 +341,31 @@ class PixArtModel(comfy.model_base.PixArt):
                 "layout. Set PixArt Negative to 'empty' or 'text', or load the original .pth."
             )
         return self.diffusion_model.y_embedder.y_embedding(like)[None, :length].expand(batch, -1, -1)
+
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+        options = {} if transformer_options is None else transformer_options
+        remembered = self._remember(c_crossattn)
+        if remembered is not None:
+            kwargs["remembered_caption"] = remembered
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def _remember(self, caption):
+        """The caption with its projection and every block's keys and values; None where they could grow stale.
+
+        Within a run of a sampler weights change by hooks alone; every run has captions of its own.
+        """
+        patcher = self.current_patcher
+        if caption is None or patcher is None or getattr(patcher, "hook_patches", None) or torch.is_grad_enabled():
+            return None
+        if caption.dtype != self.get_dtype_inference():
+            return None
+        if caption not in self._captions:
+            config = self.pixart_config
+            numbers = caption.shape[0] * caption.shape[1] * config.hidden_size * (1 + 2 * config.depth)
+            kept = sum(states.nbytes * (1 + 2 * config.depth) for states, keys in self._captions.values() if keys)
+            fits = kept + numbers * caption.element_size() <= CAPTION_MEMORY_BYTES
+            self._captions[caption] = self.diffusion_model.project_caption(caption, keep_keys=fits)
+        return RememberedCaption(caption, self._captions[caption])
 
     def load_model_weights(self, sd, unet_prefix="", assign=True):
         """Loads a state dict in the original layout, strictly, by assignment. Raises ValueError naming the keys."""
