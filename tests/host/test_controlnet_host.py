@@ -316,6 +316,20 @@ def test_memory_management_knows_its_weights(comfy, adapter, vae, make_control):
     assert control.control_model_wrapped.model_size() == held
 
 
+def test_a_clone_for_another_device_has_weights_of_its_own(comfy, adapter, patcher, vae, make_control):
+    positive, negative = apply(adapter, make_control(), vae)
+    control = positive[1]["control"]
+    if not hasattr(importlib.import_module("comfy.controlnet").ControlBase, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI samples on one device")
+    clone = control.deepclone_multigpu(torch.device("cpu"))
+    assert clone.vae is vae and clone.family == control.family
+    weights, others = control.control_model.state_dict(), clone.control_model.state_dict()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert all(weights[name].data_ptr() != others[name].data_ptr() for name in weights)
+    cloned = [[entry[0], {**entry[1], "control": clone}] for entry in (positive, negative)]
+    assert torch.equal(sample(comfy, patcher, *cloned), sample(comfy, patcher, positive, negative))
+
+
 def test_streamed_weights_of_a_small_card(patcher, make_control):
     """What --lowvram does to a control that does not fit: weights are cast as each layer is called."""
     latent, timestep, states = torch.randn(2, 4, 8, 8), torch.tensor([500.0]), caption(5, 1)[0]
