@@ -1,5 +1,7 @@
 """PixArt for ComfyUI. Importing this folder imports nothing else; see `comfy_entrypoint`."""
 
+WEB_DIRECTORY = "./web"  # the nodes' help pages: web/docs/<node_id>.md
+
 
 async def comfy_entrypoint():
     """Give ComfyUI the pack. A failure is logged with its traceback, since the host reports one line of it."""

@@ -6,16 +6,14 @@ A server of its own tells what the nodes look like. With --thumbnails each workf
 import argparse
 import io
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 from PIL import Image
 
 from ...demo.client import ComfyClient
+from ..connection import connect
 from ..process import ROOT, stop_on_signals
-from ..server import PACK, Server, prepare_base
 from .api import to_api
 from .files import FILES
 from .graph import Workflow
@@ -83,18 +81,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     stop_on_signals()
-    if options.url:
-        with ComfyClient(options.url) as client:
-            write_all(client, options.names, options.thumbnails)
-        return 0
-    host = Path(os.environ["PIXART_COMFYUI"])
-    flags = ("--cpu", "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK)
-    with tempfile.TemporaryDirectory() as folder:
-        base = prepare_base(Path(folder))
-        with Server(Path(sys.executable), host, base, flags=flags) as server:
-            server.start()
-            with ComfyClient(server.url) as client:
-                write_all(client, options.names, options.thumbnails)
+    with connect(options.url) as client:
+        write_all(client, options.names, options.thumbnails)
     return 0
 
 

@@ -16,12 +16,16 @@ COLOURS = {
     "notes": ("#222", "#000", "#444"),
 }
 TITLE_PX, SLOT_PX, WIDGET_PX, LINE_PX = 30, 20, 24, 18
-MARGIN_PX, GAP_PX = 20, 40  # inside a group, and between nodes
+MARGIN_PX, GAP_PX = 15, 40  # inside a group, and between nodes
 GROUP_TITLE_PX = 44
-GROUP_GAP_PX = 60
-NODE_PX, NOTE_PX = 340, 380
-PICTURE_PX = 340
-PICTURE_TYPES = frozenset({"SaveImage", "PreviewImage", "LoadImage", "PixArtCompareSheet"})
+GROUP_GAP_PX = 30
+NODE_PX, NOTE_PX = 300, 320
+# What a node shows below its widgets once it has run: a picture, the preview of one, or a line of text.
+PICTURE_PX, PREVIEW_PX, TEXT_PX = 340, 240, 70
+SHOWN_PX = {
+    **dict.fromkeys(("SaveImage", "PreviewImage", "LoadImage", "PixArtCompareSheet"), PICTURE_PX),
+    **dict.fromkeys(("KSampler", "SamplerCustom", "SamplerCustomAdvanced"), PREVIEW_PX),
+}
 NAMESPACE = uuid.UUID("6f2d1f0e-9a63-4a52-8f0c-3d5e7f1b2a90")
 FORMAT_VERSION = 0.4
 
@@ -57,10 +61,11 @@ class Node:
         height = slots * SLOT_PX + (14 if self.widgets() else 6)
         for widget in self.widgets():
             text = str(self.values.get(widget.name, "")) if widget.is_multiline else ""
-            rows = sum(1 + len(line) // 44 for line in text.splitlines())
+            rows = sum(1 + len(line) // 40 for line in text.splitlines())
             plain = WIDGET_PX * (1 + len(widget.extra_values))
             height += max(54, 20 + LINE_PX * rows) if widget.is_multiline else plain
-        height += PICTURE_PX if self.type in PICTURE_TYPES else 0
+        says = "UNIQUE_ID" in str(self.info["input"].get("hidden"))
+        height += SHOWN_PX.get(self.type, TEXT_PX if says else 0)
         return self.width_px, max(height, self.height_px or 0)
 
 
@@ -112,7 +117,7 @@ class Workflow:
         node = Node(len(self.nodes) + 1, "MarkdownNote", info, "Note")
         node.values["text"] = text
         node.width_px, node.colours = NOTE_PX, COLOURS["notes"][:2]
-        rows = sum(1 + len(line) // 46 for line in text.splitlines())
+        rows = sum(1 + len(line) // 40 for line in text.splitlines())
         node.height_px = 60 + 17 * rows
         self._place(node)
 

@@ -1,0 +1,63 @@
+"""The ComfyUI editor in a headless Chromium, with one server and one browser for all of these tests."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pixart_pack.devtools.templates.rehearsal import INPUT_PICTURE, input_picture
+from pixart_pack.tests.browser.editor import Editor
+from pixart_pack.tests.host.server import Host, start
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "editor" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+            item.add_marker("slow")
+
+
+def leave_out(reason: str) -> None:
+    """Skip for want of something, except in CI, where that would go unnoticed."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="package")
+def chromium() -> str:
+    """The path of a Chromium."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        leave_out("needs a Chromium: apt-get install chromium")
+    return found
+
+
+@pytest.fixture(scope="package")
+def editor_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """A server whose only models are the demo's."""
+    folder = os.environ.get("PIXART_COMFYUI")
+    if not folder:
+        leave_out("needs a ComfyUI: run `python dev.py test`, or let PIXART_COMFYUI name its folder")
+    host = start(Path(folder), tmp_path_factory.mktemp("editor"), ())
+    try:
+        host.upload(input_picture(), INPUT_PICTURE)
+        yield host
+    finally:
+        host.close()
+        host.server.stop()
+
+
+# Package, not session: while Playwright runs, this thread has an event loop, in which other tests cannot start theirs.
+@pytest.fixture(scope="package")
+def editor(chromium: str, editor_host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Editor]:
+    """The editor, opened. Its screenshots go into the folder that PIXART_SCREENSHOTS names, or a temporary one."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    shots = Path(os.environ.get("PIXART_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    shots.mkdir(parents=True, exist_ok=True)
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield Editor(browser.new_page(viewport={"width": 1600, "height": 1000}), editor_host.url, shots)
+        browser.close()

@@ -1,0 +1,112 @@
+"""What a user does in the ComfyUI editor, as functions."""
+
+import time
+from pathlib import Path
+
+PACK = "pixart_pack"
+TIMEOUT_MS = 120_000
+READY = (
+    "window.app?.graph && app.extensionManager && window.LiteGraph?.registered_node_types.PixArtLoadCheckpoint"
+    " && !document.querySelector('.p-progressspinner')"
+)
+LISTEN = """() => {
+    window.previews = []; window.ends = [];
+    const note = event => window.previews.push((event.detail.blob ?? event.detail).size);
+    for (const kind of ['b_preview', 'b_preview_with_metadata']) app.api.addEventListener(kind, note);
+    for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
+        app.api.addEventListener(kind, event => window.ends.push([kind, event.detail]));
+}"""
+EXPORT = """async () => {
+    const {workflow, output} = await app.graphToPrompt();
+    const nodes = app.graph.nodes;
+    const asked = nodes.map(node => ({type: node.type, needs: [...node.computeSize()], has: [...node.size]}));
+    const unknown = nodes.filter(node => !LiteGraph.registered_node_types[node.type]).map(node => node.type);
+    return {workflow, output, asked, unknown};
+}"""
+PLACE_OF_TITLE = """number => {
+    const node = app.graph.getNodeById(number), {scale, offset} = app.canvas.ds;
+    const {left, top} = app.canvas.canvas.getBoundingClientRect();
+    return [left + (node.pos[0] + 60 + offset[0]) * scale, top + (node.pos[1] - 12 + offset[1]) * scale];
+}"""
+
+
+class Editor:
+    """The editor in a page of a browser; `problems` collects what its console and its requests complain of."""
+
+    def __init__(self, page, url: str, shots: Path):
+        self.page, self.url, self.shots = page, url, shots
+        self.problems: list[str] = []
+        page.set_default_timeout(TIMEOUT_MS)
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self.problems.append(f"uncaught: {error}"))
+        page.on("response", self._on_response)
+        self.opened_s = self.open()
+
+    def _on_console(self, message) -> None:
+        # A failed request is reported with its address by _on_response.
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            self.problems.append(message.text)
+
+    def _on_response(self, response) -> None:
+        # The editor asks for a page in the user's language first, and takes the English one where there is none.
+        if response.status >= 400 and PACK in response.url and not response.url.endswith("/en.md"):
+            self.problems.append(f"{response.status} {response.url}")
+
+    def open(self) -> float:
+        """Open the editor anew; returns the seconds until it can be used."""
+        began = time.perf_counter()
+        self.page.goto(self.url)
+        self.page.wait_for_function(READY)
+        self.page.evaluate(LISTEN)
+        return time.perf_counter() - began
+
+    def shoot(self, name: str) -> None:
+        self.page.screenshot(path=self.shots / f"{name}.png")
+
+    def close_dialogs(self) -> None:
+        dialog = self.page.get_by_role("dialog")
+        for _ in range(3):
+            if dialog.count() == 0:
+                return
+            self.page.keyboard.press("Escape")
+            self.page.wait_for_timeout(300)
+
+    def browse_templates(self) -> list[str]:
+        """Open the template browser at this pack's; returns their names."""
+        content = self.page.get_by_test_id("template-workflows-content")
+        if content.count() == 0:
+            self.page.get_by_role("button", name="Templates").first.click()
+        content.wait_for()
+        self.page.get_by_text(PACK, exact=True).first.click()
+        self.page.get_by_test_id("template-workflow-demo").wait_for()
+        ids = "cards => cards.map(card => card.dataset.testid.replace('template-workflow-', ''))"
+        return self.page.locator("[data-testid^='template-workflow-']").evaluate_all(ids)
+
+    def open_template(self, name: str) -> None:
+        self.browse_templates()
+        before = self.page.evaluate("app.graph.id")
+        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.wait_for_function("before => app.graph.id !== before && app.graph.nodes.length > 2", arg=before)
+
+    def load(self, workflow: dict) -> None:
+        self.page.evaluate("async workflow => { await app.loadGraphData(workflow, true, true, null) }", workflow)
+
+    def export(self) -> dict:
+        """workflow and output as the editor saves and sends them; what sizes its nodes ask for; unknown node types."""
+        return self.page.evaluate(EXPORT)
+
+    def run(self, timeout_s: float = 120) -> tuple[str, dict]:
+        """Press Run and wait for the end; returns what it was, with the server's report."""
+        self.page.evaluate("() => { window.previews = []; window.ends = []; }")
+        self.page.get_by_test_id("queue-button").click()
+        self.page.wait_for_function("window.ends.length > 0", timeout=timeout_s * 1000)
+        return self.page.evaluate("window.ends[0]")
+
+    def number_of(self, node_type: str) -> int:
+        return self.page.evaluate("type => app.graph.nodes.find(node => node.type === type).id", node_type)
+
+    def click_title(self, node_type: str) -> None:
+        self.page.mouse.click(*self.page.evaluate(PLACE_OF_TITLE, self.number_of(node_type)))
+
+    def set_setting(self, name: str, value: str) -> None:
+        self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])

@@ -1,0 +1,142 @@
+"""The pack as its users meet it: in the editor, in a browser."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+FIRST_PICTURE_S = 30  # on two quiet cores
+HAS_PICTURE = "app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0"
+TITLES = "types => types.map(type => LiteGraph.registered_node_types[type].title)"
+CHANGED = {
+    "PixArtTextEncode": {"text": "two\nlines", "caption_length": "custom", "custom_length": 77, "aspect_ratio": 0.5}
+}
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def no_complaints(editor):
+    """No test may leave an error in the browser's console, or an unanswered request, that speaks of this pack."""
+    editor.problems.clear()
+    yield
+    editor.close_dialogs()
+    assert not [problem for problem in editor.problems if re.search("pixart", problem, re.IGNORECASE)]
+
+
+def test_from_opening_to_the_first_picture(editor, record_property):
+    began = time.perf_counter()
+    opened_s = editor.open()
+    editor.open_template("demo")
+    editor.shoot("demo_opened")
+    end, report = editor.run()
+    assert end == "execution_success", report
+    editor.page.wait_for_function(HAS_PICTURE)
+    taken_s = time.perf_counter() - began
+    record_property("opened_s", round(opened_s, 1))
+    record_property("first_picture_s", round(taken_s, 1))
+    editor.shoot("demo_picture")
+    previews = editor.page.evaluate("window.previews")
+    assert len(previews) >= 10 and len(set(previews)) >= 5  # the preview moves while it samples
+
+
+def test_the_template_browser_shows_every_workflow_with_its_picture(editor):
+    assert sorted(editor.browse_templates()) == NAMES
+    images = editor.page.locator("[data-testid^='template-workflow-'] img")
+    editor.page.wait_for_timeout(500)
+    editor.shoot("templates")
+    assert images.count() >= 6
+    assert images.first.evaluate("image => image.naturalWidth") > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_opens_whole(editor, name):
+    editor.open_template(name)
+    shipped, opened = read(ROOT / "workflows" / f"{name}.json"), editor.export()
+    editor.shoot(f"template_{name}")
+    assert opened["unknown"] == []
+    assert opened["output"] == read(ROOT / "workflows" / "api" / f"{name}.json")
+    saved = {node["id"]: node for node in opened["workflow"]["nodes"]}
+    for node in shipped["nodes"]:
+        for field in ("type", "pos", "size", "title", "color", "properties"):
+            assert saved[node["id"]].get(field) == node.get(field), (node["type"], field)
+        assert (saved[node["id"]].get("widgets_values") or []) == node["widgets_values"]
+    assert opened["workflow"]["links"] == shipped["links"]
+    for node in opened["asked"]:  # a node that asks for more room would grow over the next one
+        assert node["needs"][0] <= node["has"][0] + 1 and node["needs"][1] <= node["has"][1] + 1, node
+
+
+def test_help_shows_the_nodes_page(editor):
+    editor.open_template("demo")
+    editor.page.wait_for_timeout(800)  # the view moves to the workflow
+    editor.click_title("PixArtTextEncode")
+    editor.page.get_by_test_id("info-button").click()
+    editor.page.get_by_role("heading", name="PixArt Text Encode").first.wait_for()
+    first_line = (ROOT / "web" / "docs" / "PixArtTextEncode.md").read_text(encoding="utf-8").split("\n\n")[1]
+    editor.page.get_by_text(first_line[:40]).first.wait_for()
+    editor.shoot("help")
+
+
+def test_our_errors_are_readable(editor):
+    editor.open_template("demo")
+    number = editor.number_of("PixArtNegative")
+    editor.page.evaluate(
+        "number => { app.graph.getNodeById(number).widgets.find(each => each.name === 'mode').value = 'learned null';"
+        " app.graph.getNodeById(number).disconnectInput(1); }",
+        number,
+    )
+    end, report = editor.run()
+    assert end == "execution_error", report
+    editor.page.get_by_text("Not connected: got no positive").first.wait_for()
+    editor.page.wait_for_timeout(300)
+    editor.shoot("error")
+
+
+def test_save_and_reload_keeps_every_widget(editor):
+    editor.open_template("demo")
+    for node_type, values in CHANGED.items():
+        editor.page.evaluate(
+            "([type, values]) => { const node = app.graph.nodes.find(node => node.type === type);"
+            " for (const [name, value] of Object.entries(values))"
+            " node.widgets.find(each => each.name === name).value = value; }",
+            [node_type, values],
+        )
+    before = editor.export()["output"]
+    assert before[str(editor.number_of("PixArtTextEncode"))]["inputs"].items() >= CHANGED["PixArtTextEncode"].items()
+    name = f"kept_{time.time_ns()}"
+    editor.page.keyboard.press("Control+s")
+    field = editor.page.get_by_role("dialog").get_by_role("textbox")
+    field.fill(name)
+    field.press("Enter")
+    address = f"/userdata/workflows%2F{name}.json"
+    editor.page.wait_for_function("async path => (await app.api.fetchApi(path)).ok", arg=address)
+    editor.open()
+    editor.close_dialogs()
+    editor.load(editor.page.evaluate("async path => (await app.api.fetchApi(path)).json()", address))
+    assert editor.export()["output"] == before
+
+
+def test_the_language_can_be_chinese(editor):
+    names = read(ROOT / "locales" / "zh" / "nodeDefs.json")
+    try:
+        editor.set_setting("Comfy.Locale", "zh")
+        editor.open()
+        editor.close_dialogs()
+        titles = editor.page.evaluate(TITLES, list(names))
+        assert titles == [names[name]["display_name"] for name in names]
+        editor.load(read(ROOT / "workflows" / "demo.json"))
+        editor.page.wait_for_timeout(800)
+        editor.click_title("PixArtTextEncode")
+        editor.page.get_by_test_id("info-button").click()
+        heading = (ROOT / "web" / "docs" / "PixArtTextEncode" / "zh.md").read_text(encoding="utf-8").splitlines()[0]
+        editor.page.get_by_role("heading", name=heading.lstrip("# ")).first.wait_for()
+        editor.shoot("chinese")
+    finally:
+        editor.set_setting("Comfy.Locale", "en")
+        editor.open()
