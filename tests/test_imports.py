@@ -22,6 +22,8 @@ MORE_LIBRARIES = {
     "pixart.text": {"transformers", "sentencepiece", "ftfy"},
     "pixart.resolution": {"PIL"},
     "pixart.sheet": {"PIL"},
+    "pixart.remote": {"PIL"},
+    "pixart.compare": {"PIL", "tqdm"},
     "pixart.edges": {"kornia"},
     "pixart.sample": {"PIL", "tqdm"},
     "pixart.text_encoder": {"transformers"},

@@ -1,11 +1,15 @@
 """Styles, axes and sheets through the queue of a real server."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pixart_pack.demo.client import PromptError
+from pixart_pack.pixart import compare
+from pixart_pack.pixart.command import run_command
 from pixart_pack.tests.host.graph import PictureGraph, write_pixart, write_t5
 from pixart_pack.tests.tiny_pixart import tiny_config
 
@@ -105,3 +109,40 @@ def test_pictures_of_any_number_of_channels(pack, channels):
     assert [picture.size for picture in to_pil(image)] == [(6, 8)] * 2
     assert isinstance(to_pil(image)[0], Image.Image)
     assert draw_sheet([image, image], ["one", "two"], 0).shape[0] == 1
+
+
+def compare_command(*arguments):
+    return run_command(compare.main, compare.parse(), [str(each) for each in arguments])
+
+
+def test_the_command_line_makes_the_same_sheet(server, tmp_path, capsys):
+    graph = PictureGraph(*FILES)
+    latent = graph.sample(graph.empty(64, 40))
+    graph.save(latent)
+    workflow, output, cells = tmp_path / "flow.json", tmp_path / "sheet.png", tmp_path / "cells"
+    workflow.write_text(json.dumps(graph.nodes))
+    axes = ["--x", f"{latent[0]}.steps=1,2", "--y", f"{latent[0]}.sampler_name=euler,pixart_dpm_solver"]
+    arguments = [workflow, *axes, "--output", output, "--cells", cells, "--server", server.url]
+    assert compare_command(*arguments) == 0, capsys.readouterr().err
+    assert len(list(cells.glob("*.png"))) == 4
+    sheet = np.asarray(Image.open(output))
+    assert np.array_equal(sheet[-56:-16, -80:-16], np.asarray(Image.open(cells / "0003.png").convert("RGB")))
+    assert compare_command(*arguments) == 1 and "Exists already" in capsys.readouterr().err
+    assert compare_command(*arguments, "--force", "--server", "http://127.0.0.1:9") == 0  # all cells are there
+
+
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [("steps=1,2", "expected NODE.INPUT=VALUES"), ("99.steps=1", "No such input: got 99.steps"), ("1.x=1", "got 1.x")],
+)
+def test_a_wrong_axis_is_one_line(tmp_path, capsys, axis, message):
+    graph = PictureGraph(*FILES)
+    (tmp_path / "flow.json").write_text(json.dumps(graph.nodes))
+    assert compare_command(tmp_path / "flow.json", "--x", axis, "--output", tmp_path / "out.png") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_editors_format_is_told_apart(tmp_path, capsys):
+    (tmp_path / "flow.json").write_text('{"nodes": [], "links": []}')
+    assert compare_command(tmp_path / "flow.json", "--x", "1.a=1", "--output", tmp_path / "out.png") == 1
+    assert "Export (API)" in capsys.readouterr().err
