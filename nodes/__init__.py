@@ -2,7 +2,21 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import compare, controlnet, dataset, edges, latent, loaders, lora, sampling, styles, text, training
+from . import (
+    acceleration,
+    compare,
+    controlnet,
+    dataset,
+    edges,
+    export,
+    latent,
+    loaders,
+    lora,
+    sampling,
+    styles,
+    text,
+    training,
+)
 from .host.sampling import register_samplers
 from .host.training import register_folders
 
@@ -31,6 +45,8 @@ class PixArtExtension(ComfyExtension):
             *controlnet.NODES,
             *edges.NODES,
             *lora.NODES,
+            *export.NODES,
             *dataset.NODES,
             *training.NODES,
+            *acceleration.NODES,
         ]
