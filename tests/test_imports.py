@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("samplers", "pixart", "nodes", "demo", "benchmarks", "devtools")
+PACKAGES = ("samplers", "pixart", "nodes", "demo", "benchmarks", "devtools", "editor")
 OWN_NAMES = {*PACKAGES, "tests", "pixart_pack"}
 # What a package may import from outside besides the standard library. The host brings all of it.
 LIBRARIES = {
     "samplers": {"torch", "tqdm"},
     "pixart": {"torch", "safetensors", "numpy", "einops"},
     "devtools": set(),
+    "editor": {"numpy", "PIL"},
 }
 MORE_LIBRARIES = {
     "pixart.text": {"transformers", "sentencepiece", "ftfy"},
@@ -28,11 +29,17 @@ MORE_LIBRARIES = {
     "pixart.sample": {"PIL", "tqdm"},
     "pixart.text_encoder": {"transformers"},
     "pixart.autoencoder": {"diffusers"},
-    "pixart.training": {"transformers", "sentencepiece", "PIL", "accelerate", "tqdm"},
+    "pixart.training": {"transformers", "sentencepiece", "PIL", "accelerate", "tqdm", "wandb", "yaml"},
     "pixart.training.sources": {"datasets"},
 }
 # Packages that a package may reach by relative imports, besides itself.
-BELOW = {"samplers": set(), "pixart": set(), "devtools": set(), "nodes": {"pixart", "samplers"}}
+BELOW = {
+    "samplers": set(),
+    "pixart": set(),
+    "devtools": set(),
+    "nodes": {"pixart", "samplers"},
+    "editor": {"pixart", "samplers", "demo", "devtools"},
+}
 LADDER = ("pixart.config", "pixart.layers", "pixart.transformer", "pixart.controlnet")
 # These read and write files: of the model they know its configuration alone.
 CHECKPOINT = (

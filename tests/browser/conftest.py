@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pixart_pack.devtools.templates.rehearsal import INPUT_PICTURE, input_picture
+from pixart_pack.editor.templates.rehearsal import INPUT_PICTURE, input_picture
 from pixart_pack.tests.browser.editor import Editor
 from pixart_pack.tests.host.server import Host, start
 

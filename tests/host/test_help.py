@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pixart_pack.devtools.help_pages import (
+from pixart_pack.editor.help_pages import (
     ENGLISH,
     LANGUAGES,
     LOCALES,
@@ -29,7 +29,7 @@ def nodes(start_host):
 
 
 def test_english_names_are_those_of_the_schemas(nodes):
-    # Mend with: python dev.py run -m pixart_pack.devtools.help_pages
+    # Mend with: python dev.py run -m pixart_pack.editor.help_pages
     assert read_definitions("en") == {name: english_definition(info) for name, info in nodes.items()}
 
 
@@ -53,7 +53,7 @@ def test_chinese_is_chinese(nodes):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_node_has_a_page_that_is_up_to_date(nodes, language):
-    # Mend with: python dev.py run -m pixart_pack.devtools.help_pages
+    # Mend with: python dev.py run -m pixart_pack.editor.help_pages
     definitions = read_definitions(language)
     for name, info in nodes.items():
         page = page_path(name, language).read_text(encoding="utf-8")

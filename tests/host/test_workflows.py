@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pixart_pack.devtools.templates.__main__ import make
-from pixart_pack.devtools.templates.api import to_api, widget_values
-from pixart_pack.devtools.templates.files import FILES
-from pixart_pack.devtools.templates.pictures import WORKFLOWS
-from pixart_pack.devtools.templates.rehearsal import INPUT_PICTURE, input_picture, rehearse
+from pixart_pack.editor.templates.__main__ import make
+from pixart_pack.editor.templates.api import to_api, widget_values
+from pixart_pack.editor.templates.files import FILES
+from pixart_pack.editor.templates.pictures import WORKFLOWS
+from pixart_pack.editor.templates.rehearsal import INPUT_PICTURE, input_picture, rehearse
 
 FOLDER = Path(__file__).parent.parent.parent / "workflows"
 FROZEN = Path(__file__).parent.parent / "data" / "workflows"
@@ -59,7 +59,7 @@ def test_every_workflow_of_the_collection_is_there():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_is_what_the_tool_writes(name, object_info):
-    # Mend with: python dev.py run -m pixart_pack.devtools.templates
+    # Mend with: python dev.py run -m pixart_pack.editor.templates
     assert read(FOLDER / f"{name}.json") == make(name, object_info)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..demo.client import ComfyClient
-from .server import PACK, Server, prepare_base
+from ..devtools.server import PACK, Server, prepare_base
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
 """Makes `workflows/`: what they are (`pictures`, `files`), as the editor saves them (`graph`), and for the API (`api`).
 
-Run by `python dev.py run -m pixart_pack.devtools.templates`.
+Run by `python dev.py run -m pixart_pack.editor.templates`.
 """

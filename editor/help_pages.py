@@ -1,6 +1,6 @@
 """The help pages of the nodes and their names in other languages, as far as the schemas say them.
 
-`python dev.py run -m pixart_pack.devtools.help_pages` writes the lists of inputs and outputs anew into
+`python dev.py run -m pixart_pack.editor.help_pages` writes the lists of inputs and outputs anew into
 `web/docs/<node_id>.md` and `web/docs/<node_id>/zh.md`, and `locales/en/nodeDefs.json` whole. The rest of the pages, and
 `locales/zh/nodeDefs.json`, are written by hand.
 """
@@ -12,8 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..devtools.process import ROOT
 from .connection import connect
-from .process import ROOT
 from .templates.schema import Input, inputs_of
 
 DOCS = ROOT / "web" / "docs"

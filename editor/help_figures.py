@@ -1,6 +1,6 @@
 """Draws the figures of the help pages, `web/docs/*.svg`: the table of sizes, and the schedules.
 
-Run by `python dev.py run -m pixart_pack.devtools.help_figures`.
+Run by `python dev.py run -m pixart_pack.editor.help_figures`.
 """
 
 import sys

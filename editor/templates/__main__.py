@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from ...demo.client import ComfyClient
+from ...devtools.process import ROOT, stop_on_signals
 from ..connection import connect
-from ..process import ROOT, stop_on_signals
 from .api import to_api
 from .files import FILES
 from .graph import Workflow
