@@ -8,6 +8,9 @@ from .host.schema import node_input, schema
 from .host.text import show_text
 
 
+AS_IT_IS = next(iter(DTYPES))
+
+
 class SaveCheckpoint(io.ComfyNode):
     """Write a PixArt model, with what is on it, in the layout of another program."""
 
@@ -22,7 +25,7 @@ class SaveCheckpoint(io.ComfyNode):
             search_aliases=["convert checkpoint", "save model", "export diffusers", "bake lora", "merge lora"],
             is_output_node=True,
             inputs=[
-                node_input(io.Model, "model", tooltip="A PixArt model; LoRAs and merges on it become part of the file."),
+                node_input(io.Model, "model", tooltip="A PixArt model; LoRAs and merges on it go into the file."),
                 node_input(
                     io.String,
                     "filename_prefix",
@@ -33,7 +36,7 @@ class SaveCheckpoint(io.ComfyNode):
                     io.Combo,
                     "layout",
                     options=list(LAYOUTS),
-                    default=next(iter(LAYOUTS)),
+                    default=list(LAYOUTS)[0],
                     tooltip="original: for ComfyUI and PixArt's own scripts. diffusers: for its pipelines; its layout "
                     "has no place for the learned null caption, which a single file keeps all the same.",
                 ),
@@ -41,7 +44,7 @@ class SaveCheckpoint(io.ComfyNode):
                     io.Combo,
                     "dtype",
                     options=list(DTYPES),
-                    default=next(iter(DTYPES)),
+                    default=AS_IT_IS,
                     optional=True,
                     tooltip="Precision of the file. as it is: that of the loaded weights, and fp16 for fp8.",
                 ),
@@ -51,7 +54,7 @@ class SaveCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix, layout, dtype=next(iter(DTYPES))):
+    def execute(cls, model, filename_prefix, layout, dtype=AS_IT_IS):
         path = str(save_model(model, filename_prefix, layout, dtype))
         show_text(cls.hidden, path)
         return io.NodeOutput(path, ui=ui.PreviewText(path))
