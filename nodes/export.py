@@ -7,7 +7,6 @@ from .host.lora import DTYPES
 from .host.schema import node_input, schema
 from .host.text import show_text
 
-
 AS_IT_IS = next(iter(DTYPES))
 
 
