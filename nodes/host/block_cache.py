@@ -56,6 +56,11 @@ class BlockCache:
         keys = [(prompt, *situation) for prompt in prompts]
         return Evaluation(self, keys, tokens, first, last, self.active(options.get("sigmas")))
 
+    def clear(self) -> None:
+        """Let go of all tensors."""
+        self.memories.clear()
+        self.reused.clear()
+
     def change(self, keys: list[tuple], probe) -> float:
         """The largest relative change of the probe among the prompts; infinite where one has not been seen."""
         if any(key not in self.memories or self.reused[key] >= self.most_reuses for key in keys):

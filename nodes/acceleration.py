@@ -1,0 +1,109 @@
+"""Acceleration nodes: less time for a picture that is nearly the same."""
+
+from comfy_api.latest import io
+
+from .host.acceleration import cache_blocks, limit_guidance
+from .host.schema import node_input, schema
+
+CATEGORY = "PixArt/acceleration"
+
+
+def _percent(name: str, default: float, tooltip: str, advanced=False):
+    limits = {"min": 0.0, "max": 1.0, "step": 0.01}
+    return node_input(io.Float, name, default=default, tooltip=tooltip, optional=True, advanced=advanced, **limits)
+
+
+class BlockCache(io.ComfyNode):
+    """Reuse what most blocks did at the step before."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtBlockCache",
+            display_name="PixArt Block Cache",
+            category=CATEGORY,
+            description="Skips most blocks at steps where the first ones say that little has changed, and adds what "
+            "they added before. The picture changes a little; threshold says how much may change. Works with "
+            "ControlNet, LoRA and every sampler.",
+            search_aliases=["pixart cache", "first block cache", "fbcache", "teacache", "easycache", "speed"],
+            inputs=[
+                node_input(io.Model, "model", tooltip="The PixArt model."),
+                node_input(
+                    io.Float,
+                    "threshold",
+                    default=0.15,
+                    min=0.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="Largest relative change of what the first blocks add at which the rest is reused. 0 "
+                    "never reuses; more is faster and less exact.",
+                ),
+                _percent("start_percent", 0.1, "No reuse in this first part of the sampling, where the picture forms."),
+                _percent("end_percent", 1.0, "No reuse after this part of the sampling.", advanced=True),
+                node_input(
+                    io.Int,
+                    "most_reuses",
+                    default=2,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many evaluations in a row may reuse the same blocks.",
+                ),
+                node_input(
+                    io.Int,
+                    "first_block",
+                    default=1,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The first block that may be skipped; those before always run and tell the change.",
+                ),
+                node_input(
+                    io.Int,
+                    "last_block",
+                    default=0,
+                    min=0,
+                    max=100,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The block at which the model runs on after a reuse; 0 skips up to the end.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with the cache.")],
+        )
+
+    @classmethod
+    def execute(cls, model, threshold, start_percent=0.1, end_percent=1.0, most_reuses=2, first_block=1, last_block=0):
+        return io.NodeOutput(
+            cache_blocks(model, threshold, first_block, last_block, start_percent, end_percent, most_reuses)
+        )
+
+
+class GuidanceInterval(io.ComfyNode):
+    """Guide only in a part of the sampling."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtGuidanceInterval",
+            display_name="PixArt Guidance Interval",
+            category=CATEGORY,
+            description="Guides only in a part of the sampling. Elsewhere the negative prompt is not computed, which "
+            "halves those steps.",
+            search_aliases=["cfg interval", "limited interval guidance", "guidance limiter", "cfg end", "speed"],
+            inputs=[
+                node_input(io.Model, "model", tooltip="Any diffusion model."),
+                _percent("start_percent", 0.0, "Where guidance begins, as a part of the sampling."),
+                _percent("end_percent", 0.7, "Where guidance ends, as a part of the sampling."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with the limited guidance.")],
+        )
+
+    @classmethod
+    def execute(cls, model, start_percent=0.0, end_percent=0.7):
+        return io.NodeOutput(limit_guidance(model, start_percent, end_percent))
+
+
+NODES: list[type[io.ComfyNode]] = [BlockCache, GuidanceInterval]

@@ -1,0 +1,226 @@
+"""What is kept across the steps of a run: nothing stale, nothing left behind, and the dials do what they say."""
+
+import gc
+import importlib
+
+import pytest
+import torch
+
+from pixart_pack.tests.host.test_model import CONFIG, caption, count_forwards, sample
+from pixart_pack.tests.tiny_pixart import make_weights
+
+FLOAT_NOISE = {"atol": 2e-3, "rtol": 1e-4}  # float32 noise of the net, multiplied by sigma 157 and guidance 4.5
+
+
+@pytest.fixture(scope="module")
+def host_model(pack):
+    return importlib.import_module("pixart_pack.nodes.host.model")
+
+
+@pytest.fixture(scope="module")
+def acceleration(pack):
+    return importlib.import_module("pixart_pack.nodes.host.acceleration")
+
+
+@pytest.fixture(scope="module")
+def patcher(host_model):
+    return host_model.make_patcher(make_weights(CONFIG), CONFIG, dtype=torch.float32)
+
+
+@pytest.fixture
+def projections(patcher):
+    """A list that grows by one whenever a block of the model reads a caption anew."""
+    calls = []
+    layers = [block.cross_attn.kv_linear for block in patcher.model.diffusion_model.blocks]
+    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+def forget(patcher, monkeypatch):
+    monkeypatch.setattr(patcher.model, "_remember", lambda caption: None)
+
+
+PROMPTS = {"positive": caption(12, 1, keep=9), "negative": caption(3, 2)}
+
+
+def test_captions_are_read_once_a_run(comfy, patcher, projections, monkeypatch):
+    kept = sample(comfy, patcher, **PROMPTS, steps=4, batch=2)
+    assert len(projections) == CONFIG.depth
+    gc.collect()
+    assert not list(patcher.model._captions.items())  # gone with the run
+    forget(patcher, monkeypatch)
+    exact = sample(comfy, patcher, **PROMPTS, steps=4, batch=2)
+    assert len(projections) == CONFIG.depth * (1 + 4)
+    torch.testing.assert_close(kept, exact, **FLOAT_NOISE)
+
+
+def test_captions_in_forwards_of_their_own_are_each_read_once(comfy, patcher, projections, monkeypatch):
+    """As on a card that cannot hold both prompts at once."""
+    together = sample(comfy, patcher, **PROMPTS, steps=3)
+    projections.clear()
+    monkeypatch.setattr(patcher.model, "memory_required", lambda *_, **__: float("inf"))
+    alone = sample(comfy, patcher, **PROMPTS, steps=3)
+    assert len(projections) == CONFIG.depth * 2
+    torch.testing.assert_close(alone, together, **FLOAT_NOISE)
+
+
+def test_memory_for_captions_is_bounded(comfy, patcher, host_model, projections, monkeypatch):
+    expected = sample(comfy, patcher, **PROMPTS, steps=2)
+    projections.clear()
+    monkeypatch.setattr(host_model, "CAPTION_MEMORY_BYTES", 1000)
+    assert torch.equal(sample(comfy, patcher, **PROMPTS, steps=2), expected)
+    assert len(projections) == CONFIG.depth * 2
+
+
+def test_weights_between_runs_count(comfy, patcher, monkeypatch):
+    plain = sample(comfy, patcher, **PROMPTS)
+    weighty = patcher.clone()
+    weighty.add_patches({"diffusion_model.blocks.1.cross_attn.kv_linear.weight": (torch.full((96, 48), 0.05),)}, 1.0)
+    changed = sample(comfy, weighty, **PROMPTS)
+    again = sample(comfy, patcher, **PROMPTS)
+    assert torch.equal(plain, again)
+    forget(patcher, monkeypatch)
+    torch.testing.assert_close(changed, sample(comfy, weighty, **PROMPTS), **FLOAT_NOISE)
+    assert (changed - plain).abs().max() > 0.1
+
+
+def test_weights_that_change_within_a_run_keep_nothing(comfy, patcher, projections):
+    """Hooks patch the weights between steps."""
+    patched = patcher.clone()
+    hooks = importlib.import_module("comfy.hooks")
+    patch = {"diffusion_model.blocks.1.cross_attn.kv_linear.weight": torch.full((96, 48), 0.05)}
+    group = hooks.create_hook_model_as_lora(patch, None, 1.0, 0.0)
+    keyframes = hooks.HookKeyframeGroup()
+    keyframes.add(hooks.HookKeyframe(strength=1.0))
+    keyframes.add(hooks.HookKeyframe(strength=0.0, start_percent=0.5))
+    group.set_keyframes_on_hooks(keyframes)
+    hooked = [PROMPTS["positive"][0], {**PROMPTS["positive"][1], "hooks": group}]
+    sample(comfy, patched, hooked, PROMPTS["negative"], steps=4)
+    assert len(projections) == CONFIG.depth * 2 * 4
+
+
+def test_a_wrapper_may_put_another_caption(comfy, patcher, projections):
+    extension = importlib.import_module("comfy.patcher_extension")
+    model, other = patcher.clone(), caption(5, 9)[0]
+
+    def swap(executor, x, timesteps, context, *args, **kwargs):
+        kwargs.pop("attention_mask")
+        return executor(x, timesteps, other.expand(len(x), -1, -1), *args, **kwargs)
+
+    model.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "swap", swap)
+    swapped = sample(comfy, model, **PROMPTS)
+    torch.testing.assert_close(swapped, sample(comfy, patcher, caption(5, 9), caption(5, 9)), **FLOAT_NOISE)
+
+
+def test_a_patch_may_change_the_projected_caption(comfy, patcher, monkeypatch):
+    model = patcher.clone()
+    model.set_model_patch(lambda args: {**args, "txt": args["txt"] * 0.5}, "post_input")
+    halved = sample(comfy, model, **PROMPTS)
+    assert (halved - sample(comfy, patcher, **PROMPTS)).abs().max() > 0.01
+    forget(patcher, monkeypatch)
+    torch.testing.assert_close(halved, sample(comfy, model, **PROMPTS), **FLOAT_NOISE)
+
+
+def test_attention_on_the_cpu_is_exact_and_can_be_chosen(comfy, patcher, host_model, monkeypatch):
+    fast = sample(comfy, patcher, **PROMPTS)
+    assert host_model._backend("cpu") is host_model.host_backends.attention_pytorch
+    monkeypatch.setattr(host_model.args, "use_quad_cross_attention", True)
+    assert host_model._backend("cpu") is host_model.host_backends.optimized_attention
+    torch.testing.assert_close(fast, sample(comfy, patcher, **PROMPTS), **FLOAT_NOISE)
+
+
+def cached(acceleration, model, threshold=0.5, **changes):
+    settings = {"first_block": 1, "last_block": 0, "start_percent": 0.0, "end_percent": 1.0, "most_reuses": 100}
+    return acceleration.cache_blocks(model, threshold, **{**settings, **changes})
+
+
+@pytest.fixture
+def blocks_run(patcher):
+    """A list that grows by the number of each block that runs."""
+    ran = []
+    blocks = enumerate(patcher.model.diffusion_model.blocks)
+    hooks = [block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in blocks]
+    yield ran
+    for hook in hooks:
+        hook.remove()
+
+
+def test_cache_that_never_reuses_is_exact(comfy, patcher, acceleration, blocks_run):
+    expected = sample(comfy, patcher, **PROMPTS, steps=4)
+    blocks_run.clear()
+    assert torch.equal(sample(comfy, cached(acceleration, patcher, 0.0), **PROMPTS, steps=4), expected)
+    assert len(blocks_run) == 4 * CONFIG.depth
+
+
+def test_cache_skips_the_blocks_that_it_is_told(comfy, patcher, acceleration, blocks_run):
+    sample(comfy, cached(acceleration, patcher, 1e9), **PROMPTS, steps=3)
+    assert blocks_run == [0, 1, 2, 0, 0]
+    blocks_run.clear()
+    sample(comfy, cached(acceleration, patcher, 1e9, last_block=2), **PROMPTS, steps=3)
+    assert blocks_run == [0, 1, 2, 0, 2, 0, 2]
+    blocks_run.clear()
+    sample(comfy, cached(acceleration, patcher, 1e9, most_reuses=1), **PROMPTS, steps=4)
+    assert blocks_run == [0, 1, 2, 0, 0, 1, 2, 0]
+    blocks_run.clear()
+    sample(comfy, cached(acceleration, patcher, 1e9, start_percent=0.99), **PROMPTS, steps=3)
+    assert blocks_run.count(1) == 3
+
+
+def test_cache_does_not_depend_on_how_prompts_are_batched(comfy, patcher, acceleration, monkeypatch):
+    model = cached(acceleration, patcher, 1e9)
+    together = sample(comfy, model, **PROMPTS, steps=4, batch=2)
+    monkeypatch.setattr(patcher.model, "memory_required", lambda *_, **__: float("inf"))
+    torch.testing.assert_close(sample(comfy, model, **PROMPTS, steps=4, batch=2), together, **FLOAT_NOISE)
+
+
+def test_every_run_has_a_cache_of_its_own(comfy, patcher, acceleration):
+    """Also after one that was interrupted, and when the model is sampled at another size."""
+    model = cached(acceleration, patcher, 1e9)
+    first = sample(comfy, model, **PROMPTS, steps=4)
+    options = dict(model.model_options["transformer_options"])
+
+    class Stop(RuntimeError):
+        pass
+
+    def stop(step, *_):
+        if step == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        sample(comfy, model, **PROMPTS, steps=4, callback=stop)
+    sample(comfy, model, **PROMPTS, steps=4, size=(8, 8))
+    assert torch.equal(sample(comfy, model, **PROMPTS, steps=4), first)
+    assert model.model_options["transformer_options"].keys() == options.keys()
+
+
+def test_a_control_that_ends_is_not_reused(patcher, acceleration):
+    cache_module = importlib.import_module("pixart_pack.nodes.host.block_cache")
+    cache = cache_module.BlockCache(1e9, 1, 3, lambda sigma: True, 100)
+    options = {"uuids": ["a"], "sigmas": torch.ones(1), cache_module.BLOCK_CACHE: cache}
+    net, states = patcher.model.diffusion_model, caption(5, 1)[0]
+    latent, timestep = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    steered = {"output": [torch.randn(1, 16, 48)]}
+    with torch.no_grad():
+        for control in (None, steered, None, steered):
+            net(latent, timestep, states, control=control, transformer_options=options)
+    assert (cache.evaluations, cache.skipped) == (4, 2)
+
+
+def test_wrong_blocks_are_refused(patcher, acceleration):
+    with pytest.raises(ValueError, match=r"Wrong blocks: got 2 to 9, expected 1 <= first_block < last_block <= 3"):
+        cached(acceleration, patcher, first_block=2, last_block=9)
+    with pytest.raises(ValueError, match="Empty interval: got start 0.8 and end 0.5"):
+        cached(acceleration, patcher, start_percent=0.8, end_percent=0.5)
+
+
+def test_guidance_in_an_interval(comfy, patcher, acceleration):
+    model, seen = count_forwards(acceleration.limit_guidance(patcher, 0.0, 0.5))
+    sample(comfy, model, **PROMPTS, steps=4)
+    assert sorted(shape[0] for shape, _ in seen) == [1, 1, 2, 2]
+    assert [shape[0] for shape, _ in seen] == [2, 2, 1, 1]
+    everywhere = acceleration.limit_guidance(patcher, 0.0, 1.0)
+    assert torch.equal(sample(comfy, everywhere, **PROMPTS), sample(comfy, patcher, **PROMPTS))
+    with pytest.raises(ValueError, match="Empty interval"):
+        acceleration.limit_guidance(patcher, 0.5, 0.5)
