@@ -67,8 +67,12 @@ class Objective(nn.Module):
     def conditioned(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor]:
         """The keyword arguments of the model but latent and timestep. dropped: (B,) rows without their caption."""
         caption, mask = batch.caption.to(self.dtype), batch.caption_mask
+        own_mask = False
         if self.null_caption is not None:
             caption, mask = replace_captions(caption, mask, dropped, *self.null_caption)
+            own_mask = not self.null_caption[1]
+        if len(caption) == 1 and not own_mask:
+            mask = None  # a caption alone has no padding, and attention without a mask is faster
         size = {"resolution": batch.resolution, "aspect_ratio": batch.aspect_ratio}
         return {"caption": caption, "caption_mask": mask, **size}
 
