@@ -67,9 +67,9 @@ def make_table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="demo.evaluate", description=__doc__)
-    parser.add_argument("--count", type=int, default=200)
+def add_options(parser: argparse.ArgumentParser, count: int) -> None:
+    """What every evaluation asks for. count: how many scenes, by default."""
+    parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--sampler", default="dpm_solver")
@@ -77,7 +77,17 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokenizer", type=Path, help="folder of the T5 tokenizer; default: an importable ComfyUI's")
-    parser.add_argument("--sheet", type=Path, help="write the pictures there as one PNG")
+    parser.add_argument("--sheet", type=Path, help="write pictures there as one PNG")
+
+
+def sampling_of(options: argparse.Namespace) -> dict:
+    """The options that go to `generate`."""
+    return {name: getattr(options, name) for name in ("steps", "guidance", "sampler", "seed")}
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="demo.evaluate", description=__doc__)
+    add_options(parser, count=200)
     return parser.parse_args()
 
 
@@ -87,8 +97,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     height_px, width_px = map(int, options.size.split("x"))
     scenes = held_out_scenes(options.count, height_px, width_px, options.seed)
-    sampling = {"steps": options.steps, "guidance": options.guidance, "sampler": options.sampler, "seed": options.seed}
-    pictures = make_pictures(load_model(options.tokenizer), scenes, height_px, width_px, **sampling)
+    pictures = make_pictures(load_model(options.tokenizer), scenes, height_px, width_px, **sampling_of(options))
     scores = [score(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     rows = {"one shape": scores[::2], "two shapes": scores[1::2], "all": scores}
     logger.info("%s", make_table({label: add_scores(part) for label, part in rows.items() if part}))

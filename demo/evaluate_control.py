@@ -20,7 +20,7 @@ from ..pixart.controlnet import PixArtControlNet
 from ..pixart.sheet import comparison_grid
 from .control import colour_caption, draw_hints
 from .decoder_stage import to_tensor
-from .evaluate import held_out_scenes, load_model
+from .evaluate import add_options, held_out_scenes, load_model, sampling_of
 from .generate import DemoModel, Steering, generate
 from .scenes import Scene, draw_scene
 from .scorer import find_background, find_masks, mean_overlap
@@ -117,16 +117,8 @@ def draw_sheet(
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo.evaluate_control", description=__doc__)
-    parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--sampler", default="dpm_solver")
-    parser.add_argument("--size", default="128x128", help="height x width in pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    add_options(parser, count=100)
     parser.add_argument("--control", type=Path, default=CONTROL_FILE)
-    parser.add_argument("--tokenizer", type=Path, help="folder of the T5 tokenizer; default: an importable ComfyUI's")
-    parser.add_argument("--sheet", type=Path, help="write the first eight edges and pictures there as one PNG")
     return parser.parse_args()
 
 
@@ -137,7 +129,7 @@ def main() -> None:
     height_px, width_px = map(int, options.size.split("x"))
     scenes = held_out_scenes(options.count, height_px, width_px, options.seed)
     model = load_model(options.tokenizer)
-    sampling = {"steps": options.steps, "guidance": options.guidance, "sampler": options.sampler, "seed": options.seed}
+    sampling = sampling_of(options)
     with_control = steer(model, load_control(options.control), scenes, height_px, width_px, **sampling)
     without = steer(model, None, scenes, height_px, width_px, **sampling)
     rows = {"with control": measure(with_control, scenes), "without control": measure(without, scenes)}

@@ -22,16 +22,21 @@ TEXT_FILE = MODELS / "text_encoders" / "pixart_demo_t5.safetensors"
 logger = logging.getLogger(__name__)
 
 
+def add_options(parser: argparse.ArgumentParser, work: Path) -> None:
+    """What every training asks for. work: the folder of checkpoints and logs, by default."""
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--work", type=Path, default=work, help="checkpoints and logs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokenizer", type=Path, help="folder of the T5 tokenizer; default: an importable ComfyUI's")
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo.train", description=__doc__)
     parser.add_argument("--stage", choices=("autoencoder", "denoiser"), required=True)
     parser.add_argument("--minutes", type=float, help="budget; the learning rate decays over it")
     parser.add_argument("--steps", type=int, help="budget in steps instead")
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--work", type=Path, default=FOLDER / "work", help="checkpoints and logs")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokenizer", type=Path, help="folder of the T5 tokenizer; default: an importable ComfyUI's")
-    parser.add_argument("--seed", type=int, default=0)
+    add_options(parser, FOLDER / "work")
     return parser.parse_args()
 
 

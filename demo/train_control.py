@@ -22,7 +22,7 @@ from .evaluate import load_model
 from .evaluate_control import CONTROL_FILE, held_out_scenes, measure, steer
 from .generate import DemoModel
 from .pool import Bucket
-from .train import FOLDER
+from .train import FOLDER, add_options
 
 SETTINGS = TrainingSettings(
     kind="controlnet",
@@ -109,12 +109,8 @@ def train(
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo.train_control", description=__doc__)
     parser.add_argument("--steps", type=int, nargs=len(PHASES), default=[phase.steps for phase in PHASES])
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--work", type=Path, default=FOLDER / "work" / "control", help="checkpoints and logs")
     parser.add_argument("--output", type=Path, default=CONTROL_FILE)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokenizer", type=Path, help="folder of the T5 tokenizer; default: an importable ComfyUI's")
-    parser.add_argument("--seed", type=int, default=0)
+    add_options(parser, FOLDER / "work" / "control")
     return parser.parse_args()
 
 
