@@ -28,6 +28,7 @@ MORE_LIBRARIES = {
     "pixart.edges": {"kornia"},
     "pixart.sample": {"PIL", "tqdm"},
     "pixart.text_encoder": {"transformers"},
+    "pixart.captioner": {"transformers", "PIL"},
     "pixart.autoencoder": {"diffusers"},
     "pixart.training": {"transformers", "sentencepiece", "PIL", "accelerate", "tqdm", "wandb", "yaml"},
     "pixart.training.sources": {"datasets"},
@@ -54,10 +55,11 @@ CHECKPOINT = (
     "saving",
 )
 NODE_FILES_MAY_IMPORT = {"comfy_api", "torch"}
-# The nodes that train, and those that make what is trained with, are training's only doors.
+# The nodes that train, those that make what is trained with, and what the demo is taught by are training's only doors.
 TRAINING_DOORS = (
     *("nodes.training", "nodes.host.training"),
     *("nodes.dataset", "nodes.host.dataset", "nodes.host.encoding"),
+    *("demo.control", "demo.train_control", "demo.finetune"),
 )
 
 
