@@ -82,7 +82,7 @@ def _lora_inputs(rank: int) -> list:
     ]
 
 
-def _last_inputs(caption_dropout: float = 0.1, weighting: str = "none") -> list:
+def _last_inputs(sample_steps: int = 20) -> list:
     return [
         _int("accumulation", 1, 1, 4096, "Batches per step, for a large batch in little memory.", **RARE),
         _combo("optimizer", OPTIMIZERS, "adamw", "Others than adamw need their package; prodigy: rate 1.", **RARE),
@@ -91,13 +91,13 @@ def _last_inputs(caption_dropout: float = 0.1, weighting: str = "none") -> list:
         _combo(
             "weighting",
             WEIGHTINGS,
-            weighting,
+            "none",
             "Weight of each noise level. min_snr: little noise counts less. velocity: much noise counts more.",
             **RARE,
         ),
         _float(
             "caption_dropout",
-            caption_dropout,
+            0.1,
             0.0,
             1.0,
             0.01,
@@ -114,7 +114,7 @@ def _last_inputs(caption_dropout: float = 0.1, weighting: str = "none") -> list:
         ),
         _boolean("resume", True, "Go on with the unfinished training of this name. Off: begin a new one.", **RARE),
         _int("sample_every", 0, 0, MAX_STEPS, "Steps between validation pictures. Needs the vae. 0: none.", **RARE),
-        _int("sample_steps", 20, 1, 1000, "Sampler steps of the validation pictures.", **RARE),
+        _int("sample_steps", sample_steps, 1, 1000, "Sampler steps of the validation pictures.", **RARE),
         node_input(
             io.String,
             "more_settings",
@@ -229,7 +229,7 @@ class DistillLCM(io.ComfyNode):
                 _float("lcm_guidance", 4.5, 0.0, 100.0, 0.1, "Guidance w that is distilled in; cfg minus 1."),
                 *_lora_inputs(32),
                 _combo("loss", ("huber", "mse"), "huber", "The original's is huber.", **RARE),
-                *_last_inputs(),
+                *_last_inputs(sample_steps=4),
             ],
             _outputs(io.Model.Output(display_name="model", tooltip="The distilled model.")),
         )

@@ -33,15 +33,17 @@ def one_batch(settings, features=None):
     return batch, draw_batch(settings, 0, range(len(batch)), batch.latent.shape[1:])
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_gradients_equal_those_of_autograd(parts):
+@pytest.mark.parametrize("parts, activated", [(1, False), (3, False), (1, True)])
+def test_gradients_equal_those_of_autograd(parts, activated):
     torch.manual_seed(0)
     settings = tiny_settings(rank=3, alpha=5.0)
     layer = AdaptedLinear(freeze_linear(nn.Linear(7, 6 * parts)), settings, parts).double()
+    layer.activated = activated
     nn.init.normal_(layer.lora_up)
     x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *args: layer(args[0]), (x, layer.lora_down, layer.lora_up))
-    expected = nn.functional.linear(x, layer.base.weight + layer.delta(), layer.base.bias)
+    given = nn.functional.gelu(x, approximate="tanh") if activated else x
+    expected = nn.functional.linear(given, layer.base.weight + layer.delta(), layer.base.bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..layers import Mlp
 from .frozen import Fp8Linear, stored_weight
 from .settings import TrainingSettings
 
@@ -24,24 +25,25 @@ class _AdaptedLinear(torch.autograd.Function):
     """x W' + b + scale * (x A') B', which keeps x and x A' alone for the backward pass.
 
     down: (parts * rank, in). up: (out, rank); part i of its rows reads part i of x A'.
+    activated: x goes through GELU first, which is computed once more in the backward pass rather than kept.
     """
 
     @staticmethod
-    def forward(ctx, x, down, up, layer, scale, parts):
-        rows = x.reshape(-1, x.shape[-1])  # (M, in)
+    def forward(ctx, x, down, up, layer, scale, parts, activated):
+        rows = _activate(x, activated).reshape(-1, x.shape[-1])  # (M, in)
         out = F.linear(rows, stored_weight(layer, x.dtype), layer.bias)
         reduced = rows @ down.T  # (M, parts * rank)
         for columns, low, factor in _parts(parts, out, reduced, up):
             columns.addmm_(low, factor.T, alpha=scale)
         ctx.save_for_backward(x, down, up, reduced)
-        ctx.layer, ctx.scale, ctx.parts = layer, scale, parts
+        ctx.layer, ctx.scale, ctx.parts, ctx.activated = layer, scale, parts, activated
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         x, down, up, reduced = ctx.saved_tensors
-        rows, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        gradient = gradient.reshape(-1, gradient.shape[-1])
         inner, up_gradient = torch.empty_like(reduced), torch.empty_like(up)
         shares = zip(_parts(ctx.parts, gradient, reduced, up), inner.chunk(ctx.parts, 1), strict=True)
         for ((columns, low, factor), low_gradient), factor_gradient in zip(
@@ -54,7 +56,14 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_gradient = gradient @ stored_weight(ctx.layer, x.dtype)
             x_gradient = x_gradient.addmm_(inner, down).view_as(x)
-        return x_gradient, inner.T @ rows, up_gradient.mul_(ctx.scale), None, None, None
+            if ctx.activated:
+                x_gradient = torch.ops.aten.gelu_backward(x_gradient, x, approximate="tanh")
+        down_gradient = inner.T @ _activate(x, ctx.activated).reshape(-1, x.shape[-1])
+        return x_gradient, down_gradient, up_gradient.mul_(ctx.scale), None, None, None, None
+
+
+def _activate(x, activated):
+    return F.gelu(x, approximate="tanh") if activated else x
 
 
 def _parts(parts, out, reduced, up):
@@ -66,7 +75,7 @@ class AdaptedLinear(nn.Module):
     """A frozen linear layer and its adapter, whose weights are fp32 whatever the maths is in.
 
     lora_down: (parts * rank, in). lora_up: (out, rank). dora_scale: (out, 1) lengths of the weight's rows, or None.
-    enabled: False computes the frozen layer alone.
+    enabled: False computes the frozen layer alone. activated: the input goes through GELU first.
     """
 
     def __init__(self, base: nn.Linear | Fp8Linear, settings: TrainingSettings, parts: int, generator=None):
@@ -75,7 +84,7 @@ class AdaptedLinear(nn.Module):
         device = base.weight.device
         self.base, self.parts, self.rank = base, parts, rank
         self.scale = settings.adapter_alpha / (root if settings.rslora else rank)
-        self.dropout, self.enabled = settings.dropout, True
+        self.dropout, self.enabled, self.activated = settings.dropout, True, False
         bound = base.in_features**-0.5  # kaiming uniform with a = sqrt(5)
         down = torch.empty(parts * rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_down = nn.Parameter(down.to(device))
@@ -88,11 +97,12 @@ class AdaptedLinear(nn.Module):
     def forward(self, x):
         """(..., in) -> (..., out)."""
         if not self.enabled:
-            return self.base(x)
+            return self.base(_activate(x, self.activated))
         down, up = self.lora_down.to(x.dtype), self.lora_up.to(x.dtype)
         dropped = self.dropout and self.training
         if not dropped and self.dora_scale is None:
-            return _AdaptedLinear.apply(x, down, up, self.base, self.scale, self.parts)
+            return _AdaptedLinear.apply(x, down, up, self.base, self.scale, self.parts, self.activated)
+        x = _activate(x, self.activated)
         reduced = F.linear(F.dropout(x, self.dropout, self.training), down).chunk(self.parts, -1)
         added = torch.cat([F.linear(low, part) for low, part in zip(reduced, up.chunk(self.parts), strict=True)], -1)
         if self.dora_scale is None:
@@ -115,6 +125,19 @@ class AdaptedLinear(nn.Module):
         return self.scale * torch.cat([up @ down for up, down in pairs])
 
 
+class AdaptedMlp(nn.Module):
+    """A feed-forward layer whose second linear layer has an adapter, and keeps the GELU before it from being stored."""
+
+    def __init__(self, mlp: Mlp):
+        super().__init__()
+        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+        self.fc2.activated = True
+
+    def forward(self, x):
+        """(..., in) -> (..., out)."""
+        return self.fc2(self.fc1(x))
+
+
 def add_adapters(model: nn.Module, settings: TrainingSettings) -> dict[str, AdaptedLinear]:
     """Put an adapter on every linear layer whose name in the original layout matches; returns them by name.
 
@@ -135,6 +158,10 @@ def add_adapters(model: nn.Module, settings: TrainingSettings) -> dict[str, Adap
         adapter = AdaptedLinear(named[name], settings, PACKED.get(attribute, 1), generator)
         setattr(named[parent], attribute, adapter)
         adapters[name] = adapter
+    for name, module in named.items():
+        if isinstance(module, Mlp) and isinstance(module.fc2, AdaptedLinear):
+            parent, _, attribute = name.rpartition(".")
+            setattr(named[parent], attribute, AdaptedMlp(module))
     return adapters
 
 

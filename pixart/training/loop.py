@@ -140,6 +140,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_half, init_scale=2.0**14)
         self.step, self.saved_step, self.overflows, self.spent_s = 0, None, 0, 0.0
         self.is_whole = True  # False within an optimiser step
+        self.is_stopping = False  # whether some process was told to stop
 
     def run(self, resume: bool = True) -> int:
         """Train until the last step, or until stopped. Returns the steps that are done; everything is saved.
@@ -173,7 +174,7 @@ class Trainer:
             self._sample()
         while self.step < settings.steps:
             began = time.monotonic()
-            if not self._make_step():
+            if self.is_stopping or not self._make_step():
                 logger.info("PixArt training is stopped after step %d of %d", self.step, settings.steps)
                 return
             self.spent_s += time.monotonic() - began
@@ -185,22 +186,28 @@ class Trainer:
                 self._sample()
 
     def _make_step(self) -> bool:
-        """One optimiser step. Returns False, with nothing changed, when the training is to stop."""
+        """One optimiser step. Returns False, with nothing changed, when the training is to stop.
+
+        Several processes stop after the step, as they have to agree on it.
+        """
         settings, count = self.settings, self.settings.accumulation
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(2, device=self.processes.device)
+        sums = torch.zeros(3, device=self.processes.device)
         for index in range(count):
-            if self.processes.any(self.events.should_stop()):
+            stops = self.events.should_stop()
+            if stops and self.processes.world_size == 1:
                 self.optimizer.zero_grad(set_to_none=True)
                 return False
             loss = self._forward(self.step * count + index, index == count - 1)
-            sums += torch.stack([loss.total.detach().float(), loss.error.detach().float()]) / count
+            sums[:2] += torch.stack([loss.total.detach().float(), loss.error.detach().float()]) / count
+            sums[2] += float(stops)
         self.scaler.unscale_(self.optimizer)
         limit = settings.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # The step's only wait for the device: weights must not change before this is known to be sane.
-        self.loss, self.error, self.norm = torch.cat([self.processes.mean(sums), norm.reshape(1).float()]).tolist()
+        numbers = torch.cat([self.processes.mean(sums), norm.reshape(1).float()]).tolist()
+        self.loss, self.error, self.is_stopping, self.norm = numbers[0], numbers[1], numbers[2] > 0, numbers[3]
         self._check_sane()
         self._update()
         return True

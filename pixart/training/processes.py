@@ -32,10 +32,6 @@ class SingleProcess:
         """The mean over processes."""
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is true in any process."""
-        return flag
-
     def wait(self) -> None:
         """Until all processes are here."""
 
@@ -46,14 +42,16 @@ class AcceleratedProcesses(SingleProcess):
     def __init__(self, settings: TrainingSettings):
         try:
             from accelerate import Accelerator
-            from accelerate.utils import DistributedType
+            from accelerate.utils import DistributedDataParallelKwargs, DistributedType
         except ImportError as error:
             raise ValueError(
                 "Accelerate is not installed: got none, expected the package accelerate to train outside a graph. "
                 "Install it with pip install accelerate."
             ) from error
         # Precision is the loop's affair, so that all kinds of processes compute alike.
-        self.accelerator = Accelerator(mixed_precision="no")
+        # Buffers never change, and gradients need no second copy.
+        options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[options])
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
@@ -69,11 +67,6 @@ class AcceleratedProcesses(SingleProcess):
 
     def mean(self, values):
         return self.accelerator.reduce(values, reduction="mean")
-
-    def any(self, flag):
-        if self.world_size == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device)).item())
 
     def wait(self):
         self.accelerator.wait_for_everyone()
