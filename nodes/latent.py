@@ -2,10 +2,12 @@
 
 from math import gcd
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
+from ..pixart.diagrams import draw_bins
 from ..pixart.resolution import ASPECT_RATIOS, FIT_METHODS, fit_images, nearest_ratio
 from .host.latent import empty_latent
+from .host.pictures import to_image
 from .host.schema import node_input, schema
 
 BASES = [str(base_px) for base_px in ASPECT_RATIOS]
@@ -25,6 +27,25 @@ def _ratio_labels() -> dict[str, float]:
 
 RATIOS = _ratio_labels()
 SQUARE = next(label for label, ratio in RATIOS.items() if ratio == 1)
+
+
+# The same as ComfyUI_ExtraModels names it: its graphs bring these values with them.
+FOREIGN_BASES = {
+    "PixArt_XL_2": 512,
+    "PixArtMS_XL_2": 1024,
+    "PixArtMS_Sigma_XL_2": 1024,
+    "PixArtMS_Sigma_XL_2_512": 512,
+    "PixArtMS_Sigma_XL_2_2K": 2048,
+}
+
+
+def _foreign_ratios() -> dict[str, float]:
+    """`width/height` as ComfyUI_ExtraModels names it -> our ratio of the same size, which is height/width."""
+    ratios = {size: ratio for ratio, size in ASPECT_RATIOS[1024].items()}
+    return {f"{ratio:.2f}": ratios[size[::-1]] for size, ratio in ratios.items() if size[::-1] in ratios}
+
+
+FOREIGN_RATIOS = _foreign_ratios()
 
 
 def _side_input(name: str, default: int, tooltip: str, **fields):
@@ -83,14 +104,24 @@ class Resolution(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, base=None, ratio=None):
+        for name, value, known in (("base", base, {*BASES, *FOREIGN_BASES}), ("ratio", ratio, RATIOS | FOREIGN_RATIOS)):
+            if value is not None and value not in known:
+                return f"Unknown {name}: got '{value}', expected one of the list. Choose it in PixArt Resolution."
+        return True
+
+    @classmethod
     def execute(cls, base, mode, ratio=SQUARE, width=1024, height=1024, batch_size=1, image=None):
-        chosen = RATIOS[ratio]
+        base_px = FOREIGN_BASES.get(base) or int(base)
+        chosen = (RATIOS | FOREIGN_RATIOS)[ratio]
         if mode == "nearest to image":
             height, width = _image_size(image)
         if mode != "by ratio":
-            chosen = nearest_ratio(height, width, int(base))
-        height_px, width_px = ASPECT_RATIOS[int(base)][chosen]
-        return io.NodeOutput(width_px, height_px, empty_latent(height_px, width_px, batch_size), chosen)
+            chosen = nearest_ratio(height, width, base_px)
+        height_px, width_px = ASPECT_RATIOS[base_px][chosen]
+        picture = to_image(draw_bins(base_px, chosen))
+        latent = empty_latent(height_px, width_px, batch_size)
+        return io.NodeOutput(width_px, height_px, latent, chosen, ui=ui.PreviewImage(picture, cls=cls))
 
 
 def _image_size(image) -> tuple[int, int]:

@@ -2,11 +2,13 @@
 
 from comfy_api.latest import io, ui
 
+from ..pixart.diagrams import draw_schedule
 from ..samplers.dpm_solver import LOWER_ORDER_FINAL
 from ..samplers.noise import NOISE_DEVICES
 from ..samplers.presets import PRESETS
 from ..samplers.sa_solver import MODES, OFFICIAL_INTERVALS, TAU_UNITS
 from ..samplers.schedules import SCHEDULES
+from .host.pictures import to_image
 from .host.sampling import GUIDANCE_MODES, apply_preset, make_sampler, make_sigmas
 from .host.schema import node_input, schema
 from .host.text import show_text
@@ -349,8 +351,8 @@ class Scheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, schedule, steps, denoise=1.0, end=OFFICIAL, model=None):
-        end_clean = None if end == OFFICIAL else True
-        return io.NodeOutput(make_sigmas(schedule, steps, denoise, end_clean, model))
+        levels = make_sigmas(schedule, steps, denoise, None if end == OFFICIAL else True, model)
+        return io.NodeOutput(levels, ui=ui.PreviewImage(to_image(draw_schedule(levels.tolist())), cls=cls))
 
 
 class SamplingPreset(io.ComfyNode):

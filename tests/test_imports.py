@@ -23,6 +23,7 @@ MORE_LIBRARIES = {
     "pixart.text": {"transformers", "sentencepiece", "ftfy"},
     "pixart.resolution": {"PIL"},
     "pixart.sheet": {"PIL"},
+    "pixart.diagrams": {"PIL"},
     "pixart.remote": {"PIL"},
     "pixart.compare": {"PIL", "tqdm"},
     "pixart.edges": {"kornia"},
