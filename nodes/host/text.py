@@ -6,6 +6,7 @@ import sys
 import torch
 
 from ...pixart.text import PAD_ID, batch_captions, truncate
+from . import prompt_cache
 from .t5 import T5_NAME
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,24 @@ def encode_captions(clip, captions: list[str], caption_length: int, **extra) -> 
     for index, caption in enumerate(captions):
         kept, cut = truncate(_tokenize(clip, caption), caption_length)
         notices.append(_describe_cut(clip, kept, cut, caption_length, f"Caption {index + 1}: " * (len(captions) > 1)))
-        schedules.append(clip.encode_from_tokens_scheduled({T5_NAME: [kept]}, add_dict=extra))
+        schedules.append(_encode(clip, kept, extra))
     conditioning = []
     for entries in zip(*schedules, strict=True):  # one entry of every caption, more of them only with hooks
         states, mask = batch_captions([states for states, _ in entries])
         conditioning.append([states, {**entries[0][1], "attention_mask": mask}])
     return conditioning, "\n".join(notices)
+
+
+def _encode(clip, tokens: list[tuple], extra: dict) -> list:
+    """The host's conditioning of one caption, from disk where it has been encoded before."""
+    key = prompt_cache.key_of(clip, tokens)
+    states = None if key is None else prompt_cache.read(key)
+    if states is not None:
+        return [[states, {"pooled_output": None, **extra}]]
+    schedule = clip.encode_from_tokens_scheduled({T5_NAME: [tokens]}, add_dict=extra)
+    if key is not None and len(schedule) == 1:
+        prompt_cache.write(key, schedule[0][0])
+    return schedule
 
 
 def _tokenize(clip, caption: str) -> list[tuple]:

@@ -1,0 +1,152 @@
+"""PixArt three ways with the same random weights: this pack's, ComfyUI's own, and diffusers'."""
+
+import dataclasses
+
+import torch
+from torch.nn import functional as F
+
+from ..pixart.checkpoint import expected_shapes, to_diffusers
+from ..pixart.config import CONFIGS
+from .host import import_host
+
+GUIDANCE = 4.5
+
+
+def make_config(variant, depth):
+    """A released variant, with fewer blocks of the same width where depth is not 0."""
+    return dataclasses.replace(CONFIGS[variant], depth=depth) if depth else CONFIGS[variant]
+
+
+def make_weights(config, dtype, seed=0):
+    """Random weights in the original layout."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = expected_shapes(config)
+    return {name: (torch.randn(s, generator=generator) * 0.02).to(dtype) for name, s in shapes.items()}
+
+
+def make_captions(config, lengths, dtype, seed=1):
+    """Raw caption states of these lengths, one (1, L, channels) each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, n, config.caption_channels, generator=generator).to(dtype) for n in lengths]
+
+
+class OurLoop:
+    """This pack's model in ComfyUI, sampled as a workflow samples it."""
+
+    def __init__(self, config, weights, dtype):
+        import_host()
+        from ..nodes.host import model
+
+        self.patcher = model.make_patcher(dict(weights), config, dtype)
+
+    def sample(self, captions, side, steps, **options):
+        """The latent after so many guided steps of dpmpp_2m; side: of the latent."""
+        return sample_in_host(self.patcher, captions, side, steps, **options)
+
+
+class HostLoop(OurLoop):
+    """ComfyUI's own PixArt. It runs captions of different length in forwards of their own."""
+
+    def __init__(self, config, weights, dtype):
+        import_host()
+        import comfy.ldm.pixart.pixartms
+        import comfy.model_base
+        import comfy.model_patcher
+        import comfy.supported_models
+
+        settings = {
+            "image_model": "pixart_sigma" if config.is_sigma else "pixart_alpha",
+            "depth": config.depth,
+            "hidden_size": config.hidden_size,
+            "micro_condition": config.micro_condition,
+            "pe_interpolation": config.pe_scale,
+            "model_max_length": config.caption_length,
+            "dtype": dtype,
+        }
+        kind = comfy.supported_models.PixArtSigma if config.is_sigma else comfy.supported_models.PixArtAlpha
+        description = kind(settings)
+        description.unet_config = settings
+        description.set_inference_dtype(dtype, None)
+        model = description.get_model({}, "")
+        model.diffusion_model.load_state_dict(weights, strict=False)
+        self.patcher = comfy.model_patcher.ModelPatcher(model, *_devices())
+
+
+def _devices():
+    import comfy.model_management
+
+    return comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+
+
+def sample_in_host(patcher, captions, side, steps, seed=5, guidance=GUIDANCE):
+    """Guided steps of ComfyUI's dpmpp_2m from pure noise; captions: positive and negative states."""
+    import comfy.sample
+
+    latent = torch.zeros(1, 4, side, side)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    positive, negative = ([[states.float(), {"pooled_output": None}]] for states in captions)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            patcher, noise, steps, guidance, "dpmpp_2m", "simple", positive, negative, latent,
+            disable_pbar=True, seed=seed,
+        )  # fmt: skip
+
+
+class DiffusersLoop:
+    """diffusers' transformer and scheduler in the loop of its pipeline: captions padded, under a mask, in one batch."""
+
+    def __init__(self, config, weights, dtype):
+        from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
+
+        self.config, self.dtype = config, dtype
+        with torch.device("meta"):
+            self.net = PixArtTransformer2DModel(
+                num_layers=config.depth,
+                sample_size=config.base_size * config.patch_size,
+                interpolation_scale=config.pe_scale,
+                out_channels=config.out_channels,
+                caption_channels=config.caption_channels,
+                use_additional_conditions=config.micro_condition,
+            )
+        self.net.load_state_dict(to_diffusers(dict(weights)), strict=False, assign=True)
+        grid = PixArtTransformer2DModel(
+            num_layers=0,
+            sample_size=config.base_size * config.patch_size,
+            interpolation_scale=config.pe_scale,
+            caption_channels=8,
+            use_additional_conditions=False,
+        )
+        self.net.pos_embed.pos_embed = grid.pos_embed.pos_embed.to(dtype)
+        self.net.eval().requires_grad_(False)
+        self.scheduler = DPMSolverMultistepScheduler()
+
+    def pad(self, captions):
+        """(states, mask) of the pipeline's encode_prompt: padded to the trained length."""
+        length = self.config.caption_length
+        states = torch.cat([F.pad(c, (0, 0, 0, length - c.shape[1])) for c in captions])
+        counts = torch.tensor([[c.shape[1]] for c in captions])
+        return states, (torch.arange(length) < counts).to(self.dtype)
+
+    def predict(self, latent, time, states, mask):
+        """One forward pass of the transformer."""
+        batch, size = latent.shape[0], latent.shape[-1] * 8
+        added = {"resolution": None, "aspect_ratio": None}
+        if self.config.micro_condition:
+            added = {"resolution": torch.full((batch, 2), size), "aspect_ratio": torch.ones(batch, 1)}
+            added = {key: value.to(self.dtype) for key, value in added.items()}
+        return self.net(
+            latent, encoder_hidden_states=states, encoder_attention_mask=mask, timestep=time,
+            added_cond_kwargs=added, return_dict=False,
+        )[0]  # fmt: skip
+
+    def sample(self, captions, side, steps, seed=5):
+        """As OurLoop.sample, with diffusers' own solver of the same order."""
+        latent = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
+        with torch.inference_mode():
+            states, mask = self.pad([captions[1], captions[0]])
+            self.scheduler.set_timesteps(steps)
+            for time in self.scheduler.timesteps:
+                both = self.predict(latent.repeat(2, 1, 1, 1), time.expand(2), states, mask)
+                untold, told = both[:, :4].chunk(2)
+                latent = self.scheduler.step(untold + GUIDANCE * (told - untold), time, latent, return_dict=False)[0]
+        return latent
