@@ -58,8 +58,8 @@ class Phase:
 
 # The position grid spans the same range at every size: small pictures teach to follow lines at a quarter of the cost.
 PHASES = (
-    Phase("small", SMALL_BUCKETS, 2, 1500, 1.5e-3, 0.3),
-    Phase("full", FULL_BUCKETS, 1, 800, 8e-4, 0.02),
+    Phase("small", SMALL_BUCKETS, 2, 1150, 1.5e-3, 0.3),
+    Phase("full", FULL_BUCKETS, 1, 1000, 8e-4, 0.02),
 )
 CHECKED = 16  # held-out scenes that are measured on the way
 logger = logging.getLogger(__name__)
