@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import (
     acceleration,
+    caption,
     compare,
     controlnet,
     dataset,
@@ -48,5 +49,6 @@ class PixArtExtension(ComfyExtension):
             *export.NODES,
             *dataset.NODES,
             *training.NODES,
+            *caption.NODES,
             *acceleration.NODES,
         ]

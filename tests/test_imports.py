@@ -31,6 +31,7 @@ MORE_LIBRARIES = {
     "pixart.text_encoder": {"transformers"},
     "pixart.captioner": {"transformers", "PIL"},
     "pixart.autoencoder": {"diffusers"},
+    "pixart.consistency": {"diffusers"},
     "pixart.training": {"transformers", "sentencepiece", "PIL", "accelerate", "tqdm", "wandb", "yaml"},
     "pixart.training.sources": {"datasets"},
 }

@@ -1,4 +1,4 @@
-"""Training on the command line: `python -m pixart.training encode ...` and `python -m pixart.training run ...`.
+"""Training on the command line: `python -m pixart.training caption ...`, `encode ...` and `run ...`.
 
 `accelerate launch -m pixart.training run config.yaml` does the same on many processes.
 """
@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 
 from ..command import run_command
-from . import encode, launch
+from . import caption, encode, launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m pixart.training", description="Train PixArt outside ComfyUI.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for module in (encode, launch):
+    for module in (caption, encode, launch):
         module.add_parser(commands)
     return run_command(lambda options: options.main(options), parser, arguments)
 

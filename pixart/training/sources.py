@@ -176,7 +176,7 @@ def _separator(text: str) -> str:
 
 def _read_jsonl(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
     table = _only_table(path, (".jsonl",))
-    lines = [(number, line) for number, line in enumerate(read_text(table).splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(read_text(table).split("\n"), 1) if line.strip()]
     rows = []
     for number, line in lines:
         try:
