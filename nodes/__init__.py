@@ -8,16 +8,20 @@ from . import (
     compare,
     controlnet,
     dataset,
+    decoder,
     edges,
+    embeddings,
     export,
     latent,
     loaders,
     lora,
+    migration,
     sampling,
     styles,
     text,
     training,
 )
+from .host.replacements import register_replacements
 from .host.sampling import register_samplers
 from .host.training import register_folders
 
@@ -28,6 +32,7 @@ class PixArtExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_samplers()
         register_folders()
+        await register_replacements(migration.REPLACEMENTS)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -50,5 +55,8 @@ class PixArtExtension(ComfyExtension):
             *dataset.NODES,
             *training.NODES,
             *caption.NODES,
+            *decoder.NODES,
             *acceleration.NODES,
+            *embeddings.NODES,
+            *migration.NODES,
         ]

@@ -121,6 +121,24 @@ def load_t5(
     return clip
 
 
+def take_t5(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    """The T5 of a CLIP that holds several encoders, as one that has it alone; its weights are shared.
+
+    Raises ValueError when there is none.
+    """
+    t5 = getattr(clip.cond_stage_model, T5_NAME, None)
+    if t5 is None:
+        raise ValueError(
+            f"No T5 in this CLIP: got {type(clip.cond_stage_model).__name__}, expected one with {T5_NAME}. "
+            f"Load a T5 v1.1 XXL with Load T5 Text Encoder."
+        )
+    rows, width = t5.transformer.get_input_embeddings().weight.shape
+    alone = clip.clone()
+    alone.tokenizer = _make_tokenizer(None, {"d_model": width, "vocab_size": rows}, "this CLIP")
+    alone.cond_stage_model = comfy.sd1_clip.SD1ClipModel(clip_name=T5_NAME, name=T5_NAME, clip_model=lambda **_: t5)
+    return alone
+
+
 def _load_patcher(path, tokenizer, device, disable_dynamic=False):
     """What the host calls to load the same weights once more, for another device or without dynamic memory."""
     return load_t5(path, tokenizer, device, disable_dynamic).patcher
