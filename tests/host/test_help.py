@@ -18,7 +18,9 @@ from pixart_pack.editor.help_pages import (
 )
 
 ROOT = Path(__file__).parent.parent.parent
-CATEGORIES = set("loaders info conditioning latent image sampling compare controlnet lora training".split())
+CATEGORIES = set(
+    "acceleration loaders info conditioning latent image sampling compare controlnet lora training".split()
+)
 ERROR = re.compile(r"\*\*([^*]+)\*\*")
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
