@@ -6,6 +6,7 @@ stands the roofline: the least time by the operations and bytes counted and the 
 
 import argparse
 import dataclasses
+import importlib
 import json
 import logging
 import statistics
@@ -14,17 +15,19 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pixart import CONFIGS, PixArt  # noqa: E402
-from samplers import SAMPLERS  # noqa: E402
-from samplers.schedules import schedule_sigmas  # noqa: E402
+def _import(name, level):
+    """A module of the pack; as a script, there is no package around this file and the root is put onto the path."""
+    if __package__:
+        return importlib.import_module("." * level + name, __package__)
+    return importlib.import_module(name)
 
-try:
-    from .timing import CLOCKS, count_work, measure_roofline, take_turns
-except ImportError:  # run as a script
-    from timing import CLOCKS, count_work, measure_roofline, take_turns
 
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+pixart, samplers = _import("pixart", 2), _import("samplers", 2)
+schedules, timing = _import("samplers.schedules", 2), _import("timing", 1)
+CONFIGS = pixart.CONFIGS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger(__name__)
@@ -33,7 +36,7 @@ logger = logging.getLogger(__name__)
 def make_model(variant, depth, dtype, device):
     """A PixArt with random weights; depth 0: the variant's own."""
     config = CONFIGS[variant] if not depth else dataclasses.replace(CONFIGS[variant], depth=depth)
-    model = PixArt(config, dtype=dtype, device=device).eval().requires_grad_(False)
+    model = pixart.PixArt(config, dtype=dtype, device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_(std=0.02, generator=generator)
@@ -52,7 +55,7 @@ def make_cases(model, options):
                 states = torch.randn(batch, length, model.config.caption_channels, device=device, dtype=dtype)
                 caption, time = model.project_caption(states), torch.full((batch,), 500.0, device=device)
                 tokens = (side // 2) ** 2
-                work = count_work(model.config, batch, tokens, length, dtype.itemsize)
+                work = timing.count_work(model.config, batch, tokens, length, dtype.itemsize)
                 label = f"{side_px} px, batch {batch}, caption {length}"
                 yield label, lambda args=(latent, time, caption): runner(*args), *work
     yield _make_loop(model, runner, options)
@@ -62,7 +65,7 @@ def _make_loop(model, runner, options):
     dtype, device, side = DTYPES[options.dtype], options.device, options.sides_px[0] // 8
     states = torch.randn(2, options.captions[0], model.config.caption_channels, device=device, dtype=dtype)
     noise = torch.randn(1, 4, side, side, device=device)
-    levels = schedule_sigmas("uniform", options.steps).float().to(device)
+    levels = schedules.schedule_sigmas("uniform", options.steps).float().to(device)
     alphas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
     table = torch.log1p(1 / (1 - alphas).cumprod(0) - 1).to(device, torch.float32)
 
@@ -77,9 +80,9 @@ def _make_loop(model, runner, options):
             told, untold = both.chunk(2)
             return x - sigma.view(-1, 1, 1, 1) * (untold + 4.5 * (told - untold))
 
-        SAMPLERS["dpm_solver"](denoise, noise * levels[0], levels, disable=True)
+        samplers.SAMPLERS["dpm_solver"](denoise, noise * levels[0], levels, disable=True)
 
-    work = count_work(model.config, 2, (side // 2) ** 2, options.captions[0], dtype.itemsize)
+    work = timing.count_work(model.config, 2, (side // 2) ** 2, options.captions[0], dtype.itemsize)
     label = f"{options.steps} guided steps at {options.sides_px[0]} px"
     return label, run, *(options.steps * amount for amount in work)
 
@@ -97,18 +100,18 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     dtype = DTYPES[options.dtype]
     results = []
     with torch.inference_mode():
-        best = measure_roofline(options.device, dtype, options.clock)
+        best = timing.measure_roofline(options.device, dtype, options.clock)
         model = make_model(options.variant, options.depth, dtype, options.device)
         logger.info("best: %.3g operations/s, %.3g bytes/s", best.operations, best.bandwidth)
         for label, run, operations, moved in make_cases(model, options):
-            seconds = take_turns({"": run}, options.rounds, options.clock, options.device)[""]
+            seconds = timing.take_turns({"": run}, options.rounds, options.clock, options.device)[""]
             median, least = statistics.median(seconds), best.seconds(operations, moved)
             logger.info("%s: %.4g s, roofline %.4g s (%.0f %%)", label, median, least, 100 * least / median)
             results.append({"case": label, "seconds": seconds, "roofline_s": least})

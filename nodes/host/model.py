@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import weakref
 from typing import NamedTuple
 
 import comfy.conds
@@ -10,7 +9,6 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
-import comfy.model_sampling
 import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models_base
@@ -24,6 +22,8 @@ from ...pixart.checkpoint import CONFIG_KEY, config_to_tensor
 from ...pixart.config import PixArtConfig
 from ...pixart.transformer import PixArt, ProjectedCaption, add_control
 from .block_cache import BLOCK_CACHE
+from .captions import CaptionCond
+from .noise_levels import PixArtSampling
 
 CAPTION_MEMORY_BYTES = 256 * 2**20  # for captions that are kept projected while a picture is sampled
 TABLES = ("scale_shift_table", "y_embedding")  # parameters that are modules of their own here
@@ -193,83 +193,6 @@ class PixArtNet(PixArt):
 def _residuals(control):
     """The host's control dict -> residuals in the order of the blocks they precede, from block 1 on."""
     return None if control is None else control.get("output")
-
-
-class CaptionCond(comfy.conds.CONDRegular):
-    """A caption or its mask, (B, L, ...): joins others of any length by zeros at the end, which the mask hides.
-
-    At every step of a run it gives the same tensors, by which PixArtModel knows the caption again.
-    """
-
-    def __init__(self, cond):
-        super().__init__(cond)
-        self._by_batch: dict[int, CaptionCond] = {}
-        self._joined: tuple[list, torch.Tensor] = ([], cond)  # (weak references to others, the rows of all)
-
-    def process_cond(self, batch_size, **kwargs):
-        """The same with its rows repeated up to the batch."""
-        if batch_size not in self._by_batch:
-            self._by_batch[batch_size] = super().process_cond(batch_size, **kwargs)
-        return self._by_batch[batch_size]
-
-    def can_concat(self, other):
-        """True when only the lengths differ."""
-        return self.cond.shape[2:] == other.cond.shape[2:] and self.cond.device == other.cond.device
-
-    def concat(self, others):
-        """Rows of all, padded to the longest: (sum of B, longest L, ...)."""
-        known, joined = self._joined
-        if len(known) == len(others) and all(ref() is other for ref, other in zip(known, others, strict=True)):
-            return joined
-        captions = [self.cond, *(other.cond for other in others)]
-        longest = max(caption.shape[1] for caption in captions)
-        joined = torch.cat([pad_length(caption, longest) for caption in captions])
-        self._joined = ([weakref.ref(other) for other in others], joined)
-        return joined
-
-
-def pad_length(caption, length):
-    """(B, L, ...) -> (B, length, ...), zeros at the end."""
-    missing = length - caption.shape[1]
-    if not missing:
-        return caption
-    return torch.cat([caption, caption.new_zeros(caption.shape[0], missing, *caption.shape[2:])], dim=1)
-
-
-class PixArtSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
-    """The host's discrete noise schedule with fractional times, as the original's solvers have them.
-
-    The host rounds a noise level to the nearest of 1000 times; here log alpha is linear between them.
-    Source: DPM-Solver, arXiv 2206.00927, appendix D.4.
-    """
-
-    def set_sigmas(self, sigmas):
-        """Sets the noise level of each integer time."""
-        super().set_sigmas(sigmas)
-        self.register_buffer("log_variance", torch.log1p(self.sigmas.double().square()), persistent=False)
-
-    def _table(self, device):
-        if self.log_variance.device != device:  # moved once: a copy in every step would be one too many
-            self.log_variance = self.log_variance.to(
-                device=device, dtype=torch.float32 if device.type == "mps" else torch.float64
-            )
-        return self.log_variance
-
-    def timestep(self, sigma):
-        """Noise levels -> times in [0, 999], any shape."""
-        table = self._table(sigma.device)
-        target = torch.log1p(sigma.to(table.dtype).square()).contiguous()
-        high = torch.searchsorted(table, target).clamp(1, len(table) - 1)
-        low = high - 1
-        fraction = (target - table[low]) / (table[high] - table[low])
-        return (low + fraction).clamp(0, len(table) - 1).to(torch.float32)
-
-    def sigma(self, timestep):
-        """Times in [0, 999] -> noise levels, any shape."""
-        table = self._table(timestep.device)
-        time = timestep.to(table.dtype).clamp(0, len(table) - 1)
-        low = time.floor().long().clamp(max=len(table) - 2)
-        return torch.expm1(torch.lerp(table[low], table[low + 1], time - low)).sqrt().to(torch.float32)
 
 
 class PixArtModel(comfy.model_base.PixArt):

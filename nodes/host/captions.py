@@ -1,0 +1,47 @@
+"""Captions as conditions of the host, which joins them into batches."""
+
+import weakref
+
+import comfy.conds
+import torch
+
+
+class CaptionCond(comfy.conds.CONDRegular):
+    """A caption or its mask, (B, L, ...): joins others of any length by zeros at the end, which the mask hides.
+
+    At every step of a run it gives the same tensors, by which PixArtModel knows the caption again.
+    """
+
+    def __init__(self, cond):
+        super().__init__(cond)
+        self._by_batch: dict[int, CaptionCond] = {}
+        self._joined: tuple[list, torch.Tensor] = ([], cond)  # (weak references to others, the rows of all)
+
+    def process_cond(self, batch_size, **kwargs):
+        """The same with its rows repeated up to the batch."""
+        if batch_size not in self._by_batch:
+            self._by_batch[batch_size] = super().process_cond(batch_size, **kwargs)
+        return self._by_batch[batch_size]
+
+    def can_concat(self, other):
+        """True when only the lengths differ."""
+        return self.cond.shape[2:] == other.cond.shape[2:] and self.cond.device == other.cond.device
+
+    def concat(self, others):
+        """Rows of all, padded to the longest: (sum of B, longest L, ...)."""
+        known, joined = self._joined
+        if len(known) == len(others) and all(ref() is other for ref, other in zip(known, others, strict=True)):
+            return joined
+        captions = [self.cond, *(other.cond for other in others)]
+        longest = max(caption.shape[1] for caption in captions)
+        joined = torch.cat([pad_length(caption, longest) for caption in captions])
+        self._joined = ([weakref.ref(other) for other in others], joined)
+        return joined
+
+
+def pad_length(caption, length):
+    """(B, L, ...) -> (B, length, ...), zeros at the end."""
+    missing = length - caption.shape[1]
+    if not missing:
+        return caption
+    return torch.cat([caption, caption.new_zeros(caption.shape[0], missing, *caption.shape[2:])], dim=1)

@@ -1,0 +1,40 @@
+"""PixArt's noise levels as the host's model sampling."""
+
+import comfy.model_sampling
+import torch
+
+
+class PixArtSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+    """The host's discrete noise schedule with fractional times, as the original's solvers have them.
+
+    The host rounds a noise level to the nearest of 1000 times; here log alpha is linear between them.
+    Source: DPM-Solver, arXiv 2206.00927, appendix D.4.
+    """
+
+    def set_sigmas(self, sigmas):
+        """Sets the noise level of each integer time."""
+        super().set_sigmas(sigmas)
+        self.register_buffer("log_variance", torch.log1p(self.sigmas.double().square()), persistent=False)
+
+    def _table(self, device):
+        if self.log_variance.device != device:  # moved once: a copy in every step would be one too many
+            self.log_variance = self.log_variance.to(
+                device=device, dtype=torch.float32 if device.type == "mps" else torch.float64
+            )
+        return self.log_variance
+
+    def timestep(self, sigma):
+        """Noise levels -> times in [0, 999], any shape."""
+        table = self._table(sigma.device)
+        target = torch.log1p(sigma.to(table.dtype).square()).contiguous()
+        high = torch.searchsorted(table, target).clamp(1, len(table) - 1)
+        low = high - 1
+        fraction = (target - table[low]) / (table[high] - table[low])
+        return (low + fraction).clamp(0, len(table) - 1).to(torch.float32)
+
+    def sigma(self, timestep):
+        """Times in [0, 999] -> noise levels, any shape."""
+        table = self._table(timestep.device)
+        time = timestep.to(table.dtype).clamp(0, len(table) - 1)
+        low = time.floor().long().clamp(max=len(table) - 2)
+        return torch.expm1(torch.lerp(table[low], table[low + 1], time - low)).sqrt().to(torch.float32)
