@@ -53,11 +53,19 @@ class ComfyServer:
             return json.loads(answer.read() or b"{}")
 
     def upload(self, image: Image.Image, name: str) -> str:
-        """Put a picture into the server's input folder, over one of that name. Returns its name for LoadImage."""
+        """Put a picture into the server's input folder, over one of that name, which may have a folder before it.
+
+        Returns its name there, without the folder.
+        """
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         boundary = uuid.uuid4().hex
-        fields = (("overwrite", "", b"true"), ("image", f'; filename="{name}"', buffer.getvalue()))
+        folder, _, file = name.rpartition("/")
+        fields = (
+            ("overwrite", "", b"true"),
+            ("subfolder", "", folder.encode()),
+            ("image", f'; filename="{file}"', buffer.getvalue()),
+        )
         body = b"".join(
             f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"{more}\r\n\r\n'.encode() + content + b"\r\n"
             for field, more, content in fields

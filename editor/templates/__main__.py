@@ -7,18 +7,19 @@ import argparse
 import io
 import json
 import sys
+import textwrap
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ...demo.client import ComfyClient
 from ...devtools.process import ROOT, stop_on_signals
 from ..connection import connect
 from .api import to_api
+from .collection import WORKFLOWS
 from .files import FILES
 from .graph import Workflow
-from .pictures import WORKFLOWS
-from .rehearsal import INPUT_PICTURE, input_picture, rehearse
+from .rehearsal import NEEDS, prepare, rehearse
 
 WORKFLOWS_FOLDER = ROOT / "workflows"
 THUMBNAIL_PX = 400
@@ -38,14 +39,26 @@ def make(name: str, object_info: dict) -> dict:
 
 def write_thumbnail(client: ComfyClient, api: dict, path: Path) -> None:
     """Run a workflow with the demo model; its pictures become the thumbnail."""
+    if path.stem in NEEDS:
+        first = WORKFLOWS_FOLDER / "api" / f"{NEEDS[path.stem]}.json"
+        client.wait(client.queue(rehearse(json.loads(first.read_text(encoding="utf-8")))))
     entry = client.wait(client.queue(rehearse(api)))
     saved = {number for number, node in api.items() if node["class_type"] == "SaveImage"}
+    texts = [text for output in entry["outputs"].values() for text in output.get("text", ())]
     entry["outputs"] = {number: output for number, output in entry["outputs"].items() if number in saved}
     pictures = [Image.open(io.BytesIO(content)).convert("RGB") for content in client.images(entry)]
-    picture = pictures[0] if len(pictures) == 1 else tile(pictures)
+    picture = card("\n".join(texts)) if not pictures else pictures[0] if len(pictures) == 1 else tile(pictures)
     scale = THUMBNAIL_PX / max(picture.size)
     size = tuple(round(side * scale) for side in picture.size)
     picture.resize(size, Image.Resampling.LANCZOS).save(path, quality=88)
+
+
+def card(text: str) -> Image.Image:
+    """A text on a square card, for a workflow without pictures."""
+    sheet = Image.new("RGB", (THUMBNAIL_PX, THUMBNAIL_PX), "#223")
+    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, 46) or [""]]
+    ImageDraw.Draw(sheet).multiline_text((20, 20), "\n".join(lines[:20]), "#dde", ImageFont.load_default(15), spacing=3)
+    return sheet
 
 
 def tile(pictures: list[Image.Image]) -> Image.Image:
@@ -59,7 +72,7 @@ def tile(pictures: list[Image.Image]) -> Image.Image:
 
 def write_all(client: ComfyClient, names: list[str], thumbnails: bool) -> None:
     object_info = client.get_json("/object_info")
-    client.upload(input_picture(), INPUT_PICTURE)
+    prepare(client)
     for name in names:
         workflow = make(name, object_info)
         api = to_api(workflow, object_info)

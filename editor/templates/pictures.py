@@ -1,4 +1,4 @@
-"""The workflows that make pictures, each written by one function; the table WORKFLOWS names them."""
+"""The workflows that make pictures, each written by one function; the table PICTURES names them."""
 
 from dataclasses import dataclass
 
@@ -32,10 +32,17 @@ class Loaded:
 
 
 def load(
-    workflow: Workflow, note: str, checkpoint: str, vae: str, t5: str = files.T5_FP16, device="default", **precision
+    workflow: Workflow,
+    note: str,
+    checkpoint: str,
+    vae: str,
+    t5: str = files.T5_FP16,
+    device: str = "default",
+    more: tuple[str, ...] = (),
+    **precision,
 ) -> Loaded:
-    """The first two groups: what this is, with the files, and the loaders. device: of T5."""
-    named = [name for name in (checkpoint, t5, vae) if name in files.FILES]
+    """The first two groups: what this is, with the files, and the loaders. device: of T5. more: files to name."""
+    named = [name for name in (checkpoint, t5, vae, *more) if name in files.FILES]
     workflow.group("Read me", "notes")
     workflow.note(f"{note}\n\n{files.where_to_put(*named)}" if named else note)
     workflow.group("Models", "models")
@@ -334,7 +341,7 @@ def styles(workflow: Workflow) -> None:
     workflow.node("SaveImage", images=sheet, filename_prefix="pixart_styles")
 
 
-WORKFLOWS = {
+PICTURES = {
     each.__name__: each
     for each in (
         demo,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pixart_pack.editor.templates.rehearsal import INPUT_PICTURE, input_picture
+from pixart_pack.editor.templates.rehearsal import prepare
 from pixart_pack.tests.browser.editor import Editor
 from pixart_pack.tests.host.server import Host, start
 
@@ -43,7 +43,7 @@ def editor_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         leave_out("needs a ComfyUI: run `python dev.py test`, or let PIXART_COMFYUI name its folder")
     host = start(Path(folder), tmp_path_factory.mktemp("editor"), ())
     try:
-        host.upload(input_picture(), INPUT_PICTURE)
+        prepare(host)
         yield host
     finally:
         host.close()

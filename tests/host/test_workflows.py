@@ -1,16 +1,18 @@
 """The workflows that the pack ships: up to date, tidy, equal in both formats, and running in a real queue."""
 
 import json
+from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pixart_pack.editor.templates.__main__ import make
 from pixart_pack.editor.templates.api import to_api, widget_values
+from pixart_pack.editor.templates.collection import WORKFLOWS
 from pixart_pack.editor.templates.files import FILES
-from pixart_pack.editor.templates.pictures import WORKFLOWS
-from pixart_pack.editor.templates.rehearsal import INPUT_PICTURE, input_picture, rehearse
+from pixart_pack.editor.templates.rehearsal import NEEDS, prepare, rehearse
 
 FOLDER = Path(__file__).parent.parent.parent / "workflows"
 FROZEN = Path(__file__).parent.parent / "data" / "workflows"
@@ -31,8 +33,15 @@ def object_info(start_host):
 @pytest.fixture(scope="module")
 def ready_host(start_host):
     host = start_host()
-    host.upload(input_picture(), INPUT_PICTURE)
+    prepare(host)
     return host
+
+
+def run(host, api: dict) -> tuple[list, list]:
+    """Run a workflow small; returns its pictures and texts."""
+    entry = host.wait(host.queue(rehearse(api, steps=2, side_px=64)))
+    texts = [text for output in entry["outputs"].values() for text in output.get("text", ())]
+    return [Image.open(BytesIO(content)) for content in host.images(entry)], texts
 
 
 def boxes(workflow: dict) -> dict:
@@ -102,9 +111,11 @@ def test_has_a_small_thumbnail(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_with_the_demo_model(name, ready_host):
-    pictures = ready_host.run(rehearse(read(FOLDER / "api" / f"{name}.json"), steps=2, side_px=64))
-    assert pictures
-    assert all(picture.convert("L").entropy() > 1 for picture in pictures)
+    if name in NEEDS:
+        run(ready_host, read(FOLDER / "api" / f"{NEEDS[name]}.json"))
+    pictures, texts = run(ready_host, read(FOLDER / "api" / f"{name}.json"))
+    assert pictures or texts
+    assert all(picture.convert("L").entropy() > 0.5 for picture in pictures)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FROZEN.glob("*.json")))
@@ -118,4 +129,4 @@ def test_a_shared_workflow_of_an_earlier_version_still_works(name, object_info, 
     current = FOLDER / "api" / f"{name}.json"
     if current.exists() and read(current) == frozen:
         return  # it has just been run
-    assert ready_host.run(rehearse(frozen, steps=2, side_px=64))
+    assert any(run(ready_host, frozen))

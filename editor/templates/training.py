@@ -1,0 +1,127 @@
+"""The workflows that prepare data and train, each with a picture of what was learned."""
+
+from . import files
+from .graph import Node, Workflow
+from .pictures import Loaded, describe, empty, load, sample, sample_preset, save
+
+SUBJECT, CLASS = "my_pictures", "class_pictures"
+PROMPT = "a photo of sks toy on a wooden table"
+SUBJECT_CAPTION, CLASS_CAPTION = "a photo of sks toy", "a photo of toy"
+PICTURES_NOTE = (
+    f"**Pictures**: a folder `{SUBJECT}` in ComfyUI's `input` folder. A caption for each stands in a .txt file of the "
+    "same name; **caption** is for those that have none."
+)
+
+
+def _dataset(workflow: Workflow, path: str = SUBJECT, caption: str = SUBJECT_CAPTION, **settings) -> Node:
+    return workflow.node("PixArtDataset", path=path, caption=caption, **settings)
+
+
+def _encode(workflow: Workflow, loaded: Loaded, dataset: Node, **settings) -> Node:
+    links = {"clip": loaded.clip, "vae": loaded.vae, "model": loaded.model}
+    encoded = workflow.node("PixArtEncodeDataset", dataset=dataset, **links, **settings)
+    workflow.column()
+    workflow.node("PreviewAny", "Report", source=encoded["report"], height_px=220)
+    return encoded
+
+
+def _train(workflow: Workflow, node_type: str, loaded: Loaded, features: Node, **settings) -> Node:
+    workflow.group("Training", "training")
+    trained = workflow.node(node_type, model=loaded.model, features=features, height_px=1000, **settings)
+    workflow.column()
+    workflow.node("PreviewImage", "Loss", images=trained["loss_curve"])
+    return trained
+
+
+def _note(title: str, text: str) -> str:
+    return f"### {title}\n\n{text}\n\n{PICTURES_NOTE}"
+
+
+def dataset_to_features(workflow: Workflow) -> None:
+    """Encode a dataset once."""
+    text = "Encodes captions and pictures once, into a cache below `output/pixart_cache`, which every training can use."
+    loaded = load(workflow, _note("Dataset to features", text), files.SIGMA_1024, files.SIGMA_VAE)
+    workflow.group("Data", "training")
+    _encode(workflow, loaded, _dataset(workflow))
+
+
+def lora_training(workflow: Workflow) -> None:
+    """Train a LoRA and use it."""
+    text = (
+        "Teaches the model a thing or a style from 10 to 30 pictures, and makes a picture with what it learned. "
+        "Cancel ends the training alone and keeps what is there. The file is in `output/loras`."
+    )
+    loaded = load(workflow, _note("LoRA: train and use", text), files.SIGMA_1024, files.SIGMA_VAE)
+    workflow.group("Data", "training")
+    features = _encode(workflow, loaded, _dataset(workflow))
+    trained = _train(workflow, "PixArtTrainLoRA", loaded, features, name="my_lora", steps=1000, rank=16)
+    prompts = describe(workflow, loaded, PROMPT)
+    workflow.group("Sampling", "sampling")
+    latent = sample(workflow, trained, prompts, empty(workflow, 1024))
+    save(workflow, latent, loaded.vae)
+
+
+def dreambooth(workflow: Workflow) -> None:
+    """Train all weights on one subject."""
+    text = (
+        f"Trains all weights on a few pictures of one subject. Pictures of its class, in the folder `{CLASS}`, keep "
+        "the model from forgetting what else there is."
+    )
+    loaded = load(workflow, _note("DreamBooth", text), files.ALPHA_512, files.ALPHA_VAE)
+    workflow.group("Data", "training")
+    subject = _dataset(workflow)
+    both = _dataset(workflow, CLASS, CLASS_CAPTION, is_prior=True, add_to=subject)
+    workflow.column()
+    features = _encode(workflow, loaded, both)
+    settings = {"name": "my_dreambooth", "method": "DreamBooth", "steps": 800, "learning_rate": 5e-6}
+    trained = _train(workflow, "PixArtTrain", loaded, features, **settings)
+    prompts = describe(workflow, loaded, PROMPT)
+    workflow.group("Sampling", "sampling")
+    latent = sample(workflow, trained, prompts, empty(workflow, 512))
+    save(workflow, latent, loaded.vae)
+
+
+def lcm_distillation(workflow: Workflow) -> None:
+    """Distil a model to four steps."""
+    text = (
+        "Makes an LCM LoRA: four steps and no guidance. Some thousand varied pictures do better than few. The picture "
+        "is made in four steps with what was learned."
+    )
+    loaded = load(workflow, _note("LCM distillation", text), files.ALPHA_1024, files.ALPHA_VAE)
+    workflow.group("Data", "training")
+    features = _encode(workflow, loaded, _dataset(workflow))
+    trained = _train(workflow, "PixArtDistillLCM", loaded, features, name="my_lcm", steps=2000)
+    prompts = describe(workflow, loaded, PROMPT)
+    workflow.group("Sampling", "sampling")
+    latent = sample_preset(workflow, trained, prompts, empty(workflow, 1024), "alpha LCM 4")
+    save(workflow, latent, loaded.vae)
+
+
+def controlnet_training(workflow: Workflow) -> None:
+    """Train a ControlNet and use it."""
+    text = (
+        "Trains a ControlNet on edges that are drawn from the pictures. It takes thousands of pictures and steps: "
+        "control appears late, and then suddenly. Below the training the result is used with a picture's edges."
+    )
+    loaded = load(workflow, _note("ControlNet training", text), files.SIGMA_1024, files.SIGMA_VAE)
+    workflow.group("Data", "training")
+    features = _encode(workflow, loaded, _dataset(workflow), control="soft edges")
+    trained = _train(workflow, "PixArtTrainControlNet", loaded, features, name="my_controlnet", steps=10000)
+    workflow.group("Use it", "picture")
+    picture = workflow.node("LoadImage", image="example.png")
+    edges = workflow.node("PixArtHEDPreprocessor", image=picture, method="soft edges", fit="1024")
+    positive, negative = describe(workflow, loaded, PROMPT)
+    workflow.column()
+    links = {"control_net": trained, "image": edges, "vae": loaded.vae}
+    applied = workflow.node("PixArtControlNetApply", positive=positive, negative=negative, **links)
+    workflow.group("Sampling", "sampling")
+    size = {"width": edges["width"], "height": edges["height"]}
+    latent = workflow.node("EmptyLatentImage", "Picture size", **size)
+    latent = sample(workflow, loaded.model, (applied["positive"], applied["negative"]), latent)
+    save(workflow, latent, loaded.vae)
+
+
+TRAINING = {
+    each.__name__: each
+    for each in (dataset_to_features, lora_training, dreambooth, lcm_distillation, controlnet_training)
+}
