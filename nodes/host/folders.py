@@ -62,16 +62,27 @@ def next_output(prefix: str, suffix: str = "") -> Path:
     prefix: folders and the start of the name, with `%date%`-like variables of the host. suffix: `.safetensors`, or
     nothing for a folder. Raises ValueError for a prefix that is no name or leads out of the output folder.
     """
+    output = _check_output_name(prefix)
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
+    return Path(folder, f"{name}_{counter:05}_{suffix}")
+
+
+def output_folder(name: str) -> Path:
+    """A folder below the host's output folder, whether it is there or not. Raises ValueError as next_output does."""
+    return Path(_check_output_name(name), name)
+
+
+def _check_output_name(prefix: str) -> str:
+    """The host's output folder."""
     output = os.path.realpath(folder_paths.get_output_directory())
     parts = prefix.replace("\\", "/").split("/")
     is_name = parts[-1].strip(" .") and ".." not in parts and not re.search(r'[<>:"|?*\x00-\x1f]', prefix)
     if not is_name or os.path.commonpath([output, os.path.realpath(os.path.join(output, prefix))]) != output:
         raise ValueError(
             f"Unusable file name: got '{prefix}', expected a name like 'loras/my_lora', which stays in the output "
-            f"folder. Correct filename_prefix."
+            f"folder. Correct the name."
         )
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
-    return Path(folder, f"{name}_{counter:05}_{suffix}")
+    return output
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:

@@ -4,8 +4,6 @@ import importlib.util
 import json
 import logging
 import math
-import netrc
-import os
 import secrets
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from ..saving import write_atomically
+from ..tracking import has_wandb_account
 from .settings import TrainingSettings, settings_to_dict
 
 logger = logging.getLogger(__name__)
@@ -130,19 +129,10 @@ def _open_wandb(folder: Path, settings: dict):
     marker = folder / "wandb_id.txt"
     known = marker.read_text(encoding="utf-8").strip() if marker.is_file() else secrets.token_hex(4)
     marker.write_text(known, encoding="utf-8")
-    mode = None if _has_wandb_account() else "offline"  # without one it would ask on a terminal that nobody watches
+    mode = None if has_wandb_account() else "offline"  # without one it would ask on a terminal that nobody watches
     return wandb.init(
         project="pixart", name=folder.name, id=known, resume="allow", dir=str(folder), config=settings, mode=mode
     )
-
-
-def _has_wandb_account() -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
-        return True
-    try:
-        return "api.wandb.ai" in netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def read_log(path: Path) -> list[dict]:
