@@ -2,7 +2,7 @@
 
 from . import files
 from .graph import Node, Workflow
-from .pictures import CACTUS, LIGHTHOUSE, TEAPOT, describe, empty, load, sample, save
+from .pictures import CACTUS, LIGHTHOUSE, TEAPOT, describe, load, make_picture, sample, save
 
 
 def _control(workflow: Workflow, note: str, more: tuple[str, ...]):
@@ -69,9 +69,7 @@ def lora(workflow: Workflow) -> None:
     changed = workflow.node("PixArtLoadLoRA", model=loaded.model, lora="my_lora_001.safetensors", strength=0.9)
     workflow.node("PreviewAny", "What fitted", source=changed["info"], height_px=160)
     prompts = describe(workflow, loaded, LIGHTHOUSE)
-    workflow.group("Sampling", "sampling")
-    latent = sample(workflow, changed, prompts, empty(workflow, 1024))
-    save(workflow, latent, loaded.vae)
+    make_picture(workflow, loaded, prompts, 1024, model=changed)
 
 
 def convert_a_checkpoint(workflow: Workflow) -> None:
@@ -87,9 +85,7 @@ def convert_a_checkpoint(workflow: Workflow) -> None:
     for title, layout in (("For ComfyUI", "original (.safetensors)"), ("For diffusers", "diffusers (.safetensors)")):
         workflow.node("PixArtSaveCheckpoint", title, model=loaded.model, layout=layout, dtype="fp16")
     prompts = describe(workflow, loaded, CACTUS)
-    workflow.group("Sampling", "sampling")
-    latent = sample(workflow, loaded.model, prompts, empty(workflow, 1024))
-    save(workflow, latent, loaded.vae)
+    make_picture(workflow, loaded, prompts, 1024)
 
 
 CONTROL = {each.__name__: each for each in (controlnet_hed, two_controlnets, lora, convert_a_checkpoint)}

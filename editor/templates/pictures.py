@@ -93,6 +93,21 @@ def save(workflow: Workflow, latent: Node, vae: Node, prefix: str = "pixart") ->
     return workflow.node("SaveImage", images=pictures, filename_prefix=prefix)
 
 
+def make_picture(
+    workflow: Workflow,
+    loaded: Loaded,
+    prompts: tuple,
+    side_px: int,
+    batch_size: int = 1,
+    model: Node | None = None,
+    **settings,
+) -> None:
+    """The last two groups of most workflows: sample a square picture, decode and save it. model: default the loaded."""
+    workflow.group("Sampling", "sampling")
+    latent = sample(workflow, model or loaded.model, prompts, empty(workflow, side_px, batch_size), **settings)
+    save(workflow, latent, loaded.vae)
+
+
 def demo(workflow: Workflow) -> None:
     """The built-in model: needs no download."""
     note = (
@@ -104,18 +119,14 @@ def demo(workflow: Workflow) -> None:
     )
     loaded = load(workflow, note, files.DEMO_MODEL, files.DEMO_VAE, files.DEMO_T5)
     prompts = describe(workflow, loaded, DEMO_CAPTION)
-    workflow.group("Sampling", "sampling")
-    latent = sample(workflow, loaded.model, prompts, empty(workflow, 128), cfg=4.0)
-    save(workflow, latent, loaded.vae)
+    make_picture(workflow, loaded, prompts, 128, cfg=4.0)
 
 
 def _text_to_image(workflow: Workflow, title: str, checkpoint: str, vae: str, side_px: int, text: str) -> None:
     note = f"### {title}\n\nWrite what the picture shows in **Prompt** and press **Run**. PixArt reads whole sentences."
     loaded = load(workflow, note, checkpoint, vae)
     prompts = describe(workflow, loaded, text)
-    workflow.group("Sampling", "sampling")
-    latent = sample(workflow, loaded.model, prompts, empty(workflow, side_px))
-    save(workflow, latent, loaded.vae)
+    make_picture(workflow, loaded, prompts, side_px)
 
 
 def text_to_image_1024(workflow: Workflow) -> None:
@@ -141,9 +152,7 @@ def sigma_300_tokens(workflow: Workflow) -> None:
     )
     loaded = load(workflow, note, files.SIGMA_1024, files.SIGMA_VAE)
     prompts = describe(workflow, loaded, LONG_CAPTION, caption_length="300")
-    workflow.group("Sampling", "sampling")
-    latent = sample(workflow, loaded.model, prompts, empty(workflow, 1024))
-    save(workflow, latent, loaded.vae)
+    make_picture(workflow, loaded, prompts, 1024)
 
 
 def _with_preset(workflow: Workflow, note: str, checkpoint: str, preset: str, side_px: int, text: str) -> None:
@@ -261,9 +270,7 @@ def negative_prompts(workflow: Workflow) -> None:
     )
     loaded = load(workflow, note, files.SIGMA_1024, files.SIGMA_VAE)
     prompts = describe(workflow, loaded, WEIGHTED, {"mode": "text", "text": AVOIDED})
-    workflow.group("Sampling", "sampling")
-    latent = sample(workflow, loaded.model, prompts, empty(workflow, 1024), cfg=5.0)
-    save(workflow, latent, loaded.vae)
+    make_picture(workflow, loaded, prompts, 1024, cfg=5.0)
 
 
 def low_memory(workflow: Workflow) -> None:
@@ -292,9 +299,7 @@ def batch_of_prompts(workflow: Workflow) -> None:
     )
     loaded = load(workflow, note, files.SIGMA_1024, files.SIGMA_VAE)
     prompts = describe(workflow, loaded, FOUR_PROMPTS, batch_lines=True)
-    workflow.group("Sampling", "sampling")
-    latent = sample(workflow, loaded.model, prompts, empty(workflow, 1024, batch_size=4))
-    save(workflow, latent, loaded.vae)
+    make_picture(workflow, loaded, prompts, 1024, batch_size=4)
 
 
 def compare_settings(workflow: Workflow) -> None:

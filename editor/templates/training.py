@@ -2,7 +2,7 @@
 
 from . import files
 from .graph import Node, Workflow
-from .pictures import Loaded, describe, empty, load, sample, sample_preset, save
+from .pictures import Loaded, describe, empty, load, make_picture, sample, sample_preset, save
 
 SUBJECT, CLASS = "my_pictures", "class_pictures"
 PROMPT = "a photo of sks toy on a wooden table"
@@ -56,9 +56,7 @@ def lora_training(workflow: Workflow) -> None:
     features = _encode(workflow, loaded, _dataset(workflow))
     trained = _train(workflow, "PixArtTrainLoRA", loaded, features, name="my_lora", steps=1000, rank=16)
     prompts = describe(workflow, loaded, PROMPT)
-    workflow.group("Sampling", "sampling")
-    latent = sample(workflow, trained, prompts, empty(workflow, 1024))
-    save(workflow, latent, loaded.vae)
+    make_picture(workflow, loaded, prompts, 1024, model=trained)
 
 
 def dreambooth(workflow: Workflow) -> None:
@@ -76,9 +74,7 @@ def dreambooth(workflow: Workflow) -> None:
     settings = {"name": "my_dreambooth", "method": "DreamBooth", "steps": 800, "learning_rate": 5e-6}
     trained = _train(workflow, "PixArtTrain", loaded, features, **settings)
     prompts = describe(workflow, loaded, PROMPT)
-    workflow.group("Sampling", "sampling")
-    latent = sample(workflow, trained, prompts, empty(workflow, 512))
-    save(workflow, latent, loaded.vae)
+    make_picture(workflow, loaded, prompts, 512, model=trained)
 
 
 def lcm_distillation(workflow: Workflow) -> None:

@@ -79,9 +79,9 @@ class Editor:
     def browse_templates(self) -> list[str]:
         """Open the template browser at this pack's; returns their names."""
         content = self.page.get_by_test_id("template-workflows-content")
-        if content.count() == 0:
-            self.page.get_by_role("button", name="Templates").first.click()
-        content.wait_for()
+        if content.count() == 0:  # by its command: the editor may open it itself just now, over its own button
+            self.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        content.first.wait_for()
         self.page.get_by_text(PACK, exact=True).first.click()
         self.page.get_by_test_id("template-workflow-demo").wait_for()
         ids = "cards => cards.map(card => card.dataset.testid.replace('template-workflow-', ''))"
