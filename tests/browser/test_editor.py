@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pixart_pack.editor.templates.api import to_api
+
 ROOT = Path(__file__).parent.parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 FIRST_PICTURE_S = 30  # on two quiet cores
@@ -14,6 +16,22 @@ TITLES = "types => types.map(type => LiteGraph.registered_node_types[type].title
 CHANGED = {
     "PixArtTextEncode": {"text": "two\nlines", "caption_length": "custom", "custom_length": 77, "aspect_ratio": 0.5}
 }
+
+REARRANGE = """() => {
+    const graph = app.graph, byType = type => graph.nodes.find(node => node.type === type);
+    const add = type => { const node = LiteGraph.createNode(type); graph.add(node); return node; };
+    const sampler = byType('KSampler'), decode = byType('VAEDecode'), load = byType('PixArtLoadCheckpoint');
+    const reroute = add('Reroute');
+    load.connect(0, reroute, 0); reroute.connect(0, sampler, sampler.findInputSlot('model'));
+    const bypassed = add('LatentUpscaleBy');
+    sampler.connect(0, bypassed, 0); bypassed.connect(0, decode, 0); bypassed.mode = 4;
+    const muted = add('PreviewImage');
+    decode.connect(0, muted, 0); muted.mode = 2;
+}"""
+ENCLOSE = """() => {
+    const types = ['PixArtTextEncode', 'PixArtNegative'];
+    app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(node => types.includes(node.type))));
+}"""
 
 
 def read(path: Path) -> dict:
@@ -139,3 +157,15 @@ def test_the_language_can_be_chinese(editor):
     finally:
         editor.set_setting("Comfy.Locale", "en")
         editor.open()
+
+
+def test_our_conversion_equals_the_editors(editor, editor_host):
+    object_info = editor_host.object_info()
+    editor.load(read(ROOT / "workflows" / "demo.json"))
+    for change in (REARRANGE, ENCLOSE):
+        editor.page.evaluate(change)
+        exported = editor.export()
+        mine, theirs = to_api(exported["workflow"], object_info), exported["output"]
+        assert {name: (node["class_type"], node["inputs"]) for name, node in mine.items()} == {
+            name: (node["class_type"], node["inputs"]) for name, node in theirs.items()
+        }
