@@ -1,0 +1,252 @@
+"""A LoRA step at XL/2 width: this pack's trainer, diffusers with PEFT, and ComfyUI's own trainer.
+
+The same random weights, adapters and batch. Captions are as each program feeds them: the pack's cache holds them at
+their true length, the scripts for diffusers pad them to the model's. Steps take turns. Memory is what a step needs at
+its peak beyond the weights: of the GPU, or of this process (Linux).
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import logging
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from ..pixart.checkpoint import to_diffusers
+from ..pixart.diffusion import Diffusion
+from ..pixart.saving import diffusers_config
+from ..pixart.training.build import make_objective
+from ..pixart.training.draws import draw_batch
+from ..pixart.training.examples import Batch
+from ..pixart.training.settings import TrainingSettings
+from ..pixart.transformer import PixArt
+from .controlnet import PeakMemory
+from .host import import_host
+from .peers import make_config, make_weights
+from .report import RESULTS, markdown_table
+from .timing import CLOCKS, compare, take_turns
+
+VARIANT = "alpha-256"
+OURS, PEFT = "this pack", "diffusers + PEFT"
+RANK = 16
+LEARNING_RATE = 1e-4
+PEFT_TARGETS = {
+    "attention": ["to_q", "to_k", "to_v", "to_out.0"],
+    "blocks": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+logger = logging.getLogger(__name__)
+
+
+def make_batch(config, size, caption_tokens, seed=0) -> Batch:
+    """Random pictures of the trained size with captions of so many tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    side = config.base_size * config.patch_size
+    return Batch(
+        latent=torch.randn(size, config.in_channels, side, side, generator=generator),
+        caption=torch.randn(size, caption_tokens, config.caption_channels, generator=generator),
+        caption_mask=torch.ones(size, caption_tokens, dtype=torch.bool),
+        resolution=torch.full((size, 2), float(config.base_px)),
+        aspect_ratio=torch.ones(size, 1),
+        is_prior=torch.zeros(size, dtype=torch.bool),
+    )
+
+
+class Trainee:
+    """One optimiser step after another. parameters: those that are trained."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+        self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, fused=True)
+
+    def loss(self):
+        raise NotImplementedError
+
+    def step(self):
+        """The loss of this step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+
+class Ours(Trainee):
+    """The pack's LoRA objective."""
+
+    def __init__(self, config, weights, batch, settings, device):
+        model = PixArt(config, device="meta")
+        model.load_state_dict(dict(weights), assign=True)
+        self.objective = make_objective(model, settings, device).train()
+        self.batch = batch.to(device)
+        self.draws = draw_batch(settings, 0, range(len(batch)), batch.latent.shape[1:]).to(device)
+        super().__init__(parameter for parameter in self.objective.parameters() if parameter.requires_grad)
+
+    def loss(self):
+        return self.objective(self.batch, self.draws).total
+
+
+class Peft(Trainee):
+    """What PixArt's LoRA script does: diffusers' transformer with PEFT's adapters, fp32 adapters under autocast."""
+
+    def __init__(self, config, weights, batch, settings, device):
+        import diffusers
+        import peft
+
+        fields = {name: value for name, value in diffusers_config(config).items() if not name.startswith("_")}
+        with torch.device("meta"):
+            network = diffusers.PixArtTransformer2DModel(**fields)
+        network.load_state_dict(to_diffusers(weights, keep_null_caption=False), assign=True)
+        network.pos_embed.pos_embed = diffusers.PixArtTransformer2DModel(
+            **{**fields, "num_layers": 1}
+        ).pos_embed.pos_embed  # a buffer that no file holds
+        network.requires_grad_(False).to(device, DTYPES[settings.dtype])
+        adapters = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PEFT_TARGETS[settings.targets])
+        self.network = peft.get_peft_model(network, adapters).train()
+        self.device, self.dtype = device, DTYPES[settings.dtype]
+        self.draws = draw_batch(settings, 0, range(len(batch)), batch.latent.shape[1:]).to(device)
+        padding = config.caption_length - batch.caption.shape[1]
+        self.start = batch.latent.to(device) * config.vae_scale
+        self.caption = F.pad(batch.caption, (0, 0, 0, padding)).to(device, self.dtype)
+        self.mask = F.pad(batch.caption_mask, (0, padding)).to(device, self.dtype)
+        self.diffusion = Diffusion().to(device)
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+        super().__init__(parameters)
+
+    def loss(self):
+        noisy = self.diffusion.q_sample(self.start, self.draws.timestep, self.draws.noise)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype != torch.float32):
+            predicted = self.network(
+                noisy.to(self.dtype),
+                encoder_hidden_states=self.caption,
+                encoder_attention_mask=self.mask,
+                timestep=self.draws.timestep,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+                return_dict=False,
+            )[0]
+        return F.mse_loss(predicted[:, : noisy.shape[1]].float(), self.draws.noise)
+
+
+def measure_peak(trainee, device) -> int:
+    """Bytes that a step needs beyond what is there before it."""
+    gc.collect()
+    _return_freed_memory()
+    memory = PeakMemory()
+    memory.reset()
+    before = torch.cuda.memory_allocated() if device == "cuda" else memory.read()
+    trainee.step()
+    return max(memory.read() - before, 0)
+
+
+def _return_freed_memory():
+    """So that what earlier steps left to the C library is not taken for what this one finds there."""
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def try_host(depth, batch) -> str:
+    """What ComfyUI's own TrainLoraNode says to its own PixArt of so many blocks."""
+    import_host()
+    import comfy.sd
+    from comfy_extras.nodes_train import TrainLoraNode
+
+    weights = make_weights(make_config("alpha-1024", depth), torch.float32)
+    values = {"steps": 1, "training_dtype": "none", "lora_dtype": "fp32", "gradient_checkpointing": False}
+    fields = TrainLoraNode.GET_SCHEMA().inputs
+    inputs = {each.id: [values.get(each.id, getattr(each, "default", None))] for each in fields}
+    inputs |= {"latents": [{"samples": batch.latent}], "positive": [[[batch.caption[:1], {}]]]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        save_file(weights, path)
+        inputs["model"] = [comfy.sd.load_diffusion_model(str(path))]
+        try:
+            with torch.inference_mode():
+                TrainLoraNode.execute(**inputs)
+        except Exception as error:  # noqa: BLE001  whatever it is, is the result
+            lines = str(error).strip().splitlines()
+            return f"fails: {type(error).__name__}{': ' + lines[0] if lines else ''}"
+    return "runs"
+
+
+def main(arguments):
+    """Run the benchmark and write results/train.json and .md."""
+    parser = argparse.ArgumentParser(prog="benchmarks train", description=__doc__)
+    parser.add_argument("--depths", type=int, nargs="+", default=[4, 28], help="blocks of XL/2")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--targets", choices=list(PEFT_TARGETS), nargs="+", default=["attention"])
+    parser.add_argument("--caption", type=int, default=20, help="true tokens of a caption")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
+    runs = [
+        measure(depth, batch, targets, dtype, device, options)
+        for depth in options.depths
+        for batch in options.batches
+        for targets in options.targets
+    ]
+    depth = min(options.depths)
+    host = try_host(depth, make_batch(make_config(VARIANT, depth), 1, options.caption))
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    settings = (
+        f"XL/2 width, 256 px, rank {RANK}, captions of {options.caption} tokens, {dtype}, {name}, {options.clock} time, "
+        f"{options.rounds} rounds"
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    numbers = {"settings": settings, "runs": runs, "host": host}
+    (options.out / "train.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    text = f"{settings}:\n\n{_table(runs)}\nComfyUI's own Train LoRA on its own PixArt {host}.\n"
+    (options.out / "train.md").write_text(text, encoding="utf-8")
+    logger.info("%s", text)
+
+
+def measure(depth, batch_size, targets, dtype, device, options) -> dict:
+    """Seconds and peak bytes of both trainers, and their ratios."""
+    config = make_config(VARIANT, depth)
+    weights = make_weights(config, DTYPES[dtype])
+    batch = make_batch(config, batch_size, options.caption)
+    settings = TrainingSettings(
+        rank=RANK, targets=targets, batch_size=batch_size, dtype=dtype, caption_dropout=0.0, learning_rate=LEARNING_RATE
+    )
+    given = (config, weights, batch, settings, device)
+    trainees = {OURS: Ours(*given), PEFT: Peft(*given)}
+    rivals = {name: trainee.step for name, trainee in trainees.items()}
+    seconds = take_turns(rivals, options.rounds, options.clock, device)
+    peaks = {name: measure_peak(trainee, device) for name, trainee in trainees.items()}
+    return {
+        "depth": depth,
+        "batch": batch_size,
+        "targets": targets,
+        "seconds": seconds,
+        "images_per_second": {name: batch_size / statistics.median(values) for name, values in seconds.items()},
+        "speed": compare(seconds, PEFT, OURS),
+        "peak_bytes": peaks,
+    }
+
+
+def _table(runs):
+    rows = []
+    for run in runs:
+        rates, peaks, speed = run["images_per_second"], run["peak_bytes"], run["speed"]
+        memory = f"{peaks[OURS] / peaks[PEFT]:.2f}" if peaks[PEFT] else "not measured"
+        rows.append(
+            [run["depth"], run["batch"], run["targets"], f"{rates[OURS]:.2f}", f"{rates[PEFT]:.2f}"]
+            + [f"{speed['ratio']:.2f} ({speed['least']:.2f} to {speed['greatest']:.2f})"]
+            + [f"{peaks[OURS] / 2**20:.0f} MiB", f"{peaks[PEFT] / 2**20:.0f} MiB", memory]
+        )
+    head = ["blocks", "batch", "layers", f"images/s, {OURS}", f"images/s, {PEFT}", "ratio"]
+    return markdown_table([*head, f"memory, {OURS}", f"memory, {PEFT}", "ratio"], rows)
