@@ -155,13 +155,14 @@ def _return_freed_memory():
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def try_host(depth, batch) -> str:
-    """What ComfyUI's own TrainLoraNode says to its own PixArt of so many blocks."""
+def try_host(depth, caption_tokens) -> str:
+    """What ComfyUI's own TrainLoraNode says to its own PixArt (alpha 1024, which it knows) of so many blocks."""
     import_host()
     import comfy.sd
     from comfy_extras.nodes_train import TrainLoraNode
 
-    weights = make_weights(make_config("alpha-1024", depth), torch.float32)
+    config = make_config("alpha-1024", depth)
+    weights, batch = make_weights(config, torch.float32), make_batch(config, 1, caption_tokens)
     values = {"steps": 1, "training_dtype": "none", "lora_dtype": "fp32", "gradient_checkpointing": False}
     fields = TrainLoraNode.GET_SCHEMA().inputs
     inputs = {each.id: [values.get(each.id, getattr(each, "default", None))] for each in fields}
@@ -200,11 +201,11 @@ def main(arguments):
         for targets in options.targets
     ]
     depth = min(options.depths)
-    host = try_host(depth, make_batch(make_config(VARIANT, depth), 1, options.caption))
+    host = try_host(depth, options.caption)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     settings = (
-        f"XL/2 width, 256 px, rank {RANK}, captions of {options.caption} tokens, {dtype}, {name}, {options.clock} time, "
-        f"{options.rounds} rounds"
+        f"XL/2 width, 256 px, rank {RANK}, captions of {options.caption} tokens, {dtype}, {name}, "
+        f"{options.clock} time, {options.rounds} rounds"
     )
     options.out.mkdir(parents=True, exist_ok=True)
     numbers = {"settings": settings, "runs": runs, "host": host}
