@@ -1,6 +1,7 @@
 """What the pack's commands share: exit codes, errors in one line, devices and precisions."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -43,3 +44,13 @@ def add_device(parser) -> None:
     device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
     parser.add_argument("--device", default=device, help="default: %(default)s")
     parser.add_argument("--dtype", choices=list(DTYPES), default=dtype, help="default: %(default)s")
+
+
+def process_rank() -> tuple[int, int]:
+    """(this process's number, how many there are), as `accelerate launch` and `torchrun` tell them; (0, 1) alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def own_device(device: str) -> str:
+    """The device of this process: of several on one machine each has a GPU of its own."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device

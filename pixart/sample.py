@@ -29,10 +29,10 @@ from .text_encoder import load_text_encoder
 from .transformer import PixArt
 
 
-def add_models(parser: argparse.ArgumentParser) -> None:
+def add_models(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options that `load_pipeline` reads."""
     models = parser.add_argument_group("models")
-    models.add_argument("--model", type=Path, required=True, help="a checkpoint file, or a diffusers folder")
+    models.add_argument("--model", type=Path, required=required, help="a checkpoint file, or a diffusers folder")
     models.add_argument("--t5", type=Path, help="the text encoder's file or folder; default: the diffusers folder's")
     models.add_argument("--tokenizer", type=Path, help="its folder; default: beside the text encoder")
     models.add_argument("--vae", type=Path, help="the autoencoder's file or folder; default: the diffusers folder's")

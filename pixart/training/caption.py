@@ -19,7 +19,7 @@ from ..captioner import (
     fill_prompt,
     load_captioner,
 )
-from ..command import DTYPES, add_device
+from ..command import DTYPES, add_device, own_device, process_rank
 from ..saving import write_atomically
 from . import sources
 from .pictures import FilePicture, measure_picture
@@ -72,7 +72,7 @@ def main(options: argparse.Namespace) -> None:
         raise ValueError(f"Batch size out of range: got {options.batch_size}, expected at least 1. Enter 1 or more.")
     settings = CaptionSettings(options.max_tokens, options.temperature, options.seed)
     prompt = DESCRIBE_CAPTION if options.refine else options.prompt or DESCRIBE
-    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = process_rank()
     refines = CAPTION_MARK in prompt
     if refines and options.output is None:
         raise ValueError(
@@ -88,8 +88,7 @@ def main(options: argparse.Namespace) -> None:
     if options.force:
         output.forget()
     if share:
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if _has_own_gpu(options.device) else options.device
-        captioner = load_captioner(options.model, DTYPES[options.dtype], device)
+        captioner = load_captioner(options.model, DTYPES[options.dtype], own_device(options.device))
         _caption(captioner, share, prompt, settings, options.batch_size, output)
     if output.finish(records):
         log.info("Captions are in %s", output.path)
@@ -113,10 +112,6 @@ def read_records(dataset: Path, kind: str, output: Path | None) -> list[Record]:
             return sources.read_dataset(others[0])
         kind = sources.FOLDER
     return sources.read_dataset(dataset, kind)
-
-
-def _has_own_gpu(device: str) -> bool:
-    return device == "cuda" and "LOCAL_RANK" in os.environ
 
 
 def wanted_records(records: Sequence[Record], output: "TextFiles | Table", refines: bool, force: bool) -> list[Record]:
@@ -258,7 +253,7 @@ class Table:
         captions = self._read()
         rows = [(record, captions.get(self._key(record), record.caption)) for record in records if record.picture]
         missing = [record.name for record, text in rows if text is None]
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and missing:
+        if process_rank()[1] > 1 and missing:
             log.info("%d pictures have no caption yet; other processes may be at work on them.", len(missing))
             return False
         content = self._format([(record, text) for record, text in rows if text])

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..autoencoder import load_autoencoder
-from ..command import DTYPES, add_device
+from ..command import DTYPES, add_device, own_device, process_rank
 from ..edges import canny_edges, soft_edges
 from ..folder import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS, find_weights
 from ..hed import detect_edges, make_hed
@@ -80,7 +79,7 @@ def main(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.batch_size < 1:
         raise ValueError(f"Batch size out of range: got {options.batch_size}, expected at least 1. Enter 1 or more.")
-    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = process_rank()
     settings = _settings(options)
     dataset = _read(options)
     if rank == 0:
@@ -124,9 +123,7 @@ def _read(options: argparse.Namespace) -> records.Dataset:
 
 
 def _encode(encoder: cache.DatasetEncoder, options: argparse.Namespace, make_hint) -> None:
-    device = options.device
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = own_device(options.device)
     if encoder.missing_captions:
         text_encoder = load_text_encoder(options.text_encoder, options.tokenizer, DTYPES[options.dtype], device)
         with _Bar("captions") as bar:
