@@ -189,6 +189,19 @@ def test_processes_share_the_work_and_the_last_writes_the_table(tmp_path, folder
     assert len(captions_of(output)) == 2
 
 
+@pytest.mark.parametrize("more", [["--refine"], ["--force"], []])
+def test_captions_of_the_dataset_do_not_end_the_work_of_others(tmp_path, folder, monkeypatch, more):
+    table, output = fill(tmp_path, ["a.png", "b.png"]) / "short.csv", tmp_path / "out.jsonl"
+    table.write_text("dir,text\na.png,a fox\nb.png,an owl\n" if more else "dir,text\na.png,a fox\nb.png,\n")
+    monkeypatch.setattr(caption, "load_captioner", lambda *_: lambda pictures, texts, *_: [f"dense {len(texts)}"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert not output.exists()
+        assert run(table, folder, "--output", output, *more) == 0
+    assert captions_of(output) == {"a.png": "dense 1" if more else "a fox", "b.png": "dense 1"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -90,7 +90,7 @@ def main(options: argparse.Namespace) -> None:
     if share:
         captioner = load_captioner(options.model, DTYPES[options.dtype], own_device(options.device))
         _caption(captioner, share, prompt, settings, options.batch_size, output)
-    if output.finish(records):
+    if output.finish(records, redo=refines or options.force):
         log.info("Captions are in %s", output.path)
 
 
@@ -212,7 +212,7 @@ class TextFiles:
     def forget(self) -> None:
         """Old captions stay until their new ones are written."""
 
-    def finish(self, records: Sequence[Record]) -> bool:
+    def finish(self, records: Sequence[Record], redo: bool) -> bool:
         return True
 
 
@@ -247,11 +247,18 @@ class Table:
         self.path.unlink(missing_ok=True)
         self.journal.unlink(missing_ok=True)
 
-    def finish(self, records: Sequence[Record]) -> bool:
-        """Write the table of all that has a caption, when every process is done. Returns whether it is written."""
+    def finish(self, records: Sequence[Record], redo: bool) -> bool:
+        """Write the table of all that has a caption, when every process is done. Returns whether it is written.
+
+        redo: the dataset's own captions do not count.
+        """
         journals = list(self.path.parent.glob(f".{self.path.name}.part*"))
         captions = self._read()
-        rows = [(record, captions.get(self._key(record), record.caption)) for record in records if record.picture]
+        rows = [
+            (record, captions.get(self._key(record), None if redo else record.caption or None))
+            for record in records
+            if record.picture
+        ]
         missing = [record.name for record, text in rows if text is None]
         if process_rank()[1] > 1 and missing:
             log.info("%d pictures have no caption yet; other processes may be at work on them.", len(missing))
