@@ -110,6 +110,7 @@ def test_our_errors_are_readable(editor):
     )
     end, report = editor.run()
     assert end == "execution_error", report
+    editor.page.get_by_role("button", name="View details").click()
     editor.page.get_by_text("Not connected: got no positive").first.wait_for()
     editor.page.wait_for_timeout(300)
     editor.shoot("error")
