@@ -119,9 +119,16 @@ def cache_folder() -> Path:
 def environment_key(root: Path, host: Sequence[str]) -> str:
     """A hash of all that decides what is installed: the requirement files, the host, Python and the machine."""
     digest = hashlib.sha256(repr((tuple(host), python_version(), sys.platform, platform.machine())).encode())
-    for path in sorted(root.glob("requirements*.txt")):
+    for path in installed_files(root / REQUIREMENTS):
         digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()[:16]
+
+
+def installed_files(path: Path) -> list[Path]:
+    """A requirement file and those that it includes; the lists of optional packages are not among them."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    included = [path.parent / line[2:].strip() for line in lines if line.startswith("-r")]
+    return [path, *(file for each in included for file in installed_files(each))]
 
 
 def choose_environment(folder: str | None, version: str | None, root: Path = ROOT) -> Environment:

@@ -34,6 +34,7 @@ def make_clone(folder: Path, requirements: str = "torch==1\n") -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "dev.py").touch()
     (folder / "requirements.txt").write_text(requirements)
+    (folder / "requirements-dev.txt").write_text("-r requirements.txt\n")
     return folder
 
 
@@ -79,7 +80,9 @@ def test_key_follows_requirements_and_host(tmp_path):
     assert environment.environment_key(clone, ("2.0.0", "abc")) != key
     (clone / "requirements.txt").write_bytes(b"torch==1\r\n")
     assert environment.environment_key(clone, ("2.6.0", "abc")) == key
-    (clone / "requirements-dev.txt").write_text("pytest\n")
+    (clone / "requirements-extras.txt").write_text("wandb\n")  # nothing that is installed
+    assert environment.environment_key(clone, ("2.6.0", "abc")) == key
+    (clone / "requirements-dev.txt").write_text("-r requirements.txt\npytest\n")
     assert environment.environment_key(clone, ("2.6.0", "abc")) != key
 
 
