@@ -38,6 +38,9 @@ def test_a_file_alone_and_with_its_configuration(saved, tmp_path):
     loaded = load_consistency_decoder(file, torch.bfloat16)
     assert next(loaded.parameters()).dtype == loaded.means.dtype == torch.bfloat16
     assert not hasattr(loaded, "encoder")
+    latents = torch.randn(1, 4, 3, 4, generator=torch.Generator().manual_seed(2))
+    half = decode(loaded, latents.bfloat16(), seed=1)
+    assert half.dtype == torch.bfloat16 and half.isfinite().all()
 
 
 def test_other_weights_are_told(tmp_path):
