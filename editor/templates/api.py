@@ -62,7 +62,7 @@ def to_api(workflow: dict, object_info: dict) -> dict:
 
     Raises ValueError for a node that the server does not know.
     """
-    subgraphs = {each["id"]: each for each in workflow.get("definitions", {}).get("subgraphs", ())}
+    subgraphs = {each["id"]: each for each in (workflow.get("definitions") or {}).get("subgraphs") or ()}
     nodes = _nodes_of(Scope.read(workflow, subgraphs), object_info)
     for node in nodes.values():
         node["inputs"] = {name: value for name, value in node["inputs"].items() if not _is_lost(value, nodes)}
