@@ -64,7 +64,7 @@ NODE_FILES_MAY_IMPORT = {"comfy_api", "torch"}
 TRAINING_DOORS = (
     *("nodes.training", "nodes.host.training"),
     *("nodes.dataset", "nodes.host.dataset", "nodes.host.encoding"),
-    *("demo.control", "demo.train_control", "demo.finetune"),
+    *("demo.control", "demo.train_control", "demo.finetune", "benchmarks.train"),
 )
 
 
