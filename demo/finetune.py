@@ -8,6 +8,7 @@ class, with and without pictures of the class beside them. lcm: pictures in 4 st
 
 import argparse
 import copy
+import itertools
 import logging
 import sys
 import tempfile
@@ -50,7 +51,17 @@ COMMON = TrainingSettings(
     log_every=10,
     tensorboard=False,
 )
-LORA = replace(COMMON, kind="lora", targets="blocks", rank=16, learning_rate=1e-3, steps=400, batch_size=20)
+LORA = replace(
+    COMMON,
+    kind="lora",
+    targets="blocks",
+    rank=16,
+    learning_rate=1e-3,
+    steps=1200,
+    batch_size=24,
+    timesteps="log_normal",  # most at the noise levels at which shapes are decided
+    timestep_mean=0.4,
+)
 DREAMBOOTH = replace(COMMON, kind="dreambooth", learning_rate=2e-4, steps=200, batch_size=20, weight_decay=0.0)
 LCM = replace(
     COMMON,
@@ -66,7 +77,8 @@ LCM = replace(
     lcm_guidance=3.0,  # of the form x + w (x - null): guidance 4
 )
 LESSONS, TEST_PICTURES, OLD_PICTURES = 20, 50, 100
-SUBJECT_PICTURES, PRIOR_PICTURES = 5, 20
+REMINDERS, REPEATS = 240, 8  # pictures that the model makes of what it knows; rounds of the lessons for each of them
+SUBJECT_PICTURES, PRIOR_PICTURES = 5, 40
 DISTILLATION_SCENES = 3000
 FEW_STEPS = 4
 
@@ -92,16 +104,20 @@ class Bar(Events):
         self.bar.set_postfix({"loss": f"{progress.smoothed:.4g}"}, refresh=False)
 
 
-def new_scenes(seed: str, count: int, apart_from: Sequence[Scene] = ()) -> list[Scene]:
-    """Scenes of one large SHAPE each; of (colour, position) pairs that `apart_from` does not show."""
+def new_scenes(seed: str, count: int, apart_from: Sequence[Scene] = (), *, beside: bool = False) -> list[Scene]:
+    """Scenes of one large SHAPE each; of (colour, position) pairs that `apart_from` does not show.
+
+    beside: another shape, which the model knows, is next to it.
+    """
     rng, scenes = Random(seed), []
-    known = {(scene.items[0].colour, scene.items[0].position) for scene in apart_from}
+    known = {(item.colour, item.position) for scene in apart_from for item in scene.items if item.shape == SHAPE}
     while len(scenes) < count:
-        scene = random_scene(rng, 1, SIDE_PX, SIDE_PX, shapes=[SHAPE])
-        item = scene.items[0]
+        scene = random_scene(rng, 1 + beside, SIDE_PX, SIDE_PX, shapes=(*TRAINED_SHAPES, SHAPE))
+        of_shape = [item for item in scene.items if item.shape == SHAPE]
         # Of a small one, too little is left in a latent of 8x8 pixels a cell.
-        if item.size == "large" and (item.colour, item.position) not in known:
-            scenes.append(scene)
+        if len(of_shape) == 1 and of_shape[0].size == "large":
+            if (of_shape[0].colour, of_shape[0].position) not in known:
+                scenes.append(scene)
     return scenes
 
 
@@ -157,6 +173,13 @@ def draw(
     return pictures
 
 
+def make_reminders(model: DemoModel, scenes: Sequence[Scene]) -> tuple[list[Scene], list[np.ndarray]]:
+    """The scenes that the model draws as they are told, and its pictures of them: what a training is to keep."""
+    pictures = draw(model, scenes, Sampling(), seed=1000)
+    right = [all(good == count for good, count in score(p, s).values()) for p, s in zip(pictures, scenes, strict=True)]
+    return [list(itertools.compress(each, right)) for each in (scenes, pictures)]
+
+
 def measure(pictures: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
     """Shares of right attributes, where SHAPE counts as a shape too; "all" is their mean."""
     shapes = (*TRAINED_SHAPES, SHAPE)
@@ -181,7 +204,7 @@ def named(scene: Scene, name: str) -> str:
 
 def teach_lora(model: DemoModel, settings: TrainingSettings, options: argparse.Namespace) -> str:
     """The table of a LoRA that teaches SHAPE as WORD, and what it did to the shapes that were known."""
-    lessons = new_scenes("lessons", LESSONS)
+    lessons = new_scenes("lessons", LESSONS, beside=True)  # so that the old shapes are seen with the new one
     tests = new_scenes("tests", options.count or TEST_PICTURES, lessons)
     old = held_out_scenes(options.count or OLD_PICTURES, SIDE_PX, SIDE_PX)
 
@@ -194,8 +217,12 @@ def teach_lora(model: DemoModel, settings: TrainingSettings, options: argparse.N
         return {WORD: new["shape"], "its place": new["position"], "known shapes": known["shape"]}, new_pictures
 
     before, first = look()
-    features = make_features(model, [draw_scene(scene) for scene in lessons], [say(scene) for scene in lessons])
-    taken_s = train(model, features, settings, options.save)
+    began = time.perf_counter()
+    reminders, known = make_reminders(model, [random_scene(Random(f"known {k}"), 1 + k % 2) for k in range(REMINDERS)])
+    pictures = [draw_scene(scene) for scene in lessons] * REPEATS + known
+    captions = [say(scene) for scene in lessons] * REPEATS + [caption(scene) for scene in reminders]
+    train(model, make_features(model, pictures, captions, LESSONS * REPEATS), settings, options.save)
+    taken_s = time.perf_counter() - began
     after, second = look()
     save_sheet(options.sheet, first[:10] + second[:10])
     rows = {"before": before, f"after {taken_s / 60:.1f} minutes": after}
@@ -222,7 +249,7 @@ def teach_dreambooth(model: DemoModel, settings: TrainingSettings, options: argp
     rows = {"before": look()}
     untrained = copy.deepcopy(model.denoiser)
     own = [draw_scene(scene) for scene in lessons]
-    of_class = draw(model, priors, Sampling(), seed=1000)  # by the model itself, as DreamBooth does
+    priors, of_class = make_reminders(model, priors)  # by the model itself, as DreamBooth does
     for label, pictures, scenes in (
         ("without pictures of the class", own, lessons),
         ("with pictures of the class", own + of_class, lessons + priors),
