@@ -78,7 +78,10 @@ def test_a_template_opens_whole(editor, name):
     shipped, opened = read(ROOT / "workflows" / f"{name}.json"), editor.export()
     editor.shoot(f"template_{name}")
     assert opened["unknown"] == []
-    assert opened["output"] == read(ROOT / "workflows" / "api" / f"{name}.json")
+    twin = read(ROOT / "workflows" / "api" / f"{name}.json")
+    for node in (*twin.values(), *opened["output"].values()):
+        del node["_meta"]  # the titles of ComfyUI's own nodes, which change with its version
+    assert opened["output"] == twin
     saved = {node["id"]: node for node in opened["workflow"]["nodes"]}
     for node in shipped["nodes"]:
         for field in ("type", "pos", "size", "title", "color", "properties"):
