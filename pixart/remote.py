@@ -107,10 +107,11 @@ class ComfyServer:
         return entry
 
     def images(self, entry: dict) -> list[bytes]:
-        """The picture files of a history entry, in the order of its nodes, as they lie on the server's disk."""
+        """The saved pictures of a history entry, in the order of its nodes; where nothing was saved, its previews."""
         # The server reports them as they were run; by number is the order in which the workflow has them.
         outputs = sorted(entry["outputs"].items(), key=lambda output: (len(output[0]), output[0]))
         files = [file for _, output in outputs for file in output.get("images", ())]
+        files = [file for file in files if file["type"] == "output"] or files
         return [self.get("/view", **{name: file[name] for name in ("filename", "subfolder", "type")}) for file in files]
 
     def run(self, workflow: dict, timeout_s: float = 600) -> list[Image.Image]:
