@@ -8,7 +8,6 @@ import argparse
 import json
 import logging
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ..pixart.config import CONFIGS
 from ..pixart.control_storage import ControlNetCheckpoint, expected_control_shapes
 from .host import import_host
 from .report import RESULTS, markdown_table
+from .timing import CLOCKS, read_clock
 
 VARIANT = "alpha-512"
 MAX_RATIO = 1.55
@@ -56,7 +56,7 @@ class PeakMemory:
 class Studio:
     """XL/2 and its ControlNet with random weights in this process's ComfyUI."""
 
-    def __init__(self, copies, side_px, dtype):
+    def __init__(self, copies, side_px, dtype, clock):
         import_host()
         from comfy import sample
 
@@ -64,7 +64,8 @@ class Studio:
 
         config = CONFIGS[VARIANT]
         shapes = expected_shapes(config)
-        self.sample, self.dtype = sample, dtype
+        self.sample, self.dtype, self.clock = sample, dtype, clock
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.make_patcher({name: _random(s, dtype) for name, s in shapes.items()}, config, dtype)
         weights = {f"controlnet.{n}": _random(s, dtype) for n, s in expected_control_shapes(config, copies).items()}
         self.control_bytes = sum(tensor.nbytes for tensor in weights.values())
@@ -84,7 +85,7 @@ class Studio:
         with torch.inference_mode():
             self.sample.sample(
                 self.model, noise, 2, 1.0, "euler", "simple", conditioning, conditioning, self.latent,
-                disable_pbar=True, callback=lambda *_: ends.append(_now()),
+                disable_pbar=True, callback=lambda *_: ends.append(read_clock(self.clock, self.device)),
             )  # fmt: skip
         return Run(ends[1] - ends[0], memory.read())
 
@@ -96,11 +97,13 @@ def main(arguments):
     parser.add_argument("--side-px", type=int, default=512, help="side of the picture")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    studio = Studio(options.copies, options.side_px, dtypes[options.dtype or ("bf16" if on_gpu else "fp32")])
+    dtype = dtypes[options.dtype or ("bf16" if on_gpu else "fp32")]
+    studio = Studio(options.copies, options.side_px, dtype, options.clock)
     plain, controlled = [], []
     for number in range(options.rounds + 1):
         pair = studio.run(studio.plain), studio.run(studio.controlled)
@@ -114,6 +117,7 @@ def main(arguments):
         "dtype": str(studio.dtype).removeprefix("torch."),
         "side_px": options.side_px,
         "copies": options.copies,
+        "clock": options.clock,
         "rounds": options.rounds,
         **_summary(plain, controlled, studio.control_bytes),
     }
@@ -146,7 +150,8 @@ def _publish(numbers, folder):
     ]
     text = (
         f"PixArt-XL/2 at {numbers['side_px']} px, {numbers['copies']} of 28 blocks copied, {numbers['dtype']}, "
-        f"{numbers['device']}, {numbers['rounds']} rounds:\n\n{markdown_table(['', 'measured', 'wanted'], rows)}"
+        f"{numbers['device']}, {numbers['clock']} time, "
+        f"{numbers['rounds']} rounds:\n\n{markdown_table(['', 'measured', 'wanted'], rows)}"
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "controlnet.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
@@ -156,9 +161,3 @@ def _publish(numbers, folder):
 
 def _random(shape, dtype):
     return torch.randn(shape, dtype=dtype) * 0.02
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -12,6 +12,10 @@ ROOT = Path(__file__).parent.parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 FIRST_PICTURE_S = 30  # on two quiet cores
 HAS_PICTURE = "app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0"
+HAS_THUMBNAILS = (
+    "[...document.querySelectorAll(\"[data-testid^='template-workflow-'] img\")]"
+    ".filter(image => image.naturalWidth > 0).length >= 6"
+)
 TITLES = "types => types.map(type => LiteGraph.registered_node_types[type].title)"
 CHANGED = {
     "PixArtTextEncode": {"text": "two\nlines", "caption_length": "custom", "custom_length": 77, "aspect_ratio": 0.5}
@@ -65,11 +69,8 @@ def test_from_opening_to_the_first_picture(editor, record_property):
 
 def test_the_template_browser_shows_every_workflow_with_its_picture(editor):
     assert sorted(editor.browse_templates()) == NAMES
-    images = editor.page.locator("[data-testid^='template-workflow-'] img")
-    editor.page.wait_for_timeout(500)
+    editor.page.wait_for_function(HAS_THUMBNAILS, timeout=60_000)
     editor.shoot("templates")
-    assert images.count() >= 6
-    assert images.first.evaluate("image => image.naturalWidth") > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
