@@ -37,6 +37,7 @@ def places(pack):
     yield found
     for folder in (found.input, found.output, *(found.models / name for name in ("vae", "text_encoders"))):
         shutil.rmtree(folder)
+        folder.mkdir()  # the host remembers which folders there are
 
 
 @pytest.fixture(scope="module")

@@ -20,17 +20,15 @@ def weights():
 
 
 @pytest.fixture
-def folders(comfy):
-    """models/annotators and models/controlnet of this process, emptied again afterwards."""
+def folders(comfy, pack, tmp_path, monkeypatch):
+    """Empty folders in place of models/annotators and models/controlnet."""
     paths = importlib.import_module("folder_paths")
-    roots = [os.path.join(paths.models_dir, name) for name in ("annotators", "controlnet")]
-    for root in roots:
-        os.makedirs(root, exist_ok=True)
-    yield dict(zip(("annotators", "controlnet"), roots, strict=True))
-    for root in roots:
-        for name in os.listdir(root):
-            os.remove(os.path.join(root, name))
-    paths.filename_list_cache.clear()
+    roots = {name: tmp_path / name for name in ("annotators", "controlnet")}
+    for name, root in roots.items():
+        root.mkdir()
+        monkeypatch.setitem(paths.folder_names_and_paths, name, ([str(root)], paths.folder_names_and_paths[name][1]))
+    monkeypatch.setattr(paths, "filename_list_cache", {})
+    return {name: str(root) for name, root in roots.items()}
 
 
 @pytest.fixture
