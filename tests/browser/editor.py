@@ -84,8 +84,13 @@ class Editor:
         content.first.wait_for()
         self.page.get_by_text(PACK, exact=True).first.click()
         self.page.get_by_test_id("template-workflow-demo").wait_for()
+        cards, count = self.page.locator("[data-testid^='template-workflow-']"), 0
+        while cards.count() > count:  # the browser shows two dozen, and more when one scrolls down to the last
+            count = cards.count()
+            cards.last.scroll_into_view_if_needed()
+            self.page.wait_for_timeout(500)
         ids = "cards => cards.map(card => card.dataset.testid.replace('template-workflow-', ''))"
-        return self.page.locator("[data-testid^='template-workflow-']").evaluate_all(ids)
+        return cards.evaluate_all(ids)
 
     def open_template(self, name: str) -> None:
         self.browse_templates()
