@@ -4,19 +4,16 @@ The same random weights, inputs and threads; the runs take turns.
 """
 
 import argparse
-import json
 import logging
 import statistics
 from pathlib import Path
 
 import torch
 
-from .peers import DiffusersLoop, HostLoop, OurLoop, make_captions, make_config, make_weights
+from .peers import DIFFUSERS, HOST, OURS, DiffusersLoop, HostLoop, OurLoop, make_captions, make_config, make_weights
 from .plain import DTYPES
-from .report import RESULTS, markdown_table
+from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import CLOCKS, compare, count_work, measure_roofline, take_turns
-
-OURS = "this pack"
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +36,8 @@ def main(arguments):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.inference_mode():
         best = measure_roofline(device, DTYPES[options.dtype], options.clock)
-    results = {variant: measure(variant, options, device, best) for variant in options.variants}
-    settings = (
-        f"{options.depth or 'all'} blocks of XL/2, {options.steps} steps, captions of {options.captions} tokens, "
-    )
-    settings += f"{options.dtype}, {device}, {torch.get_num_threads()} threads, {options.clock} time, "
-    settings += f"{options.rounds} rounds"
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = f"{settings}:\n\n{_table(results)}"
-    (options.out / "loop.json").write_text(json.dumps({"settings": settings, "runs": results}, indent=1) + "\n")
-    (options.out / "loop.md").write_text(text, encoding="utf-8")
+    for variant in options.variants:
+        text = publish([measure(variant, options, device, best)], options.out)
     logger.info("%s", text)
 
 
@@ -60,28 +49,45 @@ def measure(variant, options, device, best):
     side = config.base_size * config.patch_size
     loops = {OURS: OurLoop(config, weights, dtype)}
     if config.base_px > 256:  # ComfyUI's own divides by zero there
-        loops["ComfyUI"] = HostLoop(config, weights, dtype)
+        loops[HOST] = HostLoop(config, weights, dtype)
     if device == "cpu":
-        loops["diffusers"] = DiffusersLoop(config, weights, dtype)
-    rivals = {name: lambda loop=loop: loop.sample(captions, side, options.steps) for name, loop in loops.items()}
-    seconds = take_turns(rivals, options.rounds, options.clock, device)
+        loops[DIFFUSERS] = DiffusersLoop(config, weights, dtype)
+    rivals, warm_up = (
+        {name: lambda loop=loop, count=count: loop.sample(captions, side, count) for name, loop in loops.items()}
+        for count in (options.steps, 1)
+    )
+    seconds = take_turns(rivals, options.rounds, options.clock, device, warm_up)
     work = count_work(config, 2, config.base_size**2, max(options.captions), dtype.itemsize)
     return {
+        "case": {
+            "variant": variant,
+            "blocks": config.depth,
+            "steps": options.steps,
+            "captions": options.captions,
+            "dtype": options.dtype,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "clock": options.clock,
+        },
         "seconds": seconds,
         "ratios": {name: compare(seconds, OURS, name) for name in rivals if name != OURS},
         "roofline_s": best.seconds(*(options.steps * amount for amount in work)),
     }
 
 
-def _table(results):
+def publish(runs, folder):
+    """Add runs to loop.json and write loop.md anew. Returns its text."""
     rows = []
-    for variant, run in results.items():
-        median = statistics.median(run["seconds"][OURS])
-        cells = [variant, f"{median:.2f} s", f"{run['roofline_s']:.2f} s"]
-        for name in ("ComfyUI", "diffusers"):
-            found = run["ratios"].get(name)
-            cells.append(
-                f"{found['ratio']:.2f} ({found['least']:.2f} to {found['greatest']:.2f})" if found else "not run"
-            )
-        rows.append(cells)
-    return markdown_table(["variant", "this pack", "roofline", "over ComfyUI's own", "over diffusers"], rows)
+    for run in keep_runs(folder / "loop.json", runs):
+        case, median = run["case"], statistics.median(run["seconds"][OURS])
+        settings = f"{case['dtype']}, {case['device']}, {case['threads']} threads, {case['clock']} time"
+        rows.append(
+            [case["variant"], case["blocks"], case["steps"], case["captions"], settings, len(run["seconds"][OURS])]
+            + [f"{median:.2f} s", f"{run['roofline_s']:.2f} s"]
+            + [describe_ratio(run["ratios"].get(name)) for name in (HOST, DIFFUSERS)]
+        )
+    head = ["variant", "blocks", "steps", "captions", "settings", "rounds", OURS, "roofline"]
+    text = "Guided loops of dpmpp_2m with captions of so many tokens, time of this pack and over others':\n\n"
+    text += markdown_table([*head, f"over {HOST}'s own", f"over {DIFFUSERS}"], rows)
+    (folder / "loop.md").write_text(text, encoding="utf-8")
+    return text

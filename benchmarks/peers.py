@@ -9,6 +9,7 @@ from ..pixart.checkpoint import expected_shapes, to_diffusers
 from ..pixart.config import CONFIGS
 from .host import import_host
 
+OURS, HOST, DIFFUSERS = "this pack", "ComfyUI", "diffusers"
 GUIDANCE = 4.5
 
 

@@ -1,5 +1,6 @@
 """Tables and plots of benchmark results."""
 
+import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,6 +15,30 @@ def markdown_table(head, rows):
     """A Markdown table. head: cells. rows: lists of as many cells; all are turned into text."""
     lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in [head, ["---"] * len(head), *rows]]
     return "\n".join(lines) + "\n"
+
+
+def describe_ratio(found):
+    """`timing.compare` as a cell: the median, and the least and the greatest; "not run" for None."""
+    if found is None:
+        return "not run"
+    return f"{found['ratio']:.2f} ({found['least']:.2f} to {found['greatest']:.2f})"
+
+
+def keep_runs(path, runs):
+    """Put runs into a JSON file of results, each in the place of one with the same "case". Returns all that are there.
+
+    runs: dicts with a "case", which says everything that a result depends on.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    for run in runs:
+        old = [index for index, other in enumerate(kept) if other["case"] == run["case"]]
+        if old:
+            kept[old[0]] = run
+        else:
+            kept.append(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"runs": kept}, indent=1) + "\n", encoding="utf-8")
+    return kept
 
 
 def save_plot(path, curves, title, x_label, y_label, logarithmic=("x", "y")):

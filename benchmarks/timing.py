@@ -32,15 +32,21 @@ def read_clock(clock: str, device: str) -> float:
     return time.process_time() if clock == "cpu" else time.perf_counter()
 
 
-def take_turns(rivals: dict[str, Callable], rounds: int, clock: str, device: str) -> dict[str, list[float]]:
-    """Seconds of every rival in every round, A B A B; the first round warms up and does not count."""
+def take_turns(
+    rivals: dict[str, Callable], rounds: int, clock: str, device: str, warm_up: dict[str, Callable] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every rival in every round, A B A B. A round before warms up and does not count.
+
+    warm_up: what runs in that round; by default the rivals themselves.
+    """
+    for run in (rivals if warm_up is None else warm_up).values():
+        run()
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in rivals.items():
             began = read_clock(clock, device)
             run()
-            if number:
-                seconds[name].append(read_clock(clock, device) - began)
+            seconds[name].append(read_clock(clock, device) - began)
     return seconds
 
 

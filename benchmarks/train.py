@@ -8,7 +8,6 @@ its peak beyond the weights: of the GPU, or of this process (Linux).
 import argparse
 import ctypes
 import gc
-import json
 import logging
 import statistics
 import sys
@@ -29,12 +28,12 @@ from ..pixart.training.settings import TrainingSettings
 from ..pixart.transformer import PixArt
 from .controlnet import PeakMemory
 from .host import import_host
-from .peers import make_config, make_weights
-from .report import RESULTS, markdown_table
+from .peers import OURS, make_config, make_weights
+from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import CLOCKS, compare, take_turns
 
 VARIANT = "alpha-256"
-OURS, PEFT = "this pack", "diffusers + PEFT"
+PEFT = "diffusers + PEFT"
 RANK = 16
 LEARNING_RATE = 1e-4
 PEFT_TARGETS = {
@@ -188,31 +187,21 @@ def main(arguments):
     parser.add_argument("--targets", choices=list(PEFT_TARGETS), nargs="+", default=["attention"])
     parser.add_argument("--caption", type=int, default=20, help="true tokens of a caption")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
-    runs = [
-        measure(depth, batch, targets, dtype, device, options)
-        for depth in options.depths
-        for batch in options.batches
-        for targets in options.targets
-    ]
-    depth = min(options.depths)
-    host = try_host(depth, options.caption)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    settings = (
-        f"XL/2 width, 256 px, rank {RANK}, captions of {options.caption} tokens, {dtype}, {name}, "
-        f"{options.clock} time, {options.rounds} rounds"
-    )
-    options.out.mkdir(parents=True, exist_ok=True)
-    numbers = {"settings": settings, "runs": runs, "host": host}
-    (options.out / "train.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    text = f"{settings}:\n\n{_table(runs)}\nComfyUI's own Train LoRA on its own PixArt {host}.\n"
-    (options.out / "train.md").write_text(text, encoding="utf-8")
-    logger.info("%s", text)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    for depth in options.depths:
+        for batch in options.batches:
+            for targets in options.targets:
+                publish([measure(depth, batch, targets, dtype, device, options)], options.out)
+    host = {"case": {"trainer": "ComfyUI"}, "says": try_host(min(options.depths), options.caption)}
+    logger.info("%s", publish([host], options.out))
 
 
 def measure(depth, batch_size, targets, dtype, device, options) -> dict:
@@ -228,10 +217,18 @@ def measure(depth, batch_size, targets, dtype, device, options) -> dict:
     rivals = {name: trainee.step for name, trainee in trainees.items()}
     seconds = take_turns(rivals, options.rounds, options.clock, device)
     peaks = {name: measure_peak(trainee, device) for name, trainee in trainees.items()}
+    name = torch.cuda.get_device_name() if device == "cuda" else device
     return {
-        "depth": depth,
-        "batch": batch_size,
-        "targets": targets,
+        "case": {
+            "blocks": depth,
+            "batch": batch_size,
+            "targets": targets,
+            "caption": options.caption,
+            "dtype": dtype,
+            "device": name,
+            "threads": torch.get_num_threads(),
+            "clock": options.clock,
+        },
         "seconds": seconds,
         "images_per_second": {name: batch_size / statistics.median(values) for name, values in seconds.items()},
         "speed": compare(seconds, PEFT, OURS),
@@ -239,15 +236,24 @@ def measure(depth, batch_size, targets, dtype, device, options) -> dict:
     }
 
 
-def _table(runs):
-    rows = []
-    for run in runs:
-        rates, peaks, speed = run["images_per_second"], run["peak_bytes"], run["speed"]
+def publish(runs, folder):
+    """Add runs to train.json and write train.md anew. Returns its text."""
+    rows, told = [], []
+    for run in keep_runs(folder / "train.json", runs):
+        case = run["case"]
+        if "says" in run:
+            told.append(f"\n{case['trainer']}'s own Train LoRA on its own PixArt {run['says']}.\n")
+            continue
+        rates, peaks = run["images_per_second"], run["peak_bytes"]
         memory = f"{peaks[OURS] / peaks[PEFT]:.2f}" if peaks[PEFT] else "not measured"
+        settings = f"{case['dtype']}, {case['device']}, {case['threads']} threads, {case['clock']} time"
         rows.append(
-            [run["depth"], run["batch"], run["targets"], f"{rates[OURS]:.2f}", f"{rates[PEFT]:.2f}"]
-            + [f"{speed['ratio']:.2f} ({speed['least']:.2f} to {speed['greatest']:.2f})"]
+            [case["blocks"], case["batch"], case["targets"], settings, len(run["seconds"][OURS])]
+            + [f"{rates[OURS]:.3g}", f"{rates[PEFT]:.3g}", describe_ratio(run["speed"])]
             + [f"{peaks[OURS] / 2**20:.0f} MiB", f"{peaks[PEFT] / 2**20:.0f} MiB", memory]
         )
-    head = ["blocks", "batch", "layers", f"images/s, {OURS}", f"images/s, {PEFT}", "ratio"]
-    return markdown_table([*head, f"memory, {OURS}", f"memory, {PEFT}", "ratio"], rows)
+    head = ["blocks", "batch", "layers", "settings", "rounds"]
+    head += [f"images/s, {OURS}", f"images/s, {PEFT}", "ratio", f"memory, {OURS}", f"memory, {PEFT}", "ratio"]
+    text = f"A LoRA of rank {RANK} on XL/2's width at 256 px:\n\n{markdown_table(head, rows)}{''.join(told)}"
+    (folder / "train.md").write_text(text, encoding="utf-8")
+    return text

@@ -17,6 +17,12 @@ def test_rivals_take_turns():
     assert [len(times) for times in seconds.values()] == [2, 2]
 
 
+def test_what_warms_up_may_be_less():
+    calls = []
+    seconds = take_turns({"a": lambda: calls.append("a")}, 2, "cpu", "cpu", {"a": lambda: calls.append("short")})
+    assert calls == ["short", "a", "a"] and len(seconds["a"]) == 2
+
+
 def test_ratio_is_of_pairs():
     found = compare({"a": [1.0, 4.0, 3.0], "b": [2.0, 4.0, 2.0]}, "a", "b")
     assert found == {"ratio": 1.0, "least": 0.5, "greatest": 1.5}
