@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..pixart.captioner import DESCRIBE, DESCRIBE_CAPTION, CaptionSettings
 from .host.caption import PRECISIONS, caption_images, list_captioners
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
 
 USUAL = CaptionSettings()
 
@@ -85,12 +85,9 @@ class CaptionImages(io.ComfyNode):
                     advanced=True,
                     tooltip="Pictures at once; more is faster and takes more memory.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "precision",
-                    options=list(PRECISIONS),
-                    default=PRECISIONS[0],
-                    optional=True,
+                    PRECISIONS,
                     advanced=True,
                     tooltip="Of the weights. default: as they are in the folder.",
                 ),

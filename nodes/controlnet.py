@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from .host.controlnet import apply_control, list_controlnets, load_controlnet
 from .host.loading import DTYPES, VARIANTS
-from .host.schema import missing_output, node_input, schema
+from .host.schema import choice_input, missing_output, node_input, schema
 
 CATEGORY = "PixArt/controlnet"
 NO_BASE = (
@@ -33,21 +33,16 @@ class LoadControlNet(io.ComfyNode):
                     tooltip="A file of models/controlnet, such as PixArt-XL-2-1024-ControlNet.pth, or a diffusers "
                     "folder there.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "weight_dtype",
-                    options=list(DTYPES),
+                    DTYPES,
                     default="default",
-                    optional=True,
                     tooltip="Precision of the weights, of the base model too. default: as ComfyUI thinks best for the "
                     "file and the device. fp8 halves the memory at a small loss.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "variant",
-                    options=list(VARIANTS),
-                    default=VARIANTS[0],
-                    optional=True,
+                    VARIANTS,
                     advanced=True,
                     tooltip="Which released PixArt the base model in the file is. Choose it where auto is wrong.",
                 ),

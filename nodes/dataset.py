@@ -15,7 +15,7 @@ from .host.dataset import (
 )
 from .host.edges import AUTO, list_hed_models
 from .host.encoding import CACHE_FOLDER, CONTROL_FILES, CONTROL_METHODS, encode_dataset, settings_for
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
 from .host.text import show_text
 
 CATEGORY = "PixArt/training"
@@ -41,12 +41,9 @@ def _check_inputs() -> list:
             optional=True,
             tooltip="Pictures whose shorter side has fewer pixels are too small. 0: all pass, and are enlarged.",
         ),
-        node_input(
-            io.Combo,
+        choice_input(
             "problems",
-            options=list(POLICIES),
-            default=POLICIES[0],
-            optional=True,
+            POLICIES,
             tooltip="What happens to unreadable, doubled, too small or narrow pictures and missing captions. skip: "
             "they are left out and named in the report. error: the prompt ends with the table.",
         ),
@@ -265,12 +262,9 @@ class EncodeDataset(io.ComfyNode):
                     optional=True,
                     tooltip="The size that the model was trained at, in pixels. 0: the connected model's.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "bins",
-                    options=list(BINS),
-                    default=BINS[0],
-                    optional=True,
+                    BINS,
                     tooltip="aspect ratio bins: each picture is resized and cropped into the nearest of PixArt's "
                     "sizes. square: all into the square one, as the models without several sizes were trained.",
                 ),
@@ -329,30 +323,22 @@ def _caption_inputs() -> list:
             tooltip="Longest caption in tokens; what is longer is cut. 0: the connected model's, which is 120 for "
             "alpha and 300 for Sigma.",
         ),
-        node_input(
-            io.Combo,
+        choice_input(
             "clean_caption",
-            options=list(CLEANING),
-            default=CLEANING[0],
-            optional=True,
+            CLEANING,
             advanced=True,
             tooltip="As in PixArt Text Encode; choose the same when you use what you train.",
         ),
-        node_input(
-            io.Combo,
+        choice_input(
             "caption_dtype",
-            options=list(DTYPES),
+            DTYPES,
             default="fp16",
-            optional=True,
             advanced=True,
             tooltip="How captions are stored: fp16 and bf16 take half the space of fp32.",
         ),
-        node_input(
-            io.Combo,
+        choice_input(
             "size_condition",
-            options=list(SIZE_CONDITIONS),
-            default=SIZE_CONDITIONS[0],
-            optional=True,
+            SIZE_CONDITIONS,
             advanced=True,
             tooltip="The size that PixArt-alpha 1024 is told. bin: the one it is trained at, as when you make "
             "pictures. picture: the picture's own, as in PixArt's own training, which hints at its quality.",
@@ -362,21 +348,17 @@ def _caption_inputs() -> list:
 
 def _control_inputs() -> list:
     return [
-        node_input(
-            io.Combo,
+        choice_input(
             "control",
-            options=list(CONTROL_METHODS),
+            CONTROL_METHODS,
             default=CONTROL_FILES,
-            optional=True,
             tooltip="For a ControlNet. control pictures: the dataset's own, where it has some. hed, soft edges, "
             "canny: drawn from the pictures, as PixArt HED Preprocessor does. none: left out.",
         ),
-        node_input(
-            io.Combo,
+        choice_input(
             "hed_model",
-            options=list_hed_models(),
+            list_hed_models(),
             default=AUTO,
-            optional=True,
             advanced=True,
             tooltip="For hed: ControlNetHED.pth. auto finds it by its name.",
         ),

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..pixart.resolution import ASPECT_RATIOS
 from .host.edges import AUTO, HED, METHODS, list_hed_models, make_edges
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
 
 KEEP_SIZE = "keep"
 
@@ -36,12 +36,10 @@ class HEDPreprocessor(io.ComfyNode):
                     tooltip="hed: the official network, from a file. soft edges: soft lines without a file. canny: "
                     "lines one pixel wide.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "hed_model",
-                    options=list_hed_models(),
+                    list_hed_models(),
                     default=AUTO,
-                    optional=True,
                     tooltip="For hed: ControlNetHED.pth in models/annotators or models/controlnet. auto finds it by "
                     "its name.",
                 ),
@@ -56,12 +54,10 @@ class HEDPreprocessor(io.ComfyNode):
                     tooltip="What the edges' brightness is multiplied by, as in PixArt's own demo. The ControlNet's "
                     "strength is set where it is applied.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "fit",
-                    options=[KEEP_SIZE, *map(str, ASPECT_RATIOS)],
+                    [KEEP_SIZE, *map(str, ASPECT_RATIOS)],
                     default=KEEP_SIZE,
-                    optional=True,
                     tooltip="keep: edges of the picture's own size. A number: resize and crop the picture into the "
                     "nearest size that a PixArt of this base was trained at. Give the latent the same size.",
                 ),

@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from .host.export import LAYOUTS, save_model
 from .host.lora import DTYPES
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
 from .host.text import show_text
 
 AS_IT_IS = next(iter(DTYPES))
@@ -39,12 +39,10 @@ class SaveCheckpoint(io.ComfyNode):
                     tooltip="original: for ComfyUI and PixArt's own scripts. diffusers: for its pipelines; its layout "
                     "has no place for the learned null caption, which a single file keeps all the same.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "dtype",
-                    options=list(DTYPES),
+                    DTYPES,
                     default=AS_IT_IS,
-                    optional=True,
                     tooltip="Precision of the file. as it is: that of the loaded weights, and fp16 for fp8.",
                 ),
             ],

@@ -8,7 +8,7 @@ from ..pixart.diagrams import draw_bins
 from ..pixart.resolution import ASPECT_RATIOS, FIT_METHODS, fit_images, nearest_ratio
 from .host.latent import empty_latent
 from .host.pictures import to_image
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
 
 BASES = [str(base_px) for base_px in ASPECT_RATIOS]
 BASE_TIP = "The size that the model was trained at, in pixels: it chooses the table of picture sizes."
@@ -74,12 +74,10 @@ class Resolution(io.ComfyNode):
                     tooltip="by ratio: the one chosen below. nearest to size: to width and height. nearest to image: "
                     "to the connected picture.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "ratio",
-                    options=list(RATIOS),
+                    RATIOS,
                     default=SQUARE,
-                    optional=True,
                     tooltip="Height / width as PixArt's tables name it; in brackets width:height. For by ratio.",
                 ),
                 _side_input("width", 1024, "The wanted width, for nearest to size.", optional=True),
@@ -157,12 +155,9 @@ class FitImage(io.ComfyNode):
                 node_input(io.Combo, "base", options=BASES, default="1024", optional=True, tooltip=BASE_TIP),
                 _side_input("width", 0, "The wanted width, for to a size.", optional=True),
                 _side_input("height", 0, "The wanted height, for to a size.", optional=True),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "method",
-                    options=list(FIT_METHODS),
-                    default=FIT_METHODS[0],
-                    optional=True,
+                    FIT_METHODS,
                     advanced=True,
                     tooltip="bicubic and lanczos as PixArt's training pictures were prepared; bilinear as diffusers "
                     "brings its results to size.",

@@ -14,19 +14,16 @@ from .host.loading import (
     load_pipeline,
     load_vae,
 )
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
 from .host.text import show_text
 
 CATEGORY = "PixArt/loaders"
 
 
 def _variant_input():
-    return node_input(
-        io.Combo,
+    return choice_input(
         "variant",
-        options=list(VARIANTS),
-        default=VARIANTS[0],
-        optional=True,
+        VARIANTS,
         advanced=True,
         tooltip="Which released PixArt the file is. auto reads it from the weights, the files around them and the "
         "name; PixArt Model Info shows by which sign. Choose it where auto is wrong.",
@@ -34,12 +31,10 @@ def _variant_input():
 
 
 def _dtype_input():
-    return node_input(
-        io.Combo,
+    return choice_input(
         "weight_dtype",
-        options=list(DTYPES),
+        DTYPES,
         default="default",
-        optional=True,
         tooltip="Precision of the weights. default: as ComfyUI thinks best for the file and the device. fp8 halves "
         "the memory at a small loss.",
     )
@@ -67,12 +62,9 @@ class LoadCheckpoint(io.ComfyNode):
                 ),
                 _dtype_input(),
                 _variant_input(),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "weights",
-                    options=list(WEIGHTS),
-                    default=WEIGHTS[0],
-                    optional=True,
+                    WEIGHTS,
                     advanced=True,
                     tooltip="Of a training checkpoint that holds both: ema takes the averaged weights, which are "
                     "better pictures; model the raw ones. Files with one set ignore this.",

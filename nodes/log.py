@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..pixart.run_log import OFF, WANDB_MODES
 from .host.log import log_runs, time_model
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
 
 CATEGORY = "PixArt/info"
 TimerType = io.Custom("PIXART_TIMER")
@@ -64,12 +64,10 @@ class RunLog(io.ComfyNode):
                     default="pixart_log",
                     tooltip="A folder in ComfyUI's output folder; each run adds its pictures and a line to log.jsonl.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "wandb",
-                    options=list(WANDB_MODES),
+                    WANDB_MODES,
                     default=OFF,
-                    optional=True,
                     tooltip="Weights & Biases: off, offline (only written into the folder), or online. Nothing is sent "
                     "unless it is online.",
                 ),

@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..pixart.lora import LAYOUTS
 from .host.lora import DTYPES, convert_lora, extract_lora, list_loras, load_lora
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
 from .host.text import show_text
 
 CATEGORY = "PixArt/lora"
@@ -30,12 +30,10 @@ def _prefix_input(name: str):
 
 
 def _dtype_input(default: str):
-    return node_input(
-        io.Combo,
+    return choice_input(
         "dtype",
-        options=list(DTYPES),
+        DTYPES,
         default=default,
-        optional=True,
         advanced=True,
         tooltip="Precision of the saved tensors. fp16 halves the file against fp32 at no visible loss.",
     )

@@ -10,7 +10,7 @@ from ..samplers.sa_solver import MODES, OFFICIAL_INTERVALS, TAU_UNITS
 from ..samplers.schedules import SCHEDULES
 from .host.pictures import to_image
 from .host.sampling import GUIDANCE_MODES, apply_preset, make_sampler, make_sigmas
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
 from .host.text import show_text
 
 SAMPLERS_CATEGORY = "PixArt/sampling"
@@ -21,12 +21,9 @@ SAMPLER_TIP = "For SamplerCustom and SamplerCustomAdvanced."
 
 
 def _noise_device():
-    return node_input(
-        io.Combo,
+    return choice_input(
         "noise_device",
-        options=list(NOISE_DEVICES),
-        default=NOISE_DEVICES[0],
-        optional=True,
+        NOISE_DEVICES,
         advanced=True,
         tooltip="Where the noise of the steps is drawn. cpu gives the same picture on every machine.",
     )
@@ -75,21 +72,16 @@ class SASolver(io.ComfyNode):
                     optional=True,
                     tooltip="Amount of noise inside the interval. 0 everywhere makes the sampler deterministic.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "weights",
-                    options=list(WEIGHTS),
-                    default=WEIGHTS[0],
-                    optional=True,
+                    WEIGHTS,
                     tooltip="exact: the integrals themselves, more accurate from about 8 steps on. official: the "
                     "simplified second-order weights of the original.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "tau_interval",
-                    options=[OFFICIAL, *TAU_UNITS],
+                    [OFFICIAL, *TAU_UNITS],
                     default=OFFICIAL,
-                    optional=True,
                     advanced=True,
                     tooltip="official: noise for t from 200 to 800. Otherwise the unit of the two bounds below.",
                 ),
@@ -102,22 +94,17 @@ class SASolver(io.ComfyNode):
                     **bound,
                 ),
                 node_input(io.Float, "tau_end", default=200.0, tooltip="The other bound, included.", **bound),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "tau_at",
-                    options=list(OFFICIAL_INTERVALS),
+                    OFFICIAL_INTERVALS,
                     default="target",
-                    optional=True,
                     advanced=True,
                     tooltip="Whether the interval is compared with where a step ends (the original sampler) or starts "
                     "(the original's diffusers scheduler).",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "mode",
-                    options=list(MODES),
-                    default=MODES[0],
-                    optional=True,
+                    MODES,
                     advanced=True,
                     tooltip="PECE evaluates the model again after each correction: twice the time.",
                 ),
@@ -178,12 +165,9 @@ class DPMSolver(io.ComfyNode):
                     optional=True,
                     tooltip="Model evaluations that a step builds on. 2 with guidance; 3 is exact to third order.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "lower_order_final",
-                    options=list(LOWER_ORDER_FINAL),
-                    default=LOWER_ORDER_FINAL[0],
-                    optional=True,
+                    LOWER_ORDER_FINAL,
                     tooltip="Lower the order over the last steps: always (PixArt-Sigma; the more accurate), only in "
                     "runs of fewer than 10 steps (PixArt-alpha), or never.",
                 ),
@@ -209,12 +193,9 @@ class IDDPM(io.ComfyNode):
             "channels), 100 steps. Use it with the iddpm schedule.",
             search_aliases=["iddpm", "ddpm", "ancestral", "learned variance", "pixart sampler"],
             inputs=[
-                node_input(
-                    io.Combo,
+                choice_input(
                     "guidance",
-                    options=list(GUIDANCE_MODES),
-                    default=GUIDANCE_MODES[0],
-                    optional=True,
+                    GUIDANCE_MODES,
                     tooltip="original: guidance moves latent channels 1 to 3 only, as the original does. all channels: "
                     "all four, as every other sampler does.",
                 ),
@@ -334,12 +315,10 @@ class Scheduler(io.ComfyNode):
                     tooltip="Below 1 for image-to-image: the run starts at this share of the time axis, with all its "
                     "steps.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "end",
-                    options=list(ENDS),
+                    ENDS,
                     default=OFFICIAL,
-                    optional=True,
                     advanced=True,
                     tooltip="official: as the original, at t = 0, where 1 % of noise is left, or at sigma 0 for the "
                     "lists. sigma 0: always there, the last step being of first order.",

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..pixart.resolution import ASPECT_RATIOS, parse_prompt_flags
 from ..pixart.styles import PLAIN, USER_FILE, find_styles, load_styles
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +65,10 @@ class Style(io.ComfyNode):
                     tooltip="Read --ar height:width (nearest trained size) and --hw height:width (pixels of the "
                     "finished picture) in the text, as PixArt's own app does. The text ends at the first flag.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "base",
-                    options=BASES,
+                    BASES,
                     default="1024",
-                    optional=True,
                     advanced=True,
                     tooltip="The size that the model was trained at, for --ar.",
                 ),

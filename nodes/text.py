@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..pixart.config import ALPHA_CAPTION_LENGTH, SIGMA_CAPTION_LENGTH
 from ..pixart.text import clean_prompt
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
 from .host.t5 import AUTO, DEVICES, find_text_encoder, find_tokenizer, list_text_encoders, list_tokenizers, load_t5
 from .host.text import check_caption_width, encode_captions, learned_null, pixart_config, show_text, sizes_of
 
@@ -101,22 +101,17 @@ class LoadT5(io.ComfyNode):
                     tooltip="A file of models/text_encoders or models/clip, or a folder (ending in /) there or in "
                     "models/diffusers. The released PixArt models need T5 v1.1 XXL.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "tokenizer",
-                    options=list_tokenizers(),
+                    list_tokenizers(),
                     default=AUTO,
-                    optional=True,
                     advanced=True,
                     tooltip="auto: the tokenizer that lies with the folder, else ComfyUI's own T5 vocabulary, which "
                     "is right for every released model.",
                 ),
-                node_input(
-                    io.Combo,
+                choice_input(
                     "device",
-                    options=list(DEVICES),
-                    default=DEVICES[0],
-                    optional=True,
+                    DEVICES,
                     advanced=True,
                     tooltip="cpu keeps the encoder out of the graphics memory: slower, but it leaves more for the "
                     "model.",

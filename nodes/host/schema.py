@@ -1,7 +1,7 @@
 """Node schemas on hosts of different ages: fields that an older host does not know are left out."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from comfy_api.latest import io
@@ -26,6 +26,12 @@ def schema(**fields) -> io.Schema:
 def node_input(io_type: type, name: str, **fields) -> io.Input:
     """Make io_type.Input(name, **fields) in the same way: node_input(io.Int, "steps", default=20, advanced=True)."""
     return _make(io_type.Input, name, **fields)
+
+
+def choice_input(name: str, choices: Iterable[str], **fields) -> io.Input:
+    """Make an optional input with a list to choose from; its default is the first choice unless `fields` name one."""
+    choices = list(choices)
+    return node_input(io.Combo, name, options=choices, optional=True, **{"default": choices[0], **fields})
 
 
 def missing_output(message: str) -> ExecutionBlocker:
