@@ -7,8 +7,9 @@
 
 Prompt files: one prompt on each line (T2I-CompBench's too), COCO's captions, or a JSON list of texts or of objects with
 `prompt`. Pictures come from a running ComfyUI with --workflow (in API format), or from this process with --model.
-Run it again to go on; pictures that are there are not made again. With `accelerate launch` (or RANK and WORLD_SIZE set)
-each process makes its share, and the one that finishes last scores.
+Run it again to go on; pictures that are there are not made again. Without ComfyUI, --batch makes several at a time; a
+picture is told by its seed, whatever the batch. With `accelerate launch` (or RANK and WORLD_SIZE set) each process
+makes its share, and the one that finishes last scores.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from PIL import Image
 from .command import make_parser, own_device, process_rank, run_command
 from .compare import fill, make_cell, parse_target, read_workflow
 from .remote import ComfyServer
-from .sample import add_models, add_settings, load_pipeline, picture_size, read_settings
+from .sample import add_models, add_settings, load_pipeline, picture_size, read_settings, to_pictures
 from .saving import write_atomically
-from .scores import Scores, load_scorer, measure, write_report
+from .scores import INCEPTION, Scores, load_scorer, measure, write_report
 
 SETTINGS = "settings.json"
 NAME_LIMIT = 200  # of a prompt in a file's name; file systems take 255 bytes
@@ -40,6 +41,9 @@ class Task:
     prompt: str
     seed: int
     path: Path
+
+
+Maker = Callable[[Sequence[Task]], list[Image.Image]]
 
 
 def read_prompts(path: Path, count: int | None = None) -> list[str]:
@@ -85,8 +89,8 @@ def plan(prompts: Sequence[str], folder: Path, per_prompt: int, seed: int, compb
     return tasks
 
 
-def remote_maker(options: argparse.Namespace) -> tuple[Callable[[Task], Image.Image], dict]:
-    """(what makes a picture on a running ComfyUI, the settings that decide it). Raises ValueError for wrong nodes."""
+def remote_maker(options: argparse.Namespace) -> tuple[Maker, dict]:
+    """(what makes pictures on a running ComfyUI, the settings that decide it). Raises ValueError for wrong nodes."""
     if not options.prompt_node:
         raise ValueError("No place for the prompt: got no --prompt-node, expected one such as 6.text. Add it.")
     if options.per_prompt > 1 and not options.seed_node:
@@ -99,23 +103,23 @@ def remote_maker(options: argparse.Namespace) -> tuple[Callable[[Task], Image.Im
         filled = fill(workflow, places, (task.prompt, task.seed)[: len(places)])
         return make_cell(server, filled, None, options.timeout_s)
 
-    return make, {"workflow": fill(workflow, places, (None, None)[: len(places)])}
+    return lambda tasks: [make(task) for task in tasks], {
+        "workflow": fill(workflow, places, (None, None)[: len(places)])
+    }
 
 
-def local_maker(options: argparse.Namespace) -> tuple[Callable[[Task], Image.Image], dict]:
-    """(what makes a picture in this process, the settings that decide it); models are loaded at the first picture."""
+def local_maker(options: argparse.Namespace) -> tuple[Maker, dict]:
+    """(what makes pictures in this process, the settings that decide it); models are loaded at the first picture."""
     settings, loaded = read_settings(options), []
 
-    def make(task: Task) -> Image.Image:
-        import torch
-
+    def make(tasks: Sequence[Task]) -> list[Image.Image]:
         if not loaded:
             loaded.append(load_pipeline(options))
         pipeline = loaded[0]
         base_px = pipeline.model.config.base_px
         height, width = picture_size(options.size or f"{base_px}x{base_px}", None)
-        pixels = pipeline.generate([task.prompt], options.negative, height, width, task.seed, settings)[0]
-        return Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())
+        prompts, seeds = [task.prompt for task in tasks], [task.seed for task in tasks]
+        return to_pictures(pipeline.generate(prompts, options.negative, height, width, seeds, settings))
 
     names = ("model", "t5", "vae", "variant", "dtype", "size", "negative")
     return make, {**asdict(settings), **{name: str(getattr(options, name)) for name in names}}
@@ -133,33 +137,37 @@ def check_settings(folder: Path, settings: dict, force: bool) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def make_pictures(tasks: Sequence[Task], make: Callable[[Task], Image.Image], force: bool) -> None:
+def make_pictures(tasks: Sequence[Task], make: Maker, batch_size: int, force: bool) -> None:
     """Make the pictures that are not there; with force all."""
     from tqdm import tqdm
 
     missing = [task for task in tasks if force or not task.path.is_file()]
-    for task in tqdm(missing, unit="picture"):
-        picture = make(task)
-        write_atomically(task.path, lambda file, picture=picture: picture.convert("RGB").save(file, "PNG"))
+    with tqdm(total=len(missing), unit="picture") as bar:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            for task, picture in zip(batch, make(batch), strict=True):
+                write_atomically(task.path, lambda file, picture=picture: picture.convert("RGB").save(file, "PNG"))
+            bar.update(len(batch))
 
 
 def main(options: argparse.Namespace) -> None:
     """Makes this process's pictures; scores when all are there."""
-    if min(options.per_prompt, options.count or 1) < 1:
-        raise ValueError("Numbers out of range: got --per-prompt or --count below 1, expected 1 or more.")
+    if min(options.per_prompt, options.batch, 1 if options.count is None else options.count) < 1:
+        raise ValueError("Numbers out of range: got --per-prompt, --batch or --count below 1, expected 1 or more.")
     if bool(options.workflow) == bool(options.model):
         raise ValueError("Which pictures: got both or none, expected one of --workflow and --model. Name one.")
     options.device = own_device(options.device)
     scores = Scores(options.real, options.inception, options.clip, load_scorer(options.scorer), options.device)
-    scores.check()
     prompts = read_prompts(options.prompts, options.count)
     tasks = plan(prompts, options.output, options.per_prompt, options.seed, options.compbench)
+    scores.check(len(tasks))
     make, settings = (remote_maker if options.workflow else local_maker)(options)
     digest = sha256("\n".join(prompts).encode()).hexdigest()
     settings |= {"prompts": digest, "seed": options.seed, "per_prompt": options.per_prompt}
     check_settings(options.output, settings, options.force)
     rank, world_size = process_rank()
-    make_pictures(tasks[rank::world_size], make, options.force)
+    # Through a server one by one: each is kept as soon as it is made.
+    make_pictures(tasks[rank::world_size], make, 1 if options.workflow else options.batch, options.force)
     missing = sum(not task.path.is_file() for task in tasks)
     if missing:
         sys.stderr.write(f"{missing} pictures of other processes are not there yet; run it again to score.\n")
@@ -187,10 +195,11 @@ def parse() -> argparse.ArgumentParser:
     add_models(parser, required=False)
     add_settings(parser)
     add("--negative", default="", help="what to avoid, without ComfyUI")
+    add("--batch", type=int, default=1, help="pictures at a time, without ComfyUI; default: %(default)s")
     add("--size", help="WIDTHxHEIGHT in pixels, without ComfyUI; default: the trained size")
     scores = parser.add_argument_group("scores")
     scores.add_argument("--real", type=Path, help="folder of real pictures, for FID")
-    scores.add_argument("--inception", type=Path, help="torch-fidelity's weights-inception-2015-12-05-6726825d.pth")
+    scores.add_argument("--inception", type=Path, help=f"torch-fidelity's {INCEPTION}")
     scores.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
     scores.add_argument(
         "--scorer", metavar="MODULE:FUNCTION", help="(picture, prompt) -> {name: number}, for scores of your own"

@@ -85,13 +85,13 @@ def sample_latents(
     negative: Captions,
     height_px: int,
     width_px: int,
-    seed: int,
+    seeds: Sequence[int],
     settings: Settings,
     on_step: Callable[[dict], None] | None = None,
 ) -> torch.Tensor:
     """Latents (B, C, h, w), unscaled, from noise: what a KSampler with the same seed and settings gives.
 
-    positive, negative: of one batch size. seed: of the first picture; the next has the next, whatever the batch.
+    positive, negative: of one batch size. seeds: one for each picture, which tells its noise whatever the batch.
     on_step: a solver's callback. Raises ValueError for unknown settings.
     """
     if settings.solver not in SAMPLERS:
@@ -99,8 +99,7 @@ def sample_latents(
     device = positive.states.device
     levels = schedule_sigmas(settings.schedule, settings.steps).float()
     shape = (1, model.config.in_channels, height_px // LATENT_DOWNSCALE, width_px // LATENT_DOWNSCALE)
-    seeds = range(seed, seed + len(positive.states))
-    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(each)) for each in seeds])
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     full = float(levels[0]) > float(schedule_sigmas("uniform", 1)[0]) * (1 - FIRST_SIGMA_SLACK)
     x = (noise * ((1 + levels[0] ** 2).sqrt() if full else levels[0])).to(device)
     is_iddpm = settings.solver == "iddpm"
@@ -139,14 +138,14 @@ class Pipeline:
         negative: str,
         height_px: int,
         width_px: int,
-        seed: int,
+        seeds: Sequence[int],
         settings: Settings,
         on_step: Callable[[dict], None] | None = None,
     ) -> torch.Tensor:
-        """One picture for each prompt, (B, H, W, 3) in [0, 1]. seed: see sample_latents."""
+        """One picture for each prompt, (B, H, W, 3) in [0, 1]. seeds: see sample_latents."""
         positive = self.encode(prompts)
         unguided = self.encode([negative] * len(prompts))
-        latents = sample_latents(self.model, positive, unguided, height_px, width_px, seed, settings, on_step)
+        latents = sample_latents(self.model, positive, unguided, height_px, width_px, seeds, settings, on_step)
         with torch.no_grad():
             pictures = [self.autoencoder.decode(latent[None]) for latent in latents]  # one by one: the largest memory
         return ((torch.cat(pictures).float() + 1) / 2).clamp(0, 1).movedim(1, -1).cpu()

@@ -16,12 +16,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .autoencoder import load_autoencoder
 from .command import DTYPES, add_device, make_parser, run_command
 from .config import LATENT_DOWNSCALE
 from .pipeline import Pipeline, Settings
 from .resolution import parse_prompt_flags
+from .saving import write_atomically
 from .solvers import PRESETS, SAMPLERS, SCHEDULES
 from .storage import read_checkpoint
 from .text import clean_prompt
@@ -149,10 +152,10 @@ def plan(prompts: list[str], options: argparse.Namespace, base_px: int) -> Itera
 
 def main(options: argparse.Namespace) -> None:
     """Writes one PNG for each prompt, its settings within."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
     from tqdm import tqdm
 
+    if options.batch < 1:
+        raise ValueError(f"Batch size out of range: got {options.batch}, expected at least 1. Enter 1 or more.")
     settings, prompts = read_settings(options), read_prompts(options)
     paths = [options.output / f"{number:05}_{file_words(prompt)}.png" for number, prompt in enumerate(prompts)]
     there = [path for path in paths if path.exists()]
@@ -164,14 +167,18 @@ def main(options: argparse.Namespace) -> None:
     with tqdm(total=len(prompts) * settings.steps, unit="step") as bar:
         for (height, width), batch in plan(prompts, options, base_px):
             texts = [text for _, text in batch]
-            seed = options.seed + batch[0][0]
+            seeds = [options.seed + number for number, _ in batch]
             on_step = partial(_advance, bar, len(texts))
-            pictures = pipeline.generate(texts, options.negative, height, width, seed, settings, on_step)
-            for (number, text), picture in zip(batch, pictures, strict=True):
+            pictures = pipeline.generate(texts, options.negative, height, width, seeds, settings, on_step)
+            for (number, text), seed, picture in zip(batch, seeds, to_pictures(pictures), strict=True):
                 notes = PngInfo()
                 notes.add_itxt("parameters", f"{text}\nNegative prompt: {options.negative}\n{settings}, seed: {seed}")
-                image = Image.fromarray((picture * 255).round().to(torch.uint8).numpy())
-                image.save(paths[number], pnginfo=notes)
+                write_atomically(paths[number], partial(picture.save, format="PNG", pnginfo=notes))
+
+
+def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
+    """(B, H, W, 3) in [0, 1] -> pictures."""
+    return [Image.fromarray(each.numpy()) for each in (pixels * 255).round().to(torch.uint8)]
 
 
 def _advance(bar, count: int, _state: dict) -> None:

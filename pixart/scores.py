@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,17 @@ from .sheet import labelled_sheet
 
 PICTURE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 INCEPTION_FEATURES = 2048
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
+GET_INCEPTION = f"Download {INCEPTION_URL} to any folder, and name the file with --inception."
+GET_CLIP = (
+    "Download a model with 'hf download openai/clip-vit-large-patch14 --local-dir clip-vit-large-patch14', and name "
+    "its folder with --clip."
+)
 CLIP_SIDE_PX = 512  # CLIP sees 224 or 336; larger pictures only take time
 SHOWN_PICTURES, SHOWN_PX = 16, 256
+# What torch, safetensors and transformers raise for files of another kind.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError)
 Scorer = Callable[[Image.Image, str], Mapping[str, float]]
 
 
@@ -30,20 +40,35 @@ class Scores:
     scorer: Scorer | None = None
     device: str = "cpu"
 
-    def check(self) -> None:
-        """Raises before the pictures are made: ImportError without torchmetrics, FileNotFoundError for what is not."""
+    def check(self, count: int) -> None:
+        """Raises before `count` pictures are made what would be raised after it.
+
+        ImportError without torchmetrics, FileNotFoundError for what is not there, and ValueError for other weights or
+        too few pictures.
+        """
         if self.real and not self.inception:
             raise ValueError(
-                "No weights for FID: got --real alone, expected --inception with torch-fidelity's file. Name it."
+                f"No weights for FID: got --real alone, expected --inception with its file. {GET_INCEPTION}"
             )
-        for path in filter(None, (self.real, self.inception, self.clip)):
-            if not path.exists():
-                raise FileNotFoundError(f"Not found: got '{path}', expected a file or folder. Correct the path.")
+        self._check_paths()
         if self.real:
-            find_pictures(self.real)
+            smaller = min(len(find_pictures(self.real)), count)
+            if smaller < 2:
+                raise ValueError(
+                    "Too few pictures for FID: got 1, expected at least 2 of each side, and 10000 or more for a number "
+                    "to publish. Add prompts or real pictures, or leave --real out."
+                )
             _torchmetrics("torch_fidelity")
+            load_fid(self.inception)
         if self.clip:
             _torchmetrics()
+            load_clip(self.clip)
+
+    def _check_paths(self) -> None:
+        advice = {self.real: "Correct the path.", self.inception: GET_INCEPTION, self.clip: GET_CLIP}
+        for path, how in advice.items():
+            if path and not path.exists():
+                raise FileNotFoundError(f"Not found: got '{path}', expected a file or folder. {how}")
 
 
 def _torchmetrics(also: str | None = None) -> None:
@@ -88,17 +113,31 @@ def measure(scores: Scores, pictures: Sequence[tuple[Path, str]]) -> dict[str, l
         names = dict.fromkeys(name for row in rows for name in row)
         results |= {name: [float(row.get(name, float("nan"))) for row in rows] for name in names}
     if scores.real:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        weights = str(scores.inception)
-        metric = FrechetInceptionDistance(INCEPTION_FEATURES, feature_extractor_weights_path=weights)
         made = [path for path, _ in pictures]
-        results["FID"] = frechet_distance(metric.to(scores.device), find_pictures(scores.real), made)
+        results["FID"] = frechet_distance(
+            load_fid(scores.inception).to(scores.device), find_pictures(scores.real), made
+        )
     return results
 
 
+def load_fid(weights: Path):
+    """torchmetrics' FID with Inception's weights from a file. Raises ValueError for another file."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    try:
+        # Without antialiasing, as the Inception of the published numbers resizes.
+        return FrechetInceptionDistance(
+            INCEPTION_FEATURES, feature_extractor_weights_path=str(weights), antialias=False
+        )
+    except (*_LOAD_ERRORS, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"Not Inception's weights: got '{weights.name}' ({_first_line(error)}), expected {INCEPTION}. "
+            f"{GET_INCEPTION}"
+        ) from error
+
+
 def load_clip(folder: Path):
-    """torchmetrics' CLIP score with the model of a folder."""
+    """torchmetrics' CLIP score with the model of a folder. Raises ValueError for a folder of another kind."""
     from torchmetrics.multimodal.clip_score import CLIPScore
     from transformers import CLIPModel, CLIPProcessor
 
@@ -115,7 +154,17 @@ def load_clip(folder: Path):
         load = {"local_files_only": True}
         return PlainCLIP.from_pretrained(folder, **load), CLIPProcessor.from_pretrained(folder, **load)
 
-    return CLIPScore(model_name_or_path=local)
+    try:
+        return CLIPScore(model_name_or_path=local)
+    except _LOAD_ERRORS as error:
+        raise ValueError(
+            f"Not a CLIP model: got '{folder}' ({_first_line(error)}), expected a folder with CLIP's weights, "
+            f"tokenizer and preprocessor, as transformers saves them. {GET_CLIP}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _tensor_of(features) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import string
+import sys
 from random import Random
 
 import numpy as np
@@ -14,7 +15,17 @@ from pixart_pack.demo.scenes import caption, draw_scene, random_scene
 from pixart_pack.pixart import evaluate
 from pixart_pack.pixart.command import run_command
 from pixart_pack.pixart.evaluate import plan, read_prompts
-from pixart_pack.pixart.scores import clip_scores, find_pictures, frechet_distance, load_clip, load_scorer, measure
+from pixart_pack.pixart.scores import (
+    INCEPTION,
+    INCEPTION_URL,
+    clip_scores,
+    find_pictures,
+    frechet_distance,
+    load_clip,
+    load_fid,
+    load_scorer,
+    measure,
+)
 
 LOGIT_SCALE = np.exp(2.6592)  # transformers' initial one of CLIP
 COCO = {
@@ -58,13 +69,16 @@ def test_every_picture_has_a_seed_and_a_name_of_its_own(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs the command with pictures of one colour for each seed; gives (exit code, the seeds made, what it says)."""
+    """Runs the command with pictures of one colour for each seed; gives (exit code, the seeds made, what it says).
+
+    Seeds of one batch are in one list.
+    """
     seeds = []
 
     def maker(options):
-        def make(task):
-            seeds.append(task.seed)
-            return Image.new("RGB", (24, 16), (task.seed * 20, 0, 0))
+        def make(tasks):
+            seeds.append([task.seed for task in tasks] if len(tasks) > 1 else tasks[0].seed)
+            return [Image.new("RGB", (24, 16), (task.seed * 20, 0, 0)) for task in tasks]
 
         return make, {"steps": options.steps}
 
@@ -94,6 +108,13 @@ def test_it_goes_on_where_it_was_and_reports(run, tmp_path):
     assert run("--seed", 3, "--steps", 5, "--force")[:2] == (0, [3, 4, 5])
 
 
+def test_batches_hold_what_is_missing(run, tmp_path):
+    assert run("--per-prompt", 2, "--batch", 4)[:2] == (0, [[0, 1, 2, 3], [4, 5]])
+    for number in (1, 2, 5):
+        (tmp_path / "out" / "samples" / f"{number:06}.png").unlink()
+    assert run("--per-prompt", 2, "--batch", 2)[:2] == (0, [[1, 2], 5])
+
+
 def test_processes_share_the_pictures(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -109,8 +130,16 @@ def test_processes_share_the_pictures(run, tmp_path, monkeypatch):
     [
         (["--workflow", "x.json"], "Which pictures"),
         (["--per-prompt", "0"], "Numbers out of range"),
-        (["--clip", "/nowhere"], "Not found"),
+        (["--batch", "0"], "Numbers out of range"),
+        (["--count", "0"], "Numbers out of range"),
+        (["--clip", "/nowhere"], "Not found: got '/nowhere', expected a file or folder. Download a model with 'hf"),
+        (["--clip", "."], "Not a CLIP model: got"),
         (["--real", "/nowhere"], "No weights for FID"),
+        (["--real", "/nowhere", "--inception", "."], "Not found: got '/nowhere'"),
+        (
+            ["--real", "/", "--inception", "/no.pth"],
+            f"{INCEPTION_URL} to any folder, and name the file with --inception",
+        ),
         (["--scorer", "os.path"], "No such scorer"),
     ],
 )
@@ -158,6 +187,55 @@ def test_the_demo_scorer_reads_captions_and_pictures(tmp_path):
     assert all(len(values) == 6 and np.mean(values) > 0.9 for values in results.values())
     with pytest.raises(ValueError, match="Caption is not understood: got 'a fox'"):
         scorer(Image.new("RGB", (8, 8)), "a fox")
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """Inception of torch-fidelity's own class with random weights, as its users have it: one file."""
+    pytest.importorskip("torchmetrics")
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+
+    class Fresh(module.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_):
+            """Weights stay random."""
+
+    path = tmp_path_factory.mktemp("inception") / INCEPTION
+    torch.save({}, path)
+    torch.manual_seed(0)
+    torch.save(Fresh("any", ["2048"], str(path)).state_dict(), path)
+    return path
+
+
+def test_the_users_file_is_inceptions_weights(run, inception, tmp_path, monkeypatch):
+    save(tmp_path / "real", 2)
+    weights = torch.load(inception, weights_only=True)
+    loaded = load_fid(inception).inception
+    assert torch.equal(loaded.fc.weight, weights["fc.weight"]) and not loaded.use_antialias
+    for content in ({}, [], {"fc.weight": torch.zeros(2)}):
+        torch.save(content, tmp_path / "other.pth")
+        code, seeds, said = run("--real", tmp_path / "real", "--inception", tmp_path / "other.pth")
+        assert (code, seeds) == (1, []) and said.startswith("error: Not Inception's weights: got 'other.pth' (")
+        assert said.count("\n") == 1 and INCEPTION_URL in said
+    for count, real in ((1, "real"), (3, "one")):
+        (tmp_path / "one").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a.png")
+        code, seeds, said = run("--real", tmp_path / real, "--inception", inception, "--count", count)
+        assert (code, seeds) == (1, []) and "Too few pictures for FID" in said
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    code, seeds, said = run("--real", tmp_path / "real", "--inception", inception)
+    assert (code, seeds) == (1, []) and "torch-fidelity is missing" in said and "pip install" in said
+
+
+@pytest.mark.slow
+def test_fid_and_clip_score_reach_the_report(run, inception, tmp_path):
+    save(tmp_path / "real", 4)
+    clip = write_clip(tmp_path / "clip")
+    code, _, said = run("--real", tmp_path / "real", "--inception", inception, "--clip", clip)
+    assert code == 0, said
+    means = json.loads((tmp_path / "out" / "scores.json").read_text())["means"]
+    assert means["FID"] > 0 and 0 <= means["CLIP score"] <= 100
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"| FID | {means['FID']:.4f} |" in report and "| CLIP score |" in report
 
 
 class Colours(torch.nn.Module):

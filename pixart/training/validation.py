@@ -86,8 +86,8 @@ class Validation:
         height, width = (side * LATENT_DOWNSCALE for side in prompt.size_latent)
         with torch.autocast(device.type, objective.dtype, enabled=objective.autocast):
             called = _Controlled(objective, prompt, device) if isinstance(objective, ControlPrediction) else model
-            seed = settings.sample_seed + index
-            latent = sample_latents(called, positive, negative, height, width, seed, sampling)
+            seeds = [settings.sample_seed + index]
+            latent = sample_latents(called, positive, negative, height, width, seeds, sampling)
         return to_image(self.decode(latent.float())[0])
 
     @property

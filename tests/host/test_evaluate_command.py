@@ -1,15 +1,32 @@
 """`python -m pixart.evaluate` with the demo model: in its own process and through a running ComfyUI."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pixart_pack.pixart import evaluate
 from pixart_pack.pixart.command import run_command
 from pixart_pack.tests.host.graph import PictureGraph, write_pixart, write_t5
-from pixart_pack.tests.host.test_sample_command import FILES, tokenizer  # noqa: F401
+from pixart_pack.tests.host.test_sample_command import FILES, ROOT, tokenizer  # noqa: F401
+from pixart_pack.tests.test_training_processes import LAUNCHERS
 from pixart_pack.tests.tiny_pixart import tiny_config
+
+MODELS = [part for flag, path in FILES.items() for part in (f"--{flag}", path)]
+LOCAL = [*MODELS, "--dtype", "fp32", "--device", "cpu"]
+CAPTIONS = (
+    "a large red circle in the top left on a white background",
+    "a small blue square in the center on a white background",
+    "a large green star in the bottom right on a gray background",
+    "a red circle",
+    "a small yellow triangle in the top right and a large blue circle in the bottom left on a black background",
+)
 
 
 def run(prompts, output, *arguments):
@@ -17,19 +34,79 @@ def run(prompts, output, *arguments):
     return run_command(evaluate.main, evaluate.parse(), command)
 
 
-def test_in_process_the_demo_model_is_scored_by_its_own_scorer(tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text(
-        "a large red circle in the top left on a white background\n"
-        "a small blue square in the center on a white background\n"
-    )
-    models = [part for flag, path in FILES.items() for part in (f"--{flag}", path)]
-    options = ["--dtype", "fp32", "--device", "cpu", "--size", "128x128", "--steps", "20", "--guidance", "4"]
-    scorer = ["--scorer", "pixart_pack.demo.prompt_scorer:score"]
-    assert run(prompts, tmp_path / "out", *models, *options, *scorer) == 0
+def start(prompts, output, *arguments, launcher=()):
+    """The command in a process of its own, in the pack's folder."""
+    command = [sys.executable, *launcher, "-m", "pixart.evaluate", prompts, "--output", output, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        [str(each) for each in command], cwd=ROOT, env=environment, text=True, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(CAPTIONS))
+    return path
+
+
+def pictures_of(output):
+    return [np.asarray(Image.open(path), np.int16) for path in sorted((output / "samples").iterdir())]
+
+
+def test_the_demo_model_is_scored_by_its_own_scorer_in_a_real_process(prompts, tmp_path):
+    options = ["--size", "128x128", "--steps", "20", "--guidance", "4", "--count", "2", "--batch", "2"]
+    process = start(prompts, tmp_path / "out", *LOCAL, *options, "--scorer", "demo.prompt_scorer:score")
+    said, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert said.strip() == str(tmp_path / "out" / "report.md")
     means = json.loads((tmp_path / "out" / "scores.json").read_text())["means"]
     assert means["background"] == means["colour"] == means["position"] == 1
     assert "| colour | 1.0000 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_an_interrupted_process_goes_on_where_it_was(prompts, tmp_path):
+    options, output = [*LOCAL, "--size", "64x64", "--steps", "20", "--per-prompt", "4"], tmp_path / "out"
+    process = start(prompts, output, *options)
+    began = time.monotonic()
+    while not list(output.glob("samples/*.png")) and process.poll() is None and time.monotonic() - began < 200:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 130, error
+    made = {path: path.stat().st_mtime_ns for path in output.glob("samples/*")}
+    assert 0 < len(made) < 20 and {path.suffix for path in made} == {".png"} and not (output / "report.md").exists()
+    assert run(prompts, output, *options, "--batch", "8") == 0
+    assert len(pictures_of(output)) == 20 and (output / "report.md").is_file()
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+
+
+def test_a_picture_is_told_by_its_seed_and_not_by_its_batch(prompts, tmp_path):
+    options, samples = [*LOCAL, "--size", "96x64", "--steps", "3", "--seed", "7"], tmp_path / "out" / "samples"
+    assert run(prompts, tmp_path / "out", *options, "--solver", "sa_solver") == 0
+    alone = pictures_of(tmp_path / "out")
+    assert len(alone) == len(CAPTIONS)
+    for number in (1, 3, 4):
+        (samples / f"{number:06}.png").unlink()
+    assert run(prompts, tmp_path / "out", *options, "--solver", "sa_solver", "--batch", "3") == 0
+    for one, other in zip(alone, pictures_of(tmp_path / "out"), strict=True):
+        # float32 in batches of other sizes: the last bits, and rounding to 255 levels
+        assert np.abs(one - other).max() <= 1 and one.std() > 5
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_share_the_pictures(prompts, tmp_path):
+    pytest.importorskip("accelerate")
+    options = [*LOCAL, "--size", "64x64", "--steps", "2"]
+    launcher = (*LAUNCHERS["accelerate"], "--multi_gpu")
+    process = start(prompts, tmp_path / "two", *options, "--batch", "2", launcher=launcher)
+    said, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "report.md" in said
+    assert run(prompts, tmp_path / "one", *options) == 0
+    for one, two in zip(pictures_of(tmp_path / "one"), pictures_of(tmp_path / "two"), strict=True):
+        assert np.abs(one - two).max() <= 1
 
 
 def test_through_a_server_each_prompt_has_its_picture(host, tmp_path):
