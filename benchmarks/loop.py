@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .cases import DTYPES
 from .peers import DIFFUSERS, HOST, OURS, DiffusersLoop, HostLoop, OurLoop, make_captions, make_config, make_weights
-from .plain import DTYPES
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import CLOCKS, compare, count_work, measure_roofline, take_turns
 

@@ -44,6 +44,20 @@ class OurLoop:
         """The latent after so many guided steps of dpmpp_2m; side: of the latent."""
         return sample_in_host(self.patcher, captions, side, steps, **options)
 
+    def compile(self):
+        """From now on with torch.compile, as ComfyUI's own node does it."""
+        from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+        self.patcher = self.patcher.clone()
+        set_torch_compile_wrapper(self.patcher, backend="inductor", keys=["diffusion_model"])
+
+    def use_step(self, captions, side, use):
+        """Call use(predict) in the midst of a sampling, where predict(side) evaluates the model as each step does.
+
+        captions: states of the prompt, or of the prompt and its negative. predict's side is at most that of the latent.
+        """
+        step_in_host(self.patcher, captions, side, use)
+
 
 class HostLoop(OurLoop):
     """ComfyUI's own PixArt. It runs captions of different length in forwards of their own."""
@@ -93,6 +107,26 @@ def sample_in_host(patcher, captions, side, steps, seed=5, guidance=GUIDANCE):
         )  # fmt: skip
 
 
+def step_in_host(patcher, captions, side, use, seed=5):
+    """See OurLoop.use_step."""
+    import comfy.sample
+    import comfy.samplers
+
+    def take(model, x, sigmas, extra_args=None, **_):
+        use(lambda side=side: model(x[..., :side, :side], sigmas[:1], **extra_args))
+        return x
+
+    latent = torch.zeros(1, 4, side, side)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    positive, negative = ([[states.float(), {"pooled_output": None}]] for states in (captions[0], captions[-1]))
+    guidance = GUIDANCE if len(captions) > 1 else 1.0  # at 1 the negative is not evaluated
+    with torch.inference_mode():
+        comfy.sample.sample_custom(
+            patcher, noise, guidance, comfy.samplers.KSAMPLER(take), torch.tensor([5.0, 0.0]), positive, negative,
+            latent, disable_pbar=True, seed=seed,
+        )  # fmt: skip
+
+
 class DiffusersLoop:
     """diffusers' transformer and scheduler in the loop of its pipeline: captions padded, under a mask, in one batch."""
 
@@ -139,6 +173,18 @@ class DiffusersLoop:
             latent, encoder_hidden_states=states, encoder_attention_mask=mask, timestep=time,
             added_cond_kwargs=added, return_dict=False,
         )[0]  # fmt: skip
+
+    def compile(self):
+        """From now on with torch.compile."""
+        self.net = torch.compile(self.net)
+
+    def use_step(self, captions, side, use, seed=5):
+        """As OurLoop.use_step."""
+        latent = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
+        latent, time = latent.repeat(len(captions), 1, 1, 1), torch.full((len(captions),), 500)
+        with torch.inference_mode():
+            states, mask = self.pad(captions)
+            use(lambda side=side: self.predict(latent[..., :side, :side], time, states, mask))
 
     def sample(self, captions, side, steps, seed=5):
         """As OurLoop.sample, with diffusers' own solver of the same order."""

@@ -1,0 +1,64 @@
+"""What one forward pass is measured on: sizes, batches and captions from the command line. Needs PyTorch alone."""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from .timing import CLOCKS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIXED = "mixed"
+MIXED_LENGTHS = (20, 120)
+
+
+class Case(NamedTuple):
+    """One forward pass. lengths: tokens of every row's caption."""
+
+    side_px: int
+    lengths: tuple[int, ...]
+    dtype: str
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Of the picture, for patches of two latent pixels."""
+        return (self.side_px // 16) ** 2
+
+    def __str__(self):
+        lengths = " and ".join(map(str, dict.fromkeys(self.lengths)))
+        return f"{self.side_px} px, batch {self.batch}, captions of {lengths} tokens, {self.dtype}"
+
+
+def add_options(parser: argparse.ArgumentParser, *, dtypes: list[str], batches: tuple[int, ...] | None = None) -> None:
+    """The options that choose cases, and how they are measured. batches: those that can be measured, None for any."""
+    parser.add_argument("--sides-px", type=int, nargs="+", default=[512])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2], choices=batches)
+    parser.add_argument(
+        "--captions", type=_length, nargs="+", default=[20, 120, MIXED], help=f"tokens, or {MIXED}: in turns both"
+    )
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=dtypes)
+    parser.add_argument("--depth", type=int, default=0, help="blocks (default: all)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+
+
+def _length(text: str) -> int | str:
+    return text if text == MIXED else int(text)
+
+
+def list_cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Every combination of the options; a batch of one has no mixed captions."""
+    for dtype, side_px, batch, caption in itertools.product(
+        options.dtypes, options.sides_px, options.batches, options.captions
+    ):
+        if caption != MIXED:
+            yield Case(side_px, (caption,) * batch, dtype)
+        elif batch > 1:
+            yield Case(side_px, tuple(itertools.islice(itertools.cycle(MIXED_LENGTHS), batch)), dtype)
