@@ -6,9 +6,9 @@ from ..pixart.training.settings import DTYPES, OPTIMIZERS, SCHEDULES, TARGETS, W
 from .host.schema import node_input, schema
 from .host.text import show_text
 from .host.training import AUTO_DTYPE, export_config, make_settings, run_training
+from .host.types import FeaturesType
 
 CATEGORY = "PixArt/training"
-FeaturesType = io.Custom("PIXART_FEATURES")
 MAX_STEPS = 10_000_000
 MODEL_TIP = "The PixArt to train on. It stays as it is; LoRAs on it count as part of its weights."
 STOP_TIP = (

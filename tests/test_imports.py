@@ -63,7 +63,7 @@ NODE_FILES_MAY_IMPORT = {"comfy_api", "torch"}
 # The nodes that train, those that make what is trained with, and what the demo is taught by are training's only doors.
 TRAINING_DOORS = (
     *("nodes.training", "nodes.host.training"),
-    *("nodes.dataset", "nodes.host.dataset", "nodes.host.encoding"),
+    *("nodes.dataset", "nodes.features", "nodes.host.dataset", "nodes.host.encoding"),
     *("demo.control", "demo.train_control", "demo.finetune", "benchmarks.train"),
 )
 
