@@ -1,7 +1,9 @@
 """Captions by a tiny LLaVA of the real classes, and the command that writes them where datasets are read."""
 
 import json
+import signal
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from pixart_pack.pixart.captioner import DESCRIBE, DESCRIBE_CAPTION, CaptionSett
 from pixart_pack.pixart.training import caption
 from pixart_pack.pixart.training.__main__ import main
 from pixart_pack.pixart.training.sources import SAM, read_dataset
+from pixart_pack.tests import processes
 from pixart_pack.tests.tiny_llava import write_llava
 
 GREEDY = CaptionSettings(max_tokens=24, temperature=0)
@@ -45,6 +48,12 @@ def fill(folder, names):
 def run(dataset, model, *arguments):
     usual = ["--model", model, "--max-tokens", 12, "--temperature", 0, "--device", "cpu", "--dtype", "fp32"]
     return main([str(each) for each in ("caption", dataset, *usual, *arguments)])
+
+
+def start(dataset, model, *arguments, launcher=processes.ALONE):
+    """The command in a process of its own."""
+    usual = ["--model", model, "--temperature", 0, "--device", "cpu", "--dtype", "fp32", "--batch-size", 1]
+    return processes.start("pixart.training", "caption", dataset, *usual, *arguments, launcher=launcher)
 
 
 def captions_of(path, kind="auto"):
@@ -200,6 +209,52 @@ def test_captions_of_the_dataset_do_not_end_the_work_of_others(tmp_path, folder,
         assert not output.exists()
         assert run(table, folder, "--output", output, *more) == 0
     assert captions_of(output) == {"a.png": "dense 1" if more else "a fox", "b.png": "dense 1"}
+
+
+def written(pictures, output):
+    """How many captions are there, of a run that may be at work."""
+    if output is None:
+        return len(list(pictures.glob("*.txt")))
+    journal = output.with_name(f".{output.name}.part0")
+    return journal.read_text().count("\n") if journal.is_file() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense.json", "dense.csv", None])
+def test_an_interrupted_process_goes_on_and_captions_nothing_twice(tmp_path, folder, name, captioner):
+    names = [f"{number:02}.png" for number in range(10)]
+    pictures = fill(tmp_path / "p", names)
+    output = tmp_path / name if name else None
+    more = ["--max-tokens", 200, *(["--output", output] if output else [])]
+    process = start(pictures, folder, *more)
+    processes.wait_until(lambda: written(pictures, output), process)
+    process.send_signal(signal.SIGINT)
+    error = processes.finish(process)[1]
+    assert process.returncode == 130, error
+    count = written(pictures, output)
+    assert 0 < count < len(names) and not (output and output.exists())
+    process = start(pictures, folder, *more)
+    error = processes.finish(process)[1]
+    assert process.returncode == 0, error
+    assert f"{len(names)} pictures, {len(names) - count} to caption here" in error
+    found = captions_of(output or pictures)
+    assert {Path(each).name for each in found} == set(names)
+    settings = CaptionSettings(max_tokens=200, temperature=0)
+    expected = captioner([Image.open(pictures / each) for each in names], [DESCRIBE] * len(names), settings)
+    assert list(found.values()) == expected and not list(tmp_path.glob(".*"))
+    assert run(pictures, tmp_path / "no model is needed", *(["--output", output] if output else [])) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_share_the_work(tmp_path, folder):
+    pytest.importorskip("accelerate")
+    pictures, output = fill(tmp_path / "p", ["a.png", "b.png", "c.png"]), tmp_path / "dense.jsonl"
+    more = ["--max-tokens", 12, "--output", output]
+    process = start(pictures, folder, *more, launcher=processes.accelerate())
+    error = processes.finish(process)[1]
+    assert process.returncode == 0, error
+    assert "3 pictures, 2 to caption here" in error and "3 pictures, 1 to caption here" in error
+    assert len(captions_of(output)) == 3 and all(captions_of(output).values())
 
 
 @pytest.mark.parametrize(

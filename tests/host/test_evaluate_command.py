@@ -1,11 +1,7 @@
 """`python -m pixart.evaluate` with the demo model: in its own process and through a running ComfyUI."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -13,9 +9,9 @@ from PIL import Image
 
 from pixart_pack.pixart import evaluate
 from pixart_pack.pixart.command import run_command
+from pixart_pack.tests import processes
 from pixart_pack.tests.host.graph import PictureGraph, write_pixart, write_t5
-from pixart_pack.tests.host.test_sample_command import FILES, ROOT, tokenizer  # noqa: F401
-from pixart_pack.tests.test_training_processes import LAUNCHERS
+from pixart_pack.tests.host.test_sample_command import FILES, tokenizer  # noqa: F401
 from pixart_pack.tests.tiny_pixart import tiny_config
 
 MODELS = [part for flag, path in FILES.items() for part in (f"--{flag}", path)]
@@ -34,14 +30,9 @@ def run(prompts, output, *arguments):
     return run_command(evaluate.main, evaluate.parse(), command)
 
 
-def start(prompts, output, *arguments, launcher=()):
-    """The command in a process of its own, in the pack's folder."""
-    command = [sys.executable, *launcher, "-m", "pixart.evaluate", prompts, "--output", output, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        [str(each) for each in command], cwd=ROOT, env=environment, text=True, encoding="utf-8",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+def start(*arguments, launcher=processes.ALONE):
+    """The command in a process of its own."""
+    return processes.start("pixart.evaluate", *arguments, launcher=launcher)
 
 
 @pytest.fixture
@@ -57,8 +48,8 @@ def pictures_of(output):
 
 def test_the_demo_model_is_scored_by_its_own_scorer_in_a_real_process(prompts, tmp_path):
     options = ["--size", "128x128", "--steps", "20", "--guidance", "4", "--count", "2", "--batch", "2"]
-    process = start(prompts, tmp_path / "out", *LOCAL, *options, "--scorer", "demo.prompt_scorer:score")
-    said, error = process.communicate(timeout=300)
+    process = start(prompts, "--output", tmp_path / "out", *LOCAL, *options, "--scorer", "demo.prompt_scorer:score")
+    said, error = processes.finish(process)
     assert process.returncode == 0, error
     assert said.strip() == str(tmp_path / "out" / "report.md")
     means = json.loads((tmp_path / "out" / "scores.json").read_text())["means"]
@@ -68,12 +59,10 @@ def test_the_demo_model_is_scored_by_its_own_scorer_in_a_real_process(prompts, t
 
 def test_an_interrupted_process_goes_on_where_it_was(prompts, tmp_path):
     options, output = [*LOCAL, "--size", "64x64", "--steps", "20", "--per-prompt", "4"], tmp_path / "out"
-    process = start(prompts, output, *options)
-    began = time.monotonic()
-    while not list(output.glob("samples/*.png")) and process.poll() is None and time.monotonic() - began < 200:
-        time.sleep(0.05)
+    process = start(prompts, "--output", output, *options)
+    processes.wait_until(lambda: list(output.glob("samples/*.png")), process)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=100)
+    _, error = processes.finish(process)
     assert process.returncode == 130, error
     made = {path: path.stat().st_mtime_ns for path in output.glob("samples/*")}
     assert 0 < len(made) < 20 and {path.suffix for path in made} == {".png"} and not (output / "report.md").exists()
@@ -99,9 +88,9 @@ def test_a_picture_is_told_by_its_seed_and_not_by_its_batch(prompts, tmp_path):
 def test_two_processes_of_accelerate_share_the_pictures(prompts, tmp_path):
     pytest.importorskip("accelerate")
     options = [*LOCAL, "--size", "64x64", "--steps", "2"]
-    launcher = (*LAUNCHERS["accelerate"], "--multi_gpu")
-    process = start(prompts, tmp_path / "two", *options, "--batch", "2", launcher=launcher)
-    said, error = process.communicate(timeout=300)
+    more = ["--output", tmp_path / "two", "--batch", "2"]
+    process = start(prompts, *options, *more, launcher=processes.accelerate())
+    said, error = processes.finish(process)
     assert process.returncode == 0, error
     assert "report.md" in said
     assert run(prompts, tmp_path / "one", *options) == 0

@@ -1,0 +1,44 @@
+"""The pack's commands in processes of their own, alone or by the launchers that start many of them."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Without --cpu, which would start a single process: the environment says that there is no GPU.
+ACCELERATE = "-m accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+ALONE = ()
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def accelerate(*more: str) -> tuple[str, ...]:
+    """`accelerate launch` of two processes on the CPU. more: its options; by default DDP."""
+    return (*ACCELERATE.split(), "--main_process_port", "0", *(more or ("--multi_gpu",)))
+
+
+def start(module: str, *arguments, launcher: tuple[str, ...] = ALONE) -> subprocess.Popen:
+    """`python -m <module> <arguments>` in the pack's folder, with its output in pipes."""
+    command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen, timeout_s: float = 300) -> tuple[str, str]:
+    """(its output, its errors) at its end. A process that does not end in time is killed."""
+    try:
+        return process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+
+
+def wait_until(happened: Callable[[], object], process: subprocess.Popen, timeout_s: float = 200) -> None:
+    """Until something has happened, or the process has ended, or time is over."""
+    began = time.monotonic()
+    while not happened() and process.poll() is None and time.monotonic() - began < timeout_s:
+        time.sleep(0.05)
