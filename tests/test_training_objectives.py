@@ -147,6 +147,30 @@ def test_prior_pictures_weigh_as_much_as_is_said():
     assert 0 < none < one and two - one == pytest.approx(one - none, rel=1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_lora_may_be_held_to_what_the_model_made_of_prior_pictures(dropout):
+    features = make_features(count=4, sizes=((8, 8),), prior=(1, 3))
+    settings = tiny_settings(prior_target="model", caption_dropout=0.3, dropout=dropout)
+    objective = make_objective(tiny_model(), settings)
+    batch, draws = collate([features[index] for index in range(4)]), draw_batch(settings, 0, range(4), (4, 8, 8))
+    untouched = objective(batch, draws)  # the LoRA adds nothing yet
+    noise = make_objective(tiny_model(), tiny_settings(prior_weight=0.0, caption_dropout=0.3))(batch, draws)
+    assert untouched.total.item() == pytest.approx(noise.total.item(), rel=1e-5)
+    for adapter in objective.adapters.values():
+        nn.init.normal_(adapter.lora_up, std=0.1)
+    changed = objective(batch, draws)
+    changed.total.backward()
+    assert changed.total > untouched.total and all(a.lora_up.grad.any() for a in objective.adapters.values())
+    none = replace(batch, is_prior=torch.zeros(4, dtype=torch.bool))
+    assert objective.target(draws.noise, draws.timestep, {}, none, draws) is draws.noise
+
+
+@pytest.mark.parametrize("kind", ["full", "dreambooth", "lcm_lora"])
+def test_only_a_lora_has_a_model_to_be_held_to(kind):
+    with pytest.raises(ValueError, match="No frozen model"):
+        tiny_settings(kind=kind, prior_target="model")
+
+
 def test_noise_offset_moves_whole_channels():
     features = draw_batch(tiny_settings(noise_offset=1.0), 0, range(200), (4, 8, 8))
     plain = draw_batch(tiny_settings(), 0, range(200), (4, 8, 8))

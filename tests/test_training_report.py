@@ -2,6 +2,7 @@
 
 import errno
 import json
+import time
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def test_wandb_works_offline_and_goes_on_with_its_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for steps in (2, 3):
         train(tiny_model(), make_features(), tiny_settings(wandb=True, steps=steps), tmp_path / "run")
+        time.sleep(1.1)  # wandb names its folders by the second
     runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(runs) == 2 and len({path.name.rpartition("-")[2] for path in runs}) == 1
 

@@ -18,6 +18,7 @@ from .objectives import (
     FullDistillation,
     NoisePrediction,
     Objective,
+    PreservingPrediction,
 )
 from .settings import TrainingSettings
 
@@ -46,7 +47,9 @@ def make_objective(
 
 
 def _lora(model, settings, dtype, null_caption):
-    add_adapters(freeze(model, dtype, settings.base_dtype), settings)
+    adapters = add_adapters(freeze(model, dtype, settings.base_dtype), settings)
+    if settings.prior_target == "model":
+        return PreservingPrediction(model, settings, dtype, null_caption, adapters)
     return NoisePrediction(model, settings, dtype, null_caption)
 
 

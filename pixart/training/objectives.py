@@ -21,6 +21,7 @@ from .settings import TrainingSettings
 VELOCITY_LIMIT = 200.0  # largest weight of a timestep when all velocities weigh the same
 DISTILLATION_HUBER_C = 1e-3
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
+Conditions = dict[str, Tensor | None]  # keyword arguments of the model
 
 
 class Loss(NamedTuple):
@@ -64,7 +65,7 @@ class Objective(nn.Module):
             latent = latent + batch.deviation.float() * draws.posterior_noise
         return latent * self.vae_scale
 
-    def conditioned(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor]:
+    def conditioned(self, batch: Batch, dropped: Tensor) -> Conditions:
         """The keyword arguments of the model but latent and timestep. dropped: (B,) rows without their caption."""
         caption, mask = batch.caption.to(self.dtype), batch.caption_mask
         own_mask = False
@@ -86,6 +87,10 @@ class Objective(nn.Module):
         every = torch.ones(len(caption), dtype=torch.bool, device=caption.device)
         return replace_captions(caption, mask, every, *self.null_caption)
 
+    def within(self, function: Callable, *arguments):
+        """function(*arguments), which calls parts of this module; where weights are sharded they are whole in it."""
+        return function(*arguments)
+
     def finish_step(self) -> None:
         """Called after each optimiser step."""
 
@@ -103,16 +108,24 @@ class NoisePrediction(Objective):
     def forward(self, batch: Batch, draws: Draws) -> Loss:
         start = self.start(batch, draws)
         noisy = self.diffusion.q_sample(start, draws.timestep, draws.noise)
-        prediction = self.predict(noisy.to(self.dtype), draws.timestep.float(), batch, draws)
-        return self.compare(prediction.float(), start, noisy, batch, draws)
+        inputs = noisy.to(self.dtype), draws.timestep.float(), self.conditioned(batch, draws.dropped)
+        target = self.target(*inputs, batch, draws)
+        prediction = self.predict(*inputs, batch)
+        return self.compare(prediction.float(), target, start, noisy, batch, draws.timestep)
 
-    def predict(self, noisy: Tensor, timestep: Tensor, batch: Batch, draws: Draws) -> Tensor:
+    def target(self, noisy: Tensor, timestep: Tensor, conditions: Conditions, batch: Batch, draws: Draws) -> Tensor:
+        """The noise that is to be predicted, (B, C, h, w) fp32."""
+        return draws.noise
+
+    def predict(self, noisy: Tensor, timestep: Tensor, conditions: Conditions, batch: Batch) -> Tensor:
         """The model's output, (B, C_out, h, w)."""
-        return self.model(noisy, timestep, **self.conditioned(batch, draws.dropped))
+        return self.model(noisy, timestep, **conditions)
 
-    def compare(self, prediction: Tensor, start: Tensor, noisy: Tensor, batch: Batch, draws: Draws) -> Loss:
-        """The weighted mean over the batch. prediction: (B, C or 2C, h, w) fp32."""
-        settings, timestep, noise = self.settings, draws.timestep, draws.noise
+    def compare(
+        self, prediction: Tensor, noise: Tensor, start: Tensor, noisy: Tensor, batch: Batch, timestep: Tensor
+    ) -> Loss:
+        """The weighted mean over the batch. prediction: (B, C or 2C, h, w) fp32; noise: what it should be."""
+        settings = self.settings
         if not settings.train_variance:
             prediction = prediction[:, : start.shape[1]]
         losses = self.diffusion.training_losses(prediction, start, noisy, timestep, noise)
@@ -126,6 +139,27 @@ class NoisePrediction(Objective):
         return Loss((importance * total).mean(), losses["mse"].mean(), None if bound is None else bound.mean())
 
 
+class PreservingPrediction(NoisePrediction):
+    """Noise prediction in which the adapters may not change what the model predicts for prior pictures.
+
+    The frozen model's own prediction has no chance in it, as the noise has: it holds the model in far fewer steps.
+    """
+
+    def __init__(self, model, settings, dtype, null_caption, adapters: dict[str, AdaptedLinear]):
+        super().__init__(model, settings, dtype, null_caption)
+        self.adapters = adapters
+
+    @torch.no_grad()
+    def target(self, noisy, timestep, conditions, batch, draws):
+        rows = batch.is_prior.nonzero()[:, 0]
+        if not len(rows):
+            return draws.noise
+        conditions = {name: None if value is None else value[rows] for name, value in conditions.items()}
+        with adapters_disabled(self.adapters):
+            own = self.model(noisy[rows], timestep[rows], **conditions)
+        return draws.noise.index_copy(0, rows, own[:, : noisy.shape[1]].float())
+
+
 class ControlPrediction(NoisePrediction):
     """Noise prediction through a frozen base with a trained ControlNet. Source: PixArt-delta, arXiv 2401.05252."""
 
@@ -133,15 +167,14 @@ class ControlPrediction(NoisePrediction):
         super().__init__(model, settings, dtype, null_caption)
         self.control = control
 
-    def predict(self, noisy, timestep, batch, draws):
+    def predict(self, noisy, timestep, conditions, batch):
         if batch.hint is None:
             raise ValueError(
                 "Control pictures are missing: got a dataset without them, expected one for each picture. Encode the "
                 "dataset with control pictures."
             )
-        condition = (batch.hint.float() * self.vae_scale).to(self.dtype)
-        conditions = self.conditioned(batch, draws.dropped)
-        return self.model(noisy, timestep, control=self.control.attach(self.model, condition), **conditions)
+        hint = (batch.hint.float() * self.vae_scale).to(self.dtype)
+        return self.model(noisy, timestep, control=self.control.attach(self.model, hint), **conditions)
 
 
 class Distillation(Objective):

@@ -15,6 +15,7 @@ KINDS = ("lora", "full", "dreambooth", "controlnet", "lcm", "lcm_lora")
 ADAPTED = ("lora", "lcm_lora")
 DISTILLED = ("lcm", "lcm_lora")
 LOSSES = ("mse", "huber")
+PRIOR_TARGETS = ("picture", "model")
 WEIGHTINGS = ("none", "min_snr", "velocity")
 TIMESTEPS = ("uniform", "log_normal")
 OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "lion")
@@ -47,6 +48,7 @@ class TrainingSettings:
     weighting: of WEIGHTINGS, of a timestep's loss; timestep_weights: [timestep, factor] points, linear in between.
     timesteps: of TIMESTEPS, within [timestep_min, timestep_max]; log_normal: a logistic of N(mean, std) as the share.
     caption_dropout: share of captions replaced by the null caption. prior_weight: of pictures marked as prior.
+    prior_target: of PRIOR_TARGETS, what is learned from those: the pictures, or what the model without LoRA makes of them.
     lcm_*: guidance w of the teacher (x + w (x - null)), its DDIM steps, and the decay of the target's average.
     checkpoint_every, sample_every, log_every: in steps, 0 is never. keep_last: checkpoints that stay.
     sample_steps, sample_guidance: of the validation pictures; sample_seed: of their noise.
@@ -91,6 +93,7 @@ class TrainingSettings:
     caption_dropout: float = 0.1
     noise_offset: float = 0.0
     prior_weight: float = 1.0
+    prior_target: str = "picture"
     control_blocks: int = 13
     save_dtype: str = "fp32"
     lcm_guidance: float = 4.5
@@ -175,6 +178,7 @@ _CHOICES = {
     "save_dtype": DTYPES,
     "targets": tuple(TARGETS),
     "loss": LOSSES,
+    "prior_target": PRIOR_TARGETS,
     "weighting": WEIGHTINGS,
     "timesteps": TIMESTEPS,
 }
@@ -243,6 +247,11 @@ def _check_together(settings):
                 "Target pattern is missing: got none with targets 'custom', expected a regular expression over layer "
                 "names such as 'blocks\\.\\d+\\.attn\\.qkv'. Enter one, or choose another preset."
             )
+    if settings.prior_target == "model" and settings.kind != "lora":
+        raise ValueError(
+            f"No frozen model to learn prior pictures from: got prior target 'model' with kind '{settings.kind}', "
+            f"expected kind 'lora'. Train a LoRA, or set the prior target to 'picture'."
+        )
     for point in settings.timestep_weights:
         if len(point) != 2 or not (0 <= point[0] < TRAIN_STEPS and 0 <= point[1] < math.inf):
             raise ValueError(
