@@ -18,6 +18,7 @@ from ..pixart.checkpoint import expected_shapes
 from ..pixart.config import CONFIGS
 from ..pixart.control_storage import ControlNetCheckpoint, expected_control_shapes
 from .host import import_host
+from .memory import PeakMemory
 from .report import RESULTS, markdown_table
 from .timing import CLOCKS, read_clock
 
@@ -35,22 +36,6 @@ class Run:
 
     step_s: float
     peak: int
-
-
-class PeakMemory:
-    """The highest use of memory since `reset`: the GPU's where there is one, else this process's (Linux)."""
-
-    def reset(self):
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-    def read(self) -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 class Studio:

@@ -1,91 +1,136 @@
-"""Loading a transformer from `.pth` in fp16 at full size: this pack against ComfyUI's own loader.
+"""Loading a transformer in fp16 from a `.pth`, a safetensors file and a diffusers folder: this pack against others.
 
-Each load runs in a process of its own, in turns; time until every weight has been read, and the peak of the process's
-memory beyond what the imports took (Linux).
+Each load runs in a process of its own, in turns: until every weight has been read once, from a file that the system has
+in its cache. Memory is what the process has resident at its peak beyond what it had before, pages that are mapped from
+the file included; "own" is the part that is still there at the end and not mapped from a file (Linux).
 """
 
 import argparse
-import json
+import importlib
 import logging
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
-from ..pixart.config import CONFIGS
+from ..pixart.saving import save_checkpoint
 from .host import import_host
-from .peers import make_config, make_weights
-from .report import RESULTS, markdown_table
+from .memory import PeakMemory, read_status
+from .peers import DIFFUSERS, HOST, OURS, make_config, make_weights
+from .report import RESULTS, describe_ratio, keep_runs, markdown_table
+from .timing import CLOCKS, compare, read_clock
 
-LOADERS = ("this pack", "ComfyUI")
 VARIANT = "alpha-1024"
+NAME = "PixArt-XL-2-1024-MS"
+FORMATS = {
+    "pth": (f"{NAME}.pth", (OURS, HOST)),
+    "safetensors": (f"{NAME}.safetensors", (OURS, HOST)),
+    "folder": (NAME, (OURS, HOST, DIFFUSERS)),
+}
 
 logger = logging.getLogger(__name__)
-
-
-def _peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
-def load_once(loader, path):
-    """Load a file, read every weight, and print seconds and bytes as JSON."""
-    import_host()
-    import comfy.sd
-    import comfy.utils
-
-    from ..nodes.host import loading
-
-    before, began = _peak_bytes(), time.perf_counter()
-    if loader == "ComfyUI":
-        patcher = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float16})
-    else:
-        patcher = loading.load_patcher(path, dtype="fp16")
-    total = sum(
-        float(p.detach().flatten()[:: 4096 // p.element_size()].float().sum()) for p in patcher.model.parameters()
-    )
-    seconds = time.perf_counter() - began
-    sys.stdout.write(json.dumps({"seconds": seconds, "bytes": _peak_bytes() - before, "sum": total}) + "\n")
 
 
 def main(arguments):
     """Run the benchmark and write results/load.json and .md."""
     parser = argparse.ArgumentParser(prog="benchmarks load", description=__doc__)
+    parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS))
     parser.add_argument("--depth", type=int, default=0, help="blocks (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--once", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.once:
-        load_once(*options.once)
-        return
-    config = make_config(VARIANT, options.depth)
-    runs = {loader: [] for loader in LOADERS}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "PixArt-XL-2-1024-MS.pth"
-        torch.save({"state_dict": make_weights(config, torch.float16)}, path)
-        size = path.stat().st_size
-        for _ in range(options.rounds):
-            for loader in LOADERS:
-                command = [sys.executable, "-m", __package__, "load", "--once", loader, str(path)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                runs[loader].append(json.loads(done.stdout.strip().splitlines()[-1]))
-                logger.info("%s: %s", loader, runs[loader][-1])
-    _publish(runs, size, options.out)
-
-
-def _publish(runs, size, folder):
-    rows = []
-    for field, scale, unit in (("seconds", 1, "s"), ("bytes", 2**20, "MiB")):
-        ours, theirs = (statistics.median(run[field] for run in runs[loader]) / scale for loader in LOADERS)
-        rows.append([field, f"{ours:.2f} {unit}", f"{theirs:.2f} {unit}", f"{ours / theirs:.2f}"])
-    text = f"`.pth` in fp16, {size / 2**20:.0f} MiB, {CONFIGS[VARIANT].base_px} px:\n\n"
-    text += markdown_table(["", "this pack", "ComfyUI's loader", "ratio"], rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "load.json").write_text(json.dumps({"file_bytes": size, "runs": runs}, indent=1) + "\n", encoding="utf-8")
-    (folder / "load.md").write_text(text, encoding="utf-8")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    import_all()
+    depth = make_config(VARIANT, options.depth).depth
+    for kind in options.formats:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / FORMATS[kind][0]
+            size = run_apart(write_weights, path, depth)
+            runs = measure(path, FORMATS[kind][1], options)
+        case = {"format": kind, "blocks": depth, "threads": torch.get_num_threads(), "clock": options.clock}
+        text = publish([{"case": case, "weights_bytes": size, **runs}], options.out)
     logger.info("%s", text)
+
+
+def import_all():
+    """Import whatever a loader needs, so that no import is measured."""
+    import_host()
+    importlib.import_module("comfy.sd")
+    importlib.import_module("..nodes.host.loading", __package__)
+    diffusers = importlib.import_module("diffusers")
+    return diffusers.PixArtTransformer2DModel
+
+
+def run_apart(function, *arguments):
+    """Run a function in a process of its own, which has imported what this one has. CUDA cannot be handed on so."""
+    with multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def write_weights(path, depth) -> int:
+    """Write random weights in fp16. Returns their bytes."""
+    config = make_config(VARIANT, depth)
+    weights = make_weights(config, torch.float16)
+    save_checkpoint(path, weights, config)
+    return sum(tensor.nbytes for tensor in weights.values())
+
+
+def measure(path, loaders, options) -> dict:
+    """Seconds, peak and own bytes of every loader in every round."""
+    found: dict[str, dict] = {field: {loader: [] for loader in loaders} for field in ("seconds", "peak", "own")}
+    for number in range(options.rounds + 1):  # the first fills the system's cache
+        for loader in loaders:
+            told = run_apart(load_once, loader, path, options.clock)
+            logger.info("%s: %s", loader, told)
+            for field, values in found.items():
+                values[loader] += [told[field]] * bool(number)
+    return found
+
+
+def load_once(loader, path, clock="wall") -> dict:
+    """Load a file or folder and read every weight."""
+    diffusers_class = import_all()
+    import comfy.sd
+
+    from ..nodes.host import loading
+
+    transformer = path / "transformer"
+    file = next(transformer.glob("*.safetensors")) if path.is_dir() else path
+    loaders = {
+        OURS: lambda: loading.load_patcher(path, dtype="fp16").model,
+        HOST: lambda: comfy.sd.load_diffusion_model(str(file), model_options={"dtype": torch.float16}).model,
+        DIFFUSERS: lambda: diffusers_class.from_pretrained(transformer, torch_dtype=torch.float16),
+    }
+    memory = PeakMemory()
+    memory.reset()
+    before, own, began = memory.read(), read_status("RssAnon"), read_clock(clock, "cpu")
+    model = loaders[loader]()
+    for parameter in model.parameters():
+        float(parameter.detach().flatten()[:: 4096 // parameter.element_size()].float().sum())  # touches every page
+    seconds = read_clock(clock, "cpu") - began
+    return {"seconds": seconds, "peak": memory.read() - before, "own": read_status("RssAnon") - own}
+
+
+def publish(runs, folder):
+    """Add runs to load.json and write load.md anew. Returns its text."""
+    rows = []
+    for run in keep_runs(folder / "load.json", runs):
+        case = run["case"]
+        settings = f"{case['threads']} threads, {case['clock']} time, {len(run['seconds'][OURS])} rounds"
+        for name in run["seconds"]:
+            seconds, peak, own = (statistics.median(run[field][name]) for field in ("seconds", "peak", "own"))
+            ratios = [describe_ratio(compare(run[field], OURS, name)) for field in ("seconds", "peak")]
+            rows.append(
+                [case["format"], f"{run['weights_bytes'] / 2**20:.0f} MiB", settings, name, f"{seconds:.2f} s"]
+                + [f"{peak / 2**20:.0f} MiB", f"{own / 2**20:.0f} MiB", *(ratios if name != OURS else ["", ""])]
+            )
+    head = ["format", "weights in fp16", "settings", "loader", "time", "memory at the peak", "own at the end"]
+    text = "Loading a transformer of XL/2's width, and the time and memory of this pack over each other's:\n\n"
+    text += markdown_table([*head, "time over it", "memory over it"], rows)
+    (folder / "load.md").write_text(text, encoding="utf-8")
+    return text

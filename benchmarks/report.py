@@ -17,11 +17,11 @@ def markdown_table(head, rows):
     return "\n".join(lines) + "\n"
 
 
-def describe_ratio(found):
+def describe_ratio(found, digits=2):
     """`timing.compare` as a cell: the median, and the least and the greatest; "not run" for None."""
     if found is None:
         return "not run"
-    return f"{found['ratio']:.2f} ({found['least']:.2f} to {found['greatest']:.2f})"
+    return f"{found['ratio']:.{digits}f} ({found['least']:.{digits}f} to {found['greatest']:.{digits}f})"
 
 
 def keep_runs(path, runs):

@@ -6,11 +6,8 @@ its peak beyond the weights: of the GPU, or of this process (Linux).
 """
 
 import argparse
-import ctypes
-import gc
 import logging
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
@@ -26,8 +23,8 @@ from ..pixart.training.draws import draw_batch
 from ..pixart.training.examples import Batch
 from ..pixart.training.settings import TrainingSettings
 from ..pixart.transformer import PixArt
-from .controlnet import PeakMemory
 from .host import import_host
+from .memory import measure_peak
 from .peers import OURS, make_config, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import CLOCKS, compare, take_turns
@@ -137,23 +134,6 @@ class Peft(Trainee):
         return F.mse_loss(predicted[:, : noisy.shape[1]].float(), self.draws.noise)
 
 
-def measure_peak(trainee, device) -> int:
-    """Bytes that a step needs beyond what is there before it."""
-    gc.collect()
-    _return_freed_memory()
-    memory = PeakMemory()
-    memory.reset()
-    before = torch.cuda.memory_allocated() if device == "cuda" else memory.read()
-    trainee.step()
-    return max(memory.read() - before, 0)
-
-
-def _return_freed_memory():
-    """So that what earlier steps left to the C library is not taken for what this one finds there."""
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def try_host(depth, caption_tokens) -> str:
     """What ComfyUI's own TrainLoraNode says to its own PixArt (alpha 1024, which it knows) of so many blocks."""
     import_host()
@@ -216,7 +196,7 @@ def measure(depth, batch_size, targets, dtype, device, options) -> dict:
     trainees = {OURS: Ours(*given), PEFT: Peft(*given)}
     rivals = {name: trainee.step for name, trainee in trainees.items()}
     seconds = take_turns(rivals, options.rounds, options.clock, device)
-    peaks = {name: measure_peak(trainee, device) for name, trainee in trainees.items()}
+    peaks = {name: measure_peak(trainee.step) for name, trainee in trainees.items()}
     name = torch.cuda.get_device_name() if device == "cuda" else device
     return {
         "case": {
