@@ -120,7 +120,7 @@ def publish(runs, folder):
             f"{case['device']}, {case['threads']} threads, {case['clock']} time, {len(run['seconds'][SEEN])} rounds"
         )
         rows.append(
-            [f"{case['encoder']}, {case['layers']} of {case['of']} layers", run["tokens"], f"{settings}, {len(run['seconds'][SEEN])} rounds"]
+            [f"{case['encoder']}, {case['layers']} of {case['of']} layers", run["tokens"], settings]
             + [f"{seconds[ENCODED]:.3g} s", f"{1000 * seconds[SEEN]:.2g} ms", describe_ratio(run["ratios"][SEEN], 4)]
             + [describe_ratio(run["ratios"][f"padded to {length}"]) for length in CAPTION_LENGTHS]
         )
