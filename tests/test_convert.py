@@ -1,9 +1,6 @@
 """`python -m pixart.convert`: every kind of file into every layout and back, and nothing lost on the way."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +14,10 @@ from pixart_pack.pixart.controlnet import PixArtControlNet
 from pixart_pack.pixart.lora import merge, read_lora
 from pixart_pack.pixart.storage import read_checkpoint
 from pixart_pack.pixart.transformer import PixArt
+from pixart_pack.tests import processes
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 from pixart_pack.tests.tiny_t5 import make_t5, weights_of
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = tiny_config()
 
 
@@ -76,12 +73,7 @@ def test_a_controlnet_keeps_its_base_where_the_layout_can_hold_it(tmp_path):
 
 @pytest.mark.parametrize("layout", ["host", "kohya", "peft"])
 def test_a_lora_means_the_same_in_every_layout(tmp_path, layout):
-    width, key = CONFIG.hidden_size, "base_model.model.transformer_blocks.0.attn1.to_q"
-    tensors = {f"{key}.lora_A.weight": torch.randn(4, width), f"{key}.lora_B.weight": torch.randn(width, 4)}
-    source = tmp_path / "peft_in"
-    source.mkdir()
-    save_file(tensors, source / "adapter_model.safetensors")
-    (source / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2, "peft_type": "LORA"}))
+    source = write_peft(tmp_path / "peft_in")
     target = tmp_path / ("out" if layout == "peft" else "out.safetensors")
     assert run(source, target, "--to", layout) == 0
     weights = make_weights(CONFIG)
@@ -131,9 +123,77 @@ def test_bad_input_is_one_line(model, capsys, arguments, message):
     assert message in error and error.count("\n") == 1
 
 
-def test_a_real_process_with_help(tmp_path, model):
-    command = [sys.executable, "-m", "pixart.convert"]
-    shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "python -m pixart.convert peft-folder/" in shown
-    done = subprocess.run([*command, str(model), str(tmp_path / "out.pth")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and (tmp_path / "out.pth").is_file(), done.stderr
+def convert_in_a_process(*arguments):
+    """(exit code, what it says, its errors)."""
+    process = processes.start("pixart.convert", *arguments)
+    said, errors = processes.finish(process)
+    return process.returncode, said, errors
+
+
+def write_peft(folder):
+    width, key = CONFIG.hidden_size, "base_model.model.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{key}.lora_A.weight": torch.randn(4, width), f"{key}.lora_B.weight": torch.randn(width, 4)}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2, "peft_type": "LORA"}))
+    return folder
+
+
+def write_control(path):
+    control = PixArtControlNet.from_base(PixArt(CONFIG), 1)
+    save_controlnet(path, control.state_dict(), CONFIG)
+    return path
+
+
+def write_t5(folder):
+    make_t5(vocab_size=64).save_pretrained(folder)
+    return folder
+
+
+def merged(path):
+    return merge(make_weights(CONFIG), read_lora(path))
+
+
+def t5_weights(path):
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+# What a kind is written as, the other way and back, and how it is read.
+WAYS = {
+    "checkpoint": (None, "folder", "back.pth", lambda path: read_checkpoint(path).state_dict),
+    "controlnet": (write_control, "folder", "back.safetensors", lambda path: read_controlnet(path).state_dict),
+    "lora": (write_peft, "kohya.safetensors", "back", merged),
+    "t5": (write_t5, "t5.safetensors", "back", t5_weights),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WAYS)
+def test_real_processes_go_both_ways_and_replace_nothing_unasked(tmp_path, model, kind):
+    write, there, back, read = WAYS[kind]
+    source = write(tmp_path / ("control.pth" if kind == "controlnet" else "source")) if write else model
+    more = ["--to", "kohya"] if kind == "lora" else []
+    code, said, errors = convert_in_a_process(source, tmp_path / there, *more)
+    assert (code, errors) == (0, "") and said.startswith(f"{tmp_path / there}: ")
+    assert convert_in_a_process(tmp_path / there, tmp_path / back)[0] == 0
+    expected, found = read(source), read(tmp_path / back)
+    for weights in (expected, found):
+        weights.pop(NULL_CAPTION_KEY, None)  # diffusers has none
+    assert expected.keys() == found.keys()
+    # A LoRA's alpha is multiplied in and out in another order; all else is copied.
+    assert all(
+        torch.allclose(expected[name], found[name], rtol=1e-6 if kind == "lora" else 0, atol=0) for name in found
+    )
+    stamps = {path: path.stat().st_mtime_ns for path in [tmp_path / back, *(tmp_path / back).rglob("*")]}
+    code, said, errors = convert_in_a_process(tmp_path / there, tmp_path / back)
+    assert (code, said) == (1, "") and errors.startswith("error: Exists already: got") and errors.count("\n") == 1
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    assert convert_in_a_process(tmp_path / there, tmp_path / back, "--force")[0] == 0
+
+
+def test_a_real_process_with_help():
+    code, shown, _ = convert_in_a_process("--help")
+    assert code == 0 and "python -m pixart.convert peft-folder/" in shown
+    code, _, errors = convert_in_a_process("only-one")
+    assert code == 2 and "the following arguments are required: target" in errors

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pixart_pack.pixart import sample
 from pixart_pack.pixart.command import run_command
+from pixart_pack.pixart.solvers import PRESETS, SAMPLERS
 from pixart_pack.tests.host.graph import Graph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,44 +41,91 @@ def pixels(path):
     return np.asarray(Image.open(path).convert("RGB"), np.int16)
 
 
-def in_comfyui(host, negative, **settings):
-    for name in NAMES.values():
-        target = host.models / f"{name}.safetensors"
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((DEMO / f"{name}.safetensors").read_bytes())
-    graph = Graph()
-    model = graph.add("PixArtLoadCheckpoint", checkpoint="pixart_demo.safetensors")
-    clip = graph.add("PixArtLoadT5", text_encoder="pixart_demo_t5.safetensors")
-    positive = graph.add("PixArtTextEncode", clip=clip, text=CAPTION, model=model)
-    unguided = graph.add("PixArtNegative", mode="text", text=negative, clip=clip, positive=positive, model=model)
-    latent = graph.add(
-        "KSampler", model=model, positive=positive, negative=unguided, denoise=1.0, **settings,
-        latent_image=graph.add("EmptyLatentImage", width=160, height=96, batch_size=1),
-    )  # fmt: skip
-    vae = graph.add("VAELoader", vae_name="pixart_demo_vae.safetensors")
-    graph.add("SaveImage", images=graph.add("VAEDecode", samples=latent, vae=vae), filename_prefix="sample")
-    return np.asarray(host.run(graph.nodes, timeout_s=300)[0].convert("RGB"), np.int16)
+class DemoGraph(Graph):
+    """The demo model up to its conditioning; `picture` ends it."""
+
+    def __init__(self, host, text, negative):
+        super().__init__()
+        self.host = host
+        for name in NAMES.values():
+            target = host.models / f"{name}.safetensors"
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes((DEMO / f"{name}.safetensors").read_bytes())
+        self.model = model = self.add("PixArtLoadCheckpoint", checkpoint="pixart_demo.safetensors")
+        clip = self.add("PixArtLoadT5", text_encoder="pixart_demo_t5.safetensors")
+        self.positive = positive = self.add("PixArtTextEncode", clip=clip, text=text, model=model)
+        self.negative = self.add(
+            "PixArtNegative", mode="text", text=negative, clip=clip, positive=positive, model=model
+        )
+
+    def picture(self, node, width, height, **settings):
+        """What a sampling node makes of noise."""
+        links = {"model": self.model, "positive": self.positive, "negative": self.negative}
+        empty = self.add("EmptyLatentImage", width=width, height=height, batch_size=1)
+        latent = self.add(node, latent_image=empty, **links, **settings)
+        vae = self.add("VAELoader", vae_name="pixart_demo_vae.safetensors")
+        self.add("SaveImage", images=self.add("VAEDecode", samples=latent, vae=vae), filename_prefix="sample")
+        return np.asarray(self.host.run(self.nodes, timeout_s=300)[0].convert("RGB"), np.int16)
 
 
-@pytest.mark.parametrize(
-    ("solver", "schedule", "steps", "guidance", "negative"),
-    [
-        ("dpm_solver", "uniform", 10, 4.0, ""),
-        ("sa_solver", "uniform", 8, 3.0, "a blue square"),
-        ("iddpm", "iddpm", 12, 4.0, ""),
-        ("lcm", "lcm", 4, 1.0, ""),
-        ("dmd", "dmd", 1, 1.0, ""),
-    ],
-)
-def test_the_picture_is_comfyuis(host, tmp_path, solver, schedule, steps, guidance, negative):
-    settings = {"sampler_name": f"pixart_{solver}", "scheduler": f"pixart_{schedule}"}
-    expected = in_comfyui(host, negative, seed=5, steps=steps, cfg=guidance, **settings)
-    flags = ["--solver", solver, "--schedule", schedule, "--steps", str(steps), "--guidance", str(guidance)]
-    assert run(tmp_path, "--prompt", CAPTION, "--negative", negative, "--size", "160x96", "--seed", "5", *flags) == 0
-    found = pixels(next(tmp_path.glob("*.png")))
-    assert found.shape == (96, 160, 3) and found.std() > 5
+def in_comfyui(host, text, negative, width, height, **settings):
+    return DemoGraph(host, text, negative).picture("KSampler", width, height, denoise=1.0, **settings)
+
+
+def assert_same(found, expected):
+    assert found.shape == expected.shape and found.std() > 5
     assert np.abs(found - expected).max() <= ROUNDING
+
+
+# solver, schedule, steps, guidance, negative, width and height; 21 and 13 latent pixels a side are odd
+CASES = [
+    ("dpm_solver", "uniform", 10, 4.0, "", 160, 96),
+    ("dpm_solver", "karras", 6, 1.0, "", 168, 104),
+    ("sa_solver", "uniform", 8, 3.0, "a blue square", 160, 96),
+    ("sa_solver", "kl_optimal", 6, 4.5, "a blue square", 104, 168),
+    ("iddpm", "iddpm", 12, 4.0, "", 160, 96),
+    ("iddpm", "iddpm", 9, 2.0, "a green star", 88, 72),
+    ("ddim", "ddim", 8, 4.0, "a blue square", 168, 104),
+    ("lcm", "lcm", 4, 1.0, "", 160, 96),
+    ("dmd", "dmd", 1, 1.0, "", 72, 88),
+]
+
+
+def test_every_solver_is_compared():
+    assert {case[0] for case in CASES} == set(SAMPLERS)
+
+
+@pytest.mark.parametrize(("solver", "schedule", "steps", "guidance", "negative", "width", "height"), CASES)
+def test_the_picture_is_comfyuis(host, tmp_path, solver, schedule, steps, guidance, negative, width, height):
+    settings = {"sampler_name": f"pixart_{solver}", "scheduler": f"pixart_{schedule}"}
+    expected = in_comfyui(host, CAPTION, negative, width, height, seed=5, steps=steps, cfg=guidance, **settings)
+    flags = ["--solver", solver, "--schedule", schedule, "--steps", str(steps), "--guidance", str(guidance)]
+    more = ["--negative", negative, "--size", f"{width}x{height}", "--seed", "5"]
+    assert run(tmp_path, "--prompt", CAPTION, *more, *flags) == 0
+    assert_same(pixels(next(tmp_path.glob("*.png"))), expected)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_published_setting_is_comfyuis(host, tmp_path, preset):
+    graph = DemoGraph(host, CAPTION, "")
+    chosen = graph.add("PixArtSamplingPreset", model=graph.model, preset=preset, denoise=1.0)
+    settings = {"sampler": chosen, "sigmas": [chosen[0], 1], "cfg": [chosen[0], 2]}
+    expected = graph.picture("SamplerCustom", 72, 64, add_noise=True, noise_seed=5, **settings)
+    assert run(tmp_path, "--prompt", CAPTION, "--size", "72x64", "--seed", "5", "--preset", preset) == 0
+    assert_same(pixels(next(tmp_path.glob("*.png"))), expected)
+
+
+def test_each_of_a_batch_is_comfyuis_picture_of_its_seed(host, tmp_path):
+    texts = [CAPTION, "a blue square", "a small green star in the center and a red circle in the bottom left"]
+    flags = [part for text in texts for part in ("--prompt", text)]
+    more = ["--solver", "sa_solver", "--steps", "6", "--guidance", "3", "--negative", "a star", "--seed", "8"]
+    assert run(tmp_path, *flags, *more, "--size", "104x72", "--batch", "3") == 0
+    for number, path in enumerate(sorted(tmp_path.glob("*.png"))):
+        settings = {"sampler_name": "pixart_sa_solver", "scheduler": "pixart_uniform", "steps": 6, "cfg": 3.0}
+        expected = in_comfyui(host, texts[number], "a star", 104, 72, seed=8 + number, **settings)
+        assert_same(pixels(path), expected)
+        assert f"seed: {8 + number}" in Image.open(path).text["parameters"]
 
 
 def test_a_real_process_with_a_file_of_prompts_of_several_sizes(tmp_path):
@@ -115,6 +163,7 @@ def test_nothing_is_overwritten_without_force(tmp_path, capsys):
         (["--prompt", "a", "--size", "100x100"], "expected multiples of 8"),
         (["--prompt", ""], "No prompts"),
         (["--prompt", "a", "--steps", "0"], "Too few steps"),
+        (["--prompt", "a", "--batch", "0"], "Batch size out of range: got 0"),
         (["--prompts", "/nowhere/prompts.txt"], "prompts.txt"),
         (["--prompt", "a", "--vae", FILES["t5"]], "Not an autoencoder"),
         (["--prompt", "a", "--model", FILES["vae"]], "pixart_demo_vae"),
