@@ -48,7 +48,7 @@ class TrainingSettings:
     weighting: of WEIGHTINGS, of a timestep's loss; timestep_weights: [timestep, factor] points, linear in between.
     timesteps: of TIMESTEPS, within [timestep_min, timestep_max]; log_normal: a logistic of N(mean, std) as the share.
     caption_dropout: share of captions replaced by the null caption. prior_weight: of pictures marked as prior.
-    prior_target: of PRIOR_TARGETS, what is learned from those: the pictures, or what the model without LoRA makes of them.
+    prior_target: of PRIOR_TARGETS, what is learned from those: the pictures, or what the frozen model makes of them.
     lcm_*: guidance w of the teacher (x + w (x - null)), its DDIM steps, and the decay of the target's average.
     checkpoint_every, sample_every, log_every: in steps, 0 is never. keep_last: checkpoints that stay.
     sample_steps, sample_guidance: of the validation pictures; sample_seed: of their noise.
