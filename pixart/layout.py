@@ -205,10 +205,10 @@ def merge_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return plan
 
 
-def needs_merge(names: Iterable[str]) -> bool:
-    """True when some of these (unwrapped) names are parts of a tensor that the original layout holds in one."""
-    parts = (match[2] for match in map(_DIFFUSERS_BLOCK.fullmatch, names) if match)
-    return any(part in _BLOCK_PARTS and len(_BLOCK_PARTS[part][1]) > 1 for part in parts)
+def parts_to_merge(names: Iterable[str]) -> set[str]:
+    """Those of these (unwrapped) names that are parts of a tensor which the original layout holds in one."""
+    matches = (match for match in map(_DIFFUSERS_BLOCK.fullmatch, names) if match)
+    return {match[0] for match in matches if match[2] in _BLOCK_PARTS and len(_BLOCK_PARTS[match[2]][1]) > 1}
 
 
 def require_pixart(state_dict: Mapping) -> str:

@@ -12,7 +12,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,19 +106,19 @@ class _Storage(NamedTuple):
 
 
 def read_pth(
-    path: Path, choose: Callable[[object], dict], in_memory: Callable[[dict], bool]
+    path: Path, choose: Callable[[object], dict], in_memory: Callable[[dict], Collection[str]]
 ) -> dict[str, torch.Tensor]:
     """Read tensors out of a file by torch.save, zip or older format.
 
     choose: is given everything in the file (tensors as StoredTensor, foreign objects as Foreign) and returns the
-    wanted ones by name. in_memory: is given these and says whether to read them into memory of their own rather
-    than map the file. Raises ValueError when the file is damaged or no such file.
+    wanted ones by name. in_memory: is given these and names those to read into memory of their own; the others are
+    mapped from the file. Raises ValueError when the file is damaged or no such file.
     """
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
     content, places = _open_zip(path) if is_zip else _open_legacy(path)
     wanted = {name: value for name, value in choose(content).items() if isinstance(value, StoredTensor)}
-    return _read_tensors(path, wanted, places, mapped=not in_memory(wanted))
+    return _read_tensors(path, wanted, places, in_memory(wanted))
 
 
 class _Unpickler(pickle.Unpickler):
@@ -295,9 +295,9 @@ def _open_legacy(path: Path) -> tuple[object, dict[str, int]]:
         return content, places
 
 
-def _read_tensors(path: Path, wanted: dict, places: dict, mapped: bool) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, wanted: dict, places: dict, own: Collection[str]) -> dict[str, torch.Tensor]:
     size = path.stat().st_size
-    mapping = torch.UntypedStorage.from_file(str(path), False, size) if mapped and wanted else None
+    mapping = torch.UntypedStorage.from_file(str(path), False, size) if wanted else None
     read, tensors = {}, {}
     with path.open("rb", buffering=0) as file:
         for name, stored in wanted.items():
@@ -306,7 +306,7 @@ def _read_tensors(path: Path, wanted: dict, places: dict, mapped: bool) -> dict[
             count = span * stored.dtype.itemsize if 0 not in stored.shape else 0
             if place + count > size:
                 raise _truncated(path)
-            if mapping is not None and count and place % stored.dtype.itemsize == 0:
+            if name not in own and count and place % stored.dtype.itemsize == 0:
                 storage = mapping[place : place + count]
             else:
                 if (place, count) not in read:

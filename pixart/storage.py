@@ -15,7 +15,7 @@ from .checkpoint import (
     Detection,
     check_weights,
     explain_detection,
-    needs_merge,
+    parts_to_merge,
     to_original,
     unwrap,
 )
@@ -77,7 +77,7 @@ def read_checkpoint(
 
     weights: "ema" or "model", see `layout.unwrap`. file_variant: "fp16" and the like, for folders.
     hints: `variant` and fields of PixArtConfig, see `detection.explain_detection`.
-    Tensors are mapped from the file as they are; those of the diffusers layout are read and merged one by one.
+    Tensors are mapped from the file as they are; those that diffusers has in parts are read and merged one by one.
     Raises FileNotFoundError for a missing file or shard and ValueError for everything else, naming the file.
     """
     path = Path(path)
@@ -125,7 +125,7 @@ def read_tensors(
             metadata.update(_texts_of(content))
             return choose(content)
 
-        return read_pth(path, choose_and_note, needs_merge), metadata
+        return read_pth(path, choose_and_note, parts_to_merge), metadata
 
 
 @contextmanager
@@ -205,9 +205,9 @@ def _read_safetensors(path: Path, choose: Callable[[object], dict]) -> tuple[dic
             content = {name: _Named(name, file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
             wanted = choose(content)
-            if not needs_merge(wanted):
-                return {name: file.get_tensor(named.name) for name, named in wanted.items()}, metadata
-        return _read_unmapped(path, wanted), metadata
+            parts = {name: wanted[name] for name in wanted.keys() & parts_to_merge(wanted)}
+            mapped = {name: file.get_tensor(named.name) for name, named in wanted.items() if name not in parts}
+        return mapped | _read_unmapped(path, parts), metadata
     except SafetensorError as error:
         raise ValueError(
             f"Truncated or damaged file: got unreadable safetensors in '{path.name}' ({error}), expected complete "

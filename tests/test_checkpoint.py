@@ -16,7 +16,7 @@ from pixart_pack.pixart.checkpoint import (
     detect_layout,
     expected_shapes,
     explain_detection,
-    needs_merge,
+    parts_to_merge,
     split_controlnet,
     to_diffusers,
     to_original,
@@ -142,7 +142,7 @@ def test_conversion_takes_either_layout_and_leaves_its_input_alone():
     diffusers = to_diffusers(original)
     assert same(to_diffusers(diffusers), diffusers)
     assert "pos_embed" not in to_original(original)
-    assert list(original) == names and needs_merge(diffusers) and not needs_merge(original)
+    assert list(original) == names and parts_to_merge(diffusers) and not parts_to_merge(original)
 
 
 def test_consuming_conversion_lets_go_of_its_input():
