@@ -1,10 +1,11 @@
 """The pack's commands in processes of their own, alone or by the launchers that start many of them."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,20 +20,25 @@ def accelerate(*more: str) -> tuple[str, ...]:
     return (*ACCELERATE.split(), "--main_process_port", "0", *(more or ("--multi_gpu",)))
 
 
-def start(module: str, *arguments, launcher: tuple[str, ...] = ALONE) -> subprocess.Popen:
+def start(module: str, *arguments, launcher: Sequence[str] = ALONE) -> subprocess.Popen:
     """`python -m <module> <arguments>` in the pack's folder, with its output in pipes."""
     command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C as a terminal sends it: to the process and to all that it has started."""
+    os.killpg(process.pid, signal.SIGINT)
 
 
 def finish(process: subprocess.Popen, timeout_s: float = 300) -> tuple[str, str]:
-    """(its output, its errors) at its end. A process that does not end in time is killed."""
+    """(its output, its errors) at its end. What does not end in time is killed, with all that it has started."""
     try:
         return process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         raise
 

@@ -1,7 +1,6 @@
 """Captions by a tiny LLaVA of the real classes, and the command that writes them where datasets are read."""
 
 import json
-import signal
 from itertools import count
 from pathlib import Path
 
@@ -228,7 +227,7 @@ def test_an_interrupted_process_goes_on_and_captions_nothing_twice(tmp_path, fol
     more = ["--max-tokens", 200, *(["--output", output] if output else [])]
     process = start(pictures, folder, *more)
     processes.wait_until(lambda: written(pictures, output), process)
-    process.send_signal(signal.SIGINT)
+    processes.interrupt(process)
     error = processes.finish(process)[1]
     assert process.returncode == 130, error
     count = written(pictures, output)

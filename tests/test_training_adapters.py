@@ -14,10 +14,6 @@ from pixart_pack.pixart.training.frozen import Fp8Linear, freeze
 from pixart_pack.pixart.training.results import lora_factors, save_result
 from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
 
-ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0") + tuple(
-    f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")
-)
-
 
 def randomize(objective, seed=3):
     """Weights as in the middle of a training."""
@@ -51,24 +47,36 @@ def freeze_linear(layer):
     return layer.requires_grad_(False)
 
 
-@pytest.mark.parametrize("fields", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
-def test_gradients_equal_those_of_peft(fields, tmp_path):
+PEFT_CASES = {
+    "lora": ({}, 3 * 8),
+    "rslora": ({"rslora": True}, 3 * 8),
+    "dora": ({"dora": True}, 3 * 8),
+    "with the GELU computed again": ({"targets": "blocks"}, 3 * 10),
+    "every linear layer": ({"targets": "all-linear"}, 3 * 10 + 10),
+    "every linear layer with DoRA": ({"targets": "all-linear", "dora": True}, 3 * 10 + 10),
+    "recomputed blocks": ({"targets": "blocks", "checkpointing": True}, 3 * 10),
+}
+
+
+@pytest.mark.parametrize("fields, count", PEFT_CASES.values(), ids=PEFT_CASES)
+def test_gradients_equal_those_of_peft(fields, count):
     """The same weights, batch and noise through diffusers' model with PEFT's adapters."""
     peft, diffusers = pytest.importorskip("peft"), pytest.importorskip("diffusers")
     settings = tiny_settings(rank=4, alpha=6.0, caption_dropout=0.0, **fields)
     model = tiny_model()
     other = diffusers_twin(diffusers, model)
     other.requires_grad_(False)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=list(ATTENTION), use_dora=bool(fields.get("dora")),
-        use_rslora=bool(fields.get("rslora")),
-    )  # fmt: skip
-    other = peft.get_peft_model(other, config)
     objective = make_objective(model, settings)
     randomize(objective)
     ours = dict(objective.named_parameters())
     weights = {name: parameter.detach() for name, parameter in ours.items() if parameter.requires_grad}
-    twins = match(other, lora_factors(objective, weights))
+    factors = lora_factors(objective, weights)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=[target.diffusers_module for target in factors],
+        use_dora=bool(fields.get("dora")), use_rslora=bool(fields.get("rslora")),
+    )  # fmt: skip
+    other = peft.get_peft_model(other, config)
+    twins = match(other, factors)
     batch, draws = one_batch(settings)
     objective(batch, draws).total.backward()
     peft_loss(objective, other, batch, draws).backward()
@@ -81,7 +89,7 @@ def test_gradients_equal_those_of_peft(fields, tmp_path):
                 # float32: two orders of the same sums through three blocks
                 torch.testing.assert_close(mine.reshape(parameter.shape), parameter.grad, rtol=2e-4, atol=2e-6)
                 checked += 1
-    assert checked == len(twins) * (3 if "dora" in fields else 2) and len(twins) == 8 * 3
+    assert checked == len(twins) * (3 if "dora" in fields else 2) and len(twins) == count
 
 
 def diffusers_twin(diffusers, model):

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from .settings import RunConfig, read_config
 from .validation import Decode, read_prompts
 
 logger = logging.getLogger(__name__)
+
+SAME_SIGNAL_S = 2.0  # the launchers pass on a Ctrl-C which the terminal has sent to their processes, too
 
 
 def add_parser(commands) -> None:
@@ -63,18 +66,19 @@ class _Bar(Events):
     """Progress on a terminal. The first Ctrl-C ends the training with its result written, a second one at once."""
 
     def __init__(self, bar: tqdm):
-        self.bar, self.stopped = bar, False
+        self.bar, self.stopped_at = bar, None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._stop)
 
     def _stop(self, number, _frame) -> None:
-        if self.stopped:
+        if self.stopped_at is None:
+            self.stopped_at = time.monotonic()
+        elif time.monotonic() - self.stopped_at > SAME_SIGNAL_S:
             raise KeyboardInterrupt
-        self.stopped = True
 
     def should_stop(self) -> bool:
-        return self.stopped
+        return self.stopped_at is not None
 
     def stepped(self, progress: Progress) -> None:
         self.bar.update(progress.step - self.bar.n)

@@ -278,10 +278,7 @@ class Trainer:
             self.events.stepped(Progress(self.step, self.settings.steps, self.loss, smoothed, rate, per_step, left))
 
     def _sample(self):
-        if self.processes.is_sharded:
-            if self.step == 0:
-                logger.warning("No validation pictures with FSDP: the weights are in parts. Sample with the saved file")
-        elif self.processes.rank == 0:
+        if self.processes.is_sharded or self.processes.rank == 0:
             self.objective.eval()
             with self.averaged(), torch.no_grad():
                 self.sample(self.step)

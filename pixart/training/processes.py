@@ -60,6 +60,10 @@ class AcceleratedProcesses(SingleProcess):
 
     def prepare(self, objective, make):
         prepared, optimizer = self.accelerator.prepare(objective, make())
+        if self.is_sharded:
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(prepared, "within")
         return prepared, optimizer.optimizer
 
     def accumulating(self, prepared, is_last):

@@ -66,7 +66,8 @@ def train(
     trainer = Trainer(objective, features, settings, folder, processes, events)
     validation = None
     if prompts and decode is not None and settings.sample_every:
-        validation = Validation(objective, prompts, folder, decode, trainer.report, show)
+        is_main = processes.rank == 0
+        validation = Validation(objective, prompts, folder, decode, trainer.report, show, is_main)
         trainer.sample = validation
     step = trainer.run(resume)
     weights = trainer.trained_weights()

@@ -43,7 +43,8 @@ class ValidationPrompt:
 class Validation:
     """Makes the pictures of a step with the objective's current weights, and keeps them in folder/samples.
 
-    show: called with the pictures of a step as one row.
+    show: called with the pictures of a step as one row. is_main: False only takes part in the computing, as each of
+    the processes does that share the weights.
     """
 
     def __init__(
@@ -54,13 +55,17 @@ class Validation:
         decode: Decode,
         report: Report | None = None,
         show: Callable[[Image.Image], None] | None = None,
+        is_main: bool = True,
     ):
         self.objective, self.prompts, self.decode = objective, list(prompts), decode
-        self.folder, self.report, self.show = Path(folder) / FOLDER, report, show
+        self.folder, self.report, self.show, self.is_main = Path(folder) / FOLDER, report, show, is_main
 
     def __call__(self, step: int) -> None:
         """Make, keep and show the pictures of a step."""
-        row = join_row([self.picture(prompt, index) for index, prompt in enumerate(self.prompts)])
+        latents = [self.objective.within(self._latent, prompt, index) for index, prompt in enumerate(self.prompts)]
+        if not self.is_main:
+            return
+        row = join_row([to_image(self.decode(latent)[0]) for latent in latents])
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.png"
         write_atomically(path, lambda temporary: row.save(temporary, "PNG"))
@@ -69,8 +74,8 @@ class Validation:
         if self.show is not None:
             self.show(row)
 
-    def picture(self, prompt: ValidationPrompt, index: int) -> Image.Image:
-        """One prompt's picture; its noise is told by the prompt's place alone."""
+    def _latent(self, prompt: ValidationPrompt, index: int) -> Tensor:
+        """The latent of one prompt, (1, 4, h, w) fp32, not scaled; its noise is told by the prompt's place alone."""
         objective, settings = self.objective, self.objective.settings
         device, model = self._device, objective.model
         caption = prompt.caption[None].to(device, objective.dtype)
@@ -88,7 +93,7 @@ class Validation:
             called = _Controlled(objective, prompt, device) if isinstance(objective, ControlPrediction) else model
             seeds = [settings.sample_seed + index]
             latent = sample_latents(called, positive, negative, height, width, seeds, sampling)
-        return to_image(self.decode(latent.float())[0])
+        return latent.float()
 
     @property
     def _device(self) -> torch.device:

@@ -1,7 +1,6 @@
 """`python -m pixart.evaluate` with the demo model: in its own process and through a running ComfyUI."""
 
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -61,7 +60,7 @@ def test_an_interrupted_process_goes_on_where_it_was(prompts, tmp_path):
     options, output = [*LOCAL, "--size", "64x64", "--steps", "20", "--per-prompt", "4"], tmp_path / "out"
     process = start(prompts, "--output", output, *options)
     processes.wait_until(lambda: list(output.glob("samples/*.png")), process)
-    process.send_signal(signal.SIGINT)
+    processes.interrupt(process)
     _, error = processes.finish(process)
     assert process.returncode == 130, error
     made = {path: path.stat().st_mtime_ns for path in output.glob("samples/*")}
