@@ -219,7 +219,7 @@ def written(pictures, output):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense.json", "dense.csv", None])
+@pytest.mark.parametrize("name", ["dense.json", None])
 def test_an_interrupted_process_goes_on_and_captions_nothing_twice(tmp_path, folder, name, captioner):
     names = [f"{number:02}.png" for number in range(10)]
     pictures = fill(tmp_path / "p", names)
