@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from .host.acceleration import cache_blocks, limit_guidance
+from .host.acceleration import cache_blocks, compress_attention, limit_guidance
+from .host.kv_compression import BLOCKS, EVERY_OTHER
 from .host.schema import node_input, schema
 
 CATEGORY = "PixArt/acceleration"
@@ -23,15 +24,15 @@ class BlockCache(io.ComfyNode):
             display_name="PixArt Block Cache",
             category=CATEGORY,
             description="Skips most blocks at steps where the first ones say that little has changed, and adds what "
-            "they added before. The picture changes a little; threshold says how much may change. Works with "
-            "ControlNet, LoRA and every sampler.",
+            "they would add if it went on as between the two whole steps before. The picture changes a little; "
+            "threshold says how much may change. Works with ControlNet, LoRA and every sampler.",
             search_aliases=["pixart cache", "first block cache", "fbcache", "teacache", "easycache", "speed"],
             inputs=[
                 node_input(io.Model, "model", tooltip="The PixArt model."),
                 node_input(
                     io.Float,
                     "threshold",
-                    default=0.15,
+                    default=0.3,
                     min=0.0,
                     max=2.0,
                     step=0.01,
@@ -43,7 +44,7 @@ class BlockCache(io.ComfyNode):
                 node_input(
                     io.Int,
                     "most_reuses",
-                    default=2,
+                    default=3,
                     min=1,
                     max=100,
                     optional=True,
@@ -75,7 +76,7 @@ class BlockCache(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, threshold, start_percent=0.1, end_percent=1.0, most_reuses=2, first_block=1, last_block=0):
+    def execute(cls, model, threshold, start_percent=0.1, end_percent=1.0, most_reuses=3, first_block=1, last_block=0):
         return io.NodeOutput(
             cache_blocks(model, threshold, first_block, last_block, start_percent, end_percent, most_reuses)
         )
@@ -106,4 +107,46 @@ class GuidanceInterval(io.ComfyNode):
         return io.NodeOutput(limit_guidance(model, start_percent, end_percent))
 
 
-NODES: list[type[io.ComfyNode]] = [BlockCache, GuidanceInterval]
+class KVCompression(io.ComfyNode):
+    """Let self-attention read averages of neighbouring tokens."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtKVCompression",
+            display_name="PixArt KV Compression",
+            category=CATEGORY,
+            description="Saves time in large pictures, from 1024 px on: self-attention compares every token with "
+            "averages of neighbouring tokens. Works with ControlNet, LoRA and every sampler.",
+            search_aliases=["token merge", "tomesd", "todo", "kv compress", "token downsampling", "2k", "4k", "speed"],
+            inputs=[
+                node_input(io.Model, "model", tooltip="The PixArt model."),
+                node_input(
+                    io.Int,
+                    "factor",
+                    default=2,
+                    min=1,
+                    max=8,
+                    tooltip="Side of the windows of tokens that are averaged: 2 leaves a quarter of the keys and "
+                    "values. 1 changes nothing; more is faster and less exact.",
+                ),
+                node_input(
+                    io.Combo,
+                    "blocks",
+                    options=list(BLOCKS),
+                    default=EVERY_OTHER,
+                    optional=True,
+                    tooltip="Which blocks. Every other one stays close to the exact picture; all save twice as much.",
+                ),
+                _percent("start_percent", 0.0, "No compression before this part of the sampling.", advanced=True),
+                _percent("end_percent", 1.0, "No compression after this part of the sampling.", advanced=True),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with compressed keys and values.")],
+        )
+
+    @classmethod
+    def execute(cls, model, factor, blocks=EVERY_OTHER, start_percent=0.0, end_percent=1.0):
+        return io.NodeOutput(compress_attention(model, factor, blocks, start_percent, end_percent))
+
+
+NODES: list[type[io.ComfyNode]] = [BlockCache, GuidanceInterval, KVCompression]

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .config import PixArtConfig
 from .layers import tile_rows
@@ -28,16 +29,17 @@ class ControlBlock(nn.Module):
             self.before_proj = operations.Linear(width, width, dtype=dtype, device=device)
         self.after_proj = operations.Linear(width, width, dtype=dtype, device=device)
 
-    def forward(self, condition, tokens, inputs: BlockInputs):
+    def forward(self, condition, tokens, inputs: BlockInputs, keys_values=None):
         """condition: (B, N, D) of the block before. tokens: (B, N, D) of the base; the first block alone reads them.
 
+        keys_values: of the copy's cross-attention, (B, L, 2 D), if known.
         The first block's condition may have fewer rows, which are tiled over the batch.
         Returns the residual for the base, and the condition for the next block, both (B, N, D).
         """
         if hasattr(self, "before_proj"):
             condition = self.before_proj(condition)
             condition = tokens + (condition if len(condition) == 1 else tile_rows(condition, len(tokens)))
-        condition = self.copied_block(condition, inputs)
+        condition = self.copied_block(condition, inputs, keys_values)
         return self.after_proj(condition), condition
 
 
@@ -133,6 +135,10 @@ class PixArtControlNet(nn.Module):
             found.append(residual)
         return found
 
+    def read_caption(self, caption) -> tuple[torch.Tensor, ...]:
+        """What the cross-attention of every copy makes of a projected caption (B, L, D): (B, L, 2 D) each."""
+        return tuple(block.copied_block.cross_attn.keys_values(caption) for block in self.controlnet)
+
     def attach(self, base: PixArt, condition) -> list[Residual]:
         """What `base(..., control=...)` takes to run this branch in step with the base, block by block.
 
@@ -165,10 +171,17 @@ class PixArtControlNet(nn.Module):
 
 
 class ControlBranch:
-    """A control branch beside a pass of its base: each copy runs when the base gets to the block after it."""
+    """A control branch beside a pass of its base: each copy runs when the base gets to the block after it.
 
-    def __init__(self, control: PixArtControlNet, base: PixArt, condition):
+    captions: projected caption -> `PixArtControlNet.read_caption` of it, kept for as long as the base keeps its own;
+    those who make a branch for every step give the same each time.
+    """
+
+    def __init__(
+        self, control: PixArtControlNet, base: PixArt, condition, captions: WeakTensorKeyDictionary | None = None
+    ):
         self.control, self.base, self.latent = control, base, condition
+        self.captions = WeakTensorKeyDictionary() if captions is None else captions
         self.condition = None  # the last copy's output, (B, N, D)
 
     def residuals(self) -> list[Residual]:
@@ -178,9 +191,19 @@ class ControlBranch:
     def advance(self, index: int, tokens, inputs: BlockInputs):
         """Runs copy `index` and returns its residual, (B, N, D). tokens: (B, N, D) of the base."""
         condition = self.control.embed(self.base, self.latent.to(tokens)) if index == 0 else self.condition
-        residual, condition = self.control.controlnet[index](condition, tokens, inputs)
+        residual, condition = self.control.controlnet[index](
+            condition, tokens, inputs, self._keys_values(index, inputs)
+        )
         self.condition = condition if index + 1 < self.control.num_copies else None
         return residual
+
+    def _keys_values(self, index: int, inputs: BlockInputs):
+        """What copy `index` reads of the caption; None where the base keeps none either, or tiles what it keeps."""
+        if inputs.keys_values is None or len(inputs.keys_values[0]) != len(inputs.caption):
+            return None
+        if inputs.caption not in self.captions:
+            self.captions[inputs.caption] = self.control.read_caption(inputs.caption)
+        return self.captions[inputs.caption][index]
 
 
 def _block_fields(config: PixArtConfig, count: int) -> dict:

@@ -99,6 +99,18 @@ def sinusoid(values, channels=FREQUENCY_CHANNELS):
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
+def average_windows(x, grid, factor):
+    """The means of factor x factor windows of a token grid: (B, N, D) -> (B, M, D), row by row.
+
+    grid: (rows, columns) of the N tokens. Windows at the bottom and the right are smaller where factor does not divide.
+    """
+    if factor == 1:
+        return x
+    x = x.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, rows, columns)
+    x = F.avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False)
+    return x.flatten(2).transpose(1, 2)
+
+
 class PatchEmbed(nn.Module):
     """Cuts a latent into patches, a token each."""
 

@@ -153,6 +153,32 @@ def test_an_attached_branch_serves_every_step():
             assert torch.equal(given, base(latent, time, caption, mask, control=expected))
 
 
+def test_captions_are_read_once_while_the_base_keeps_them():
+    base = tiny_model()
+    control = tiny_control(base, 2)
+    reads = []
+    for block in control.controlnet:
+        block.copied_block.cross_attn.kv_linear.register_forward_hook(lambda *_: reads.append(1))
+    latent, timestep, caption, mask = tiny_inputs(2, 8, 8, [3, 5])
+    steering = control.attach(base, latent)
+    with torch.no_grad():
+        expected = base(latent, timestep, caption, mask, control=control.attach(base, latent))
+        reads.clear()
+        for _ in range(2):
+            kept = base.project_caption(caption)
+            for _ in range(3):
+                assert torch.equal(base(latent, timestep, kept, mask, control=steering), expected)
+    assert len(reads) == 2 * 2  # once for each copy and each caption that the base keeps
+    steering[0].func.__self__.captions.clear()
+    reads.clear()
+    with torch.no_grad():  # neither raw captions nor tiled ones are kept
+        base(latent, timestep, caption, mask, control=steering)
+        one = base.project_caption(caption[:1])
+        for _ in range(2):
+            base(latent, timestep, one, mask[:1], control=steering)
+    assert len(reads) == 2 * 3 and not list(steering[0].func.__self__.captions.items())
+
+
 def test_a_fresh_branch_changes_nothing():
     base = tiny_model()
     control = PixArtControlNet.from_base(base)

@@ -1,4 +1,4 @@
-"""Dials that trade exactness for time: block caching across steps, and guidance in a part of the steps only."""
+"""Dials that trade exactness for time: block caching across steps, guidance in a part of the steps, fewer keys."""
 
 import logging
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import comfy.model_patcher
 import comfy.patcher_extension
 
 from .block_cache import BLOCK_CACHE, BlockCache
+from .kv_compression import KV_COMPRESSION, KVCompression
 from .text import pixart_config
 
 log = logging.getLogger(__name__)
@@ -108,4 +109,31 @@ def limit_guidance(model, start_percent, end_percent):
 
     patched.remove_wrappers_with_key(WRAPPERS.PREDICT_NOISE, INTERVAL)
     patched.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, INTERVAL, predict)
+    return patched
+
+
+def compress_attention(model, factor, blocks, start_percent, end_percent):
+    """A clone of the MODEL whose self-attention reads averages of factor x factor tokens, between two percents of the
+    sampling; exactly the MODEL at factor 1. blocks: of kv_compression.BLOCKS.
+
+    Raises ValueError for an empty interval or another model.
+    Source: PixArt-Sigma's key-value compression, arXiv 2403.04692, section 3.3, as it starts its training.
+    """
+    pixart_config(model)
+    _check_interval(start_percent, end_percent)
+    patched = model.clone()
+    patched.remove_wrappers_with_key(WRAPPERS.DIFFUSION_MODEL, KV_COMPRESSION)
+    if factor == 1:
+        return patched
+    compression = KVCompression(factor, blocks)
+    always = start_percent <= 0 and end_percent >= 1  # nothing to look up then, which suits compiled models
+    active = _between(patched.get_model_object("model_sampling"), start_percent, end_percent)
+
+    def forward(executor, x, timesteps, context, control=None, transformer_options=None, **conds):
+        options = {} if transformer_options is None else transformer_options
+        if always or active(options.get("sigmas")):
+            options = {**options, KV_COMPRESSION: compression}
+        return executor(x, timesteps, context, control, options, **conds)
+
+    patched.add_wrapper_with_key(WRAPPERS.DIFFUSION_MODEL, KV_COMPRESSION, forward)
     return patched

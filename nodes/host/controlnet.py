@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...pixart.config import PixArtConfig
 from ...pixart.control_storage import ALPHA_CLASS, SIGMA_CLASS, ControlNetCheckpoint, read_controlnet
@@ -58,6 +59,7 @@ class ControlNetModel(PixArtControlNet):
         operations = with_table(comfy.ops.manual_cast)
         super().__init__(config, num_copies, operations=operations, dtype=dtype, device="meta")
         self.dtype = dtype
+        self.captions = WeakTensorKeyDictionary()  # of the run: see ControlBranch
 
     def forward(self, x, hint, timesteps, context, base_model=None, **_):
         """The branch over base_model as lazy residuals; nothing is computed yet.
@@ -65,7 +67,7 @@ class ControlNetModel(PixArtControlNet):
         x: (B, C, H, W). hint: (B or 1, C, H, W), encoded and scaled. timesteps, context: the base brings them itself.
         """
         # By a weak reference: the host takes a model for leaked while anything, such as a kept residual, refers to it.
-        branch = ControlBranch(weakref.proxy(self), base_model, hint)
+        branch = ControlBranch(weakref.proxy(self), base_model, hint, self.captions)
         return {"output": [Residual([(compute, 1.0)], x.shape) for compute in branch.residuals()]}
 
 
@@ -112,8 +114,9 @@ class PixArtControl(comfy.controlnet.ControlNet):
         self.set_extra_arg("base_model", model.diffusion_model)
 
     def cleanup(self):
-        """Lets go of the model that was sampled with."""
+        """Lets go of the model that was sampled with, and of its captions."""
         self.extra_args.pop("base_model", None)
+        self.control_model.captions.clear()
         super().cleanup()
 
     def _check_family(self, config):

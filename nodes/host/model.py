@@ -23,6 +23,7 @@ from ...pixart.config import PixArtConfig
 from ...pixart.transformer import PixArt, ProjectedCaption, add_control
 from .block_cache import BLOCK_CACHE
 from .captions import CaptionCond
+from .kv_compression import compress_keys
 from .noise_levels import PixArtSampling
 
 CAPTION_MEMORY_BYTES = 256 * 2**20  # for captions that are kept projected while a picture is sampled
@@ -159,7 +160,7 @@ class PixArtNet(PixArt):
             if index == len(self.blocks):
                 break
             options["block_index"] = index
-            tokens = add_control(tokens, residuals, index, inputs)
+            tokens = add_control(tokens, residuals, index, compress_keys(inputs, index - 1, len(self.blocks), options))
             tokens, inputs = self._run_block(self.blocks[index], index, tokens, inputs, condition, options)
             for patch in patches.get("double_block", ()):
                 given = {"img": tokens, "txt": inputs.caption, "x": x, "block_index": index}
@@ -172,10 +173,10 @@ class PixArtNet(PixArt):
 
     def _run_block(self, block, index, tokens, inputs, condition, options):
         attention = block_replacement(options, "attn1", index, len(self.blocks))
-        here = inputs
-        if attention is not None:
-            replaced = functools.partial(_replaced_attention, attention, options)
-            here = inputs._replace(self_attention=replaced)
+        if attention is None:
+            here = compress_keys(inputs, index, len(self.blocks), options)
+        else:  # a replacement may count on as many values as there are tokens
+            here = inputs._replace(self_attention=functools.partial(_replaced_attention, attention, options))
         replacement = block_replacement(options, "dit", index, len(self.blocks))
         if replacement is None:
             return block(tokens, here, here.keys_values_of(index)), inputs

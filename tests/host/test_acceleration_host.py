@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pixart_pack.tests.host.test_model import CONFIG, caption, count_forwards, sample
-from pixart_pack.tests.tiny_pixart import make_weights
+from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 
 FLOAT_NOISE = {"atol": 2e-3, "rtol": 1e-4}  # float32 noise of the net, multiplied by sigma 157 and guidance 4.5
 
@@ -168,6 +168,63 @@ def test_cache_skips_the_blocks_that_it_is_told(comfy, patcher, acceleration, bl
     assert blocks_run.count(1) == 3
 
 
+@pytest.fixture(scope="module")
+def block_cache(pack):
+    return importlib.import_module("pixart_pack.nodes.host.block_cache")
+
+
+def on_a_line(positions, bend=0.0):
+    """(probe, added) of whole evaluations of two pictures, moving along a line in each, and away from it by `bend`."""
+    generator = torch.Generator().manual_seed(0)
+    start, way, other_start, other_way, aside = torch.randn(5, 2, 6, 8, generator=generator)
+    return [(start + p * way, other_start + p * other_way + bend * p * p * aside) for p in positions]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_skipped_goes_on_along_the_line(block_cache, dtype):
+    """The third evaluation has shown that the line holds; the fourth, wherever on it, is foretold."""
+    whole = [[t.to(dtype) for t in pair] for pair in on_a_line([0.0, 0.1, 0.2])]
+    memory = block_cache._Memory(*whole[0])
+    assert torch.equal(memory.predict(whole[1][0]), whole[0][1])
+    memory = memory.follow(*whole[1])
+    assert torch.equal(memory.predict(whole[2][0]), whole[1][1])  # not yet checked, so not followed
+    memory = memory.follow(*whole[2])
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 0.15, torch.float16: 0.02}[dtype]  # of the steps, eight times less
+    for place in (0.25, 0.3, 0.4):
+        probe, added = (t.to(dtype) for t in on_a_line([place])[0])
+        assert (memory.predict(probe) - added).abs().max() < rounding
+    back, far = on_a_line([0.1])[0][0].to(dtype), on_a_line([9.0])[0][0].to(dtype)
+    assert torch.equal(memory.predict(back), whole[2][1])  # a solver that looks back
+    reach = (memory.predict(far) - whole[2][1]).abs().max() / (whole[2][1] - whole[1][1]).abs().max()
+    assert 2.5 < reach < block_cache.LONGEST_LINE + 0.2
+
+
+def test_a_line_that_did_not_hold_is_not_followed(block_cache):
+    """What went back and forth is reused as it was."""
+    probes = [probe for probe, _ in on_a_line([0.0, 1.0, 2.0, 3.0])]
+    swing = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(9))
+    memory = block_cache._Memory(probes[0], swing).follow(probes[1], -swing).follow(probes[2], swing)
+    assert torch.equal(memory.predict(probes[3]), swing)
+
+
+def test_large_numbers_in_half_precision_stay_finite(block_cache):
+    pairs = [[(t * 3000).half() for t in pair] for pair in on_a_line([0.0, 0.5, 1.0])]
+    memory = block_cache._Memory(*pairs[0]).follow(*pairs[1]).follow(*pairs[2])
+    assert memory.predict(pairs[2][0] + pairs[1][0] * 0.1).isfinite().all()
+    still = block_cache._Memory(*pairs[0]).follow(*pairs[0]).follow(*pairs[0])
+    assert torch.equal(still.predict(pairs[0][0]), pairs[0][1])
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpm_2", "heun", "dpmpp_2s_ancestral", "pixart_sa_solver"])
+def test_cache_under_samplers_that_evaluate_out_of_order(comfy, patcher, acceleration, blocks_run, name):
+    exact = sample(comfy, patcher, **PROMPTS, steps=6, sampler_name=name)
+    whole, nothing = len(blocks_run), torch.zeros_like(exact)
+    blocks_run.clear()
+    found = sample(comfy, cached(acceleration, patcher, 0.6, most_reuses=1), **PROMPTS, steps=6, sampler_name=name)
+    assert len(blocks_run) < whole
+    assert (found - exact).square().mean() < 0.2 * (nothing - exact).square().mean()
+
+
 def test_cache_does_not_depend_on_how_prompts_are_batched(comfy, patcher, acceleration, monkeypatch):
     model = cached(acceleration, patcher, 1e9)
     together = sample(comfy, model, **PROMPTS, steps=4, batch=2)
@@ -224,3 +281,96 @@ def test_guidance_in_an_interval(comfy, patcher, acceleration):
     assert torch.equal(sample(comfy, everywhere, **PROMPTS), sample(comfy, patcher, **PROMPTS))
     with pytest.raises(ValueError, match="Empty interval"):
         acceleration.limit_guidance(patcher, 0.5, 0.5)
+
+
+@pytest.fixture(scope="module")
+def sigma(host_model):
+    """A model whose second block compresses its keys itself."""
+    config = tiny_config("sigma-512", kv_compress_ratio=2, kv_compress_layers=(1,))
+    return host_model.make_patcher(make_weights(config), config, dtype=torch.float32)
+
+
+@pytest.fixture
+def attended(comfy, monkeypatch, host_model):
+    """A list that grows by (queries, keys) with each attention."""
+    seen, attend = [], host_model._host_attend
+
+    def note(options, q, k, v, num_heads, mask=None):
+        assert k.shape == v.shape
+        seen.append((q.shape[1], k.shape[1]))
+        return attend(options, q, k, v, num_heads, mask)
+
+    monkeypatch.setattr(host_model, "_host_attend", note)
+    return seen
+
+
+def compressed(acceleration, model, factor=2, blocks="all", start=0.0, end=1.0):
+    return acceleration.compress_attention(model, factor, blocks, start, end)
+
+
+def test_compression_by_one_is_exact(comfy, patcher, acceleration):
+    same = compressed(acceleration, compressed(acceleration, patcher, 3), 1)
+    assert torch.equal(sample(comfy, same, **PROMPTS), sample(comfy, patcher, **PROMPTS))
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "keys"), [((9, 13), 35, 12), ((8, 8), 16, 4), ((1, 2), 1, 1), ((2, 12), 6, 3)]
+)
+def test_compression_at_any_size(comfy, patcher, acceleration, attended, size, tokens, keys):
+    found = sample(comfy, compressed(acceleration, patcher), **PROMPTS, size=size, batch=3, steps=1)
+    assert found.shape == (3, 4, *size) and found.isfinite().all()
+    assert attended == [(tokens, keys), (tokens, 9)] * CONFIG.depth
+
+
+def test_compression_in_chosen_blocks_and_a_part_of_the_sampling(comfy, patcher, acceleration, attended):
+    sample(comfy, compressed(acceleration, patcher, blocks="every other"), **PROMPTS, size=(8, 8), steps=1)
+    assert [keys for _, keys in attended[::2]] == [16, 4, 16]
+    attended.clear()
+    sample(comfy, compressed(acceleration, patcher, blocks="later half", end=0.5), **PROMPTS, size=(8, 8), steps=4)
+    assert [keys for _, keys in attended[::2]] == [16, 4, 4] * 2 + [16, 16, 16] * 2
+    with pytest.raises(ValueError, match="Empty interval"):
+        compressed(acceleration, patcher, start=0.5, end=0.5)
+
+
+def test_compression_leaves_trained_compression_and_replacements_alone(comfy, sigma, acceleration, attended):
+    model = compressed(acceleration, sigma)
+    sample(comfy, model, **PROMPTS, size=(8, 8), steps=1)
+    assert [keys for _, keys in attended[::2]] == [4, 4, 4]
+    seen = []
+
+    def replaced(q, k, v, options):
+        seen.append((q.shape, k.shape))
+        return v
+
+    model.set_model_attn1_replace(replaced, "double_block", 2)
+    attended.clear()
+    sample(comfy, model, **PROMPTS, size=(8, 8), steps=1)
+    assert len(seen) == 1 and seen[0][0] == seen[0][1]
+    assert [keys for queries, keys in attended if keys != 9] == [4, 4]
+
+
+def test_compression_equals_attention_over_means(comfy, patcher, acceleration, host_model, attended, monkeypatch):
+    """As an attention override of the host sees it, which is given the fewer keys."""
+    model = compressed(acceleration, patcher)
+    expected = sample(comfy, model, **PROMPTS, size=(8, 6), steps=1)
+    called = []
+
+    def override(attend, *args, **kwargs):
+        called.append(args[1].shape[1])
+        return attend(*args, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    torch.testing.assert_close(sample(comfy, model, **PROMPTS, size=(8, 6), steps=1), expected, **FLOAT_NOISE)
+    assert called[::2] == [4] * CONFIG.depth
+    uniform = torch.ones(1, 12, 5).cumsum(1)
+    layers = importlib.import_module("pixart_pack.pixart.layers")
+    means = layers.average_windows(uniform, (4, 3), 2)[0, :, 0]
+    assert means.tolist() == [3.0, 4.5, 9.0, 10.5]  # of 1 2 4 5, 3 6, 7 8 10 11, 9 12
+
+
+def test_dials_compose(comfy, patcher, acceleration, blocks_run):
+    model = compressed(acceleration, cached(acceleration, patcher, 1e9, most_reuses=1), start=0.3)
+    model = acceleration.limit_guidance(model, 0.0, 0.5)
+    found = sample(comfy, model, **PROMPTS, steps=4, batch=2)
+    assert found.isfinite().all() and blocks_run == [0, 1, 2, 0, 0, 1, 2, 0]
+    assert torch.equal(sample(comfy, model, **PROMPTS, steps=4, batch=2), found)

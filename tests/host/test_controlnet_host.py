@@ -111,6 +111,59 @@ def plain_prediction(seen, branches, base_weights=None):
                 (conds["c_ar"].double() / 1_000_000).float(), control=residuals)[:, :4]  # fmt: skip
 
 
+@pytest.fixture
+def reads():
+    """A function that gives a list, which grows whenever a copy in this CONTROL_NET reads a caption anew."""
+
+    def watch_reads(control):
+        calls = []
+        for block in control.control_model.controlnet:
+            block.copied_block.cross_attn.kv_linear.register_forward_hook(lambda *_: calls.append(1))
+        return calls
+
+    return watch_reads
+
+
+def forget_captions(patcher, monkeypatch):
+    monkeypatch.setattr(patcher.model, "_remember", lambda caption: None)
+
+
+def test_captions_are_read_once_a_run(comfy, adapter, patcher, vae, make_control, reads, monkeypatch):
+    control = make_control()
+    calls = reads(control)
+    conds = apply(adapter, control, vae)
+    kept = sample(comfy, patcher, *conds, steps=4, batch=2)
+    assert len(calls) == COPIES and not list(control.control_model.captions.items())
+    assert torch.equal(sample(comfy, patcher, *conds, steps=4, batch=2), kept)
+    assert len(calls) == COPIES * 2  # every run reads its own
+    other = apply(adapter, control, vae, conds=(caption(12, 8), caption(3, 2)))
+    changed = sample(comfy, patcher, *other, steps=4, batch=2)
+    forget_captions(patcher, monkeypatch)
+    torch.testing.assert_close(kept, sample(comfy, patcher, *conds, steps=4, batch=2), atol=NOISE, rtol=1e-4)
+    torch.testing.assert_close(changed, sample(comfy, patcher, *other, steps=4, batch=2), atol=NOISE, rtol=1e-4)
+    assert len(calls) == COPIES * (3 + 4 + 4)
+    assert (changed - kept).abs().max() > 0.1
+
+
+def test_other_weights_and_patches_are_read_anew(comfy, adapter, patcher, vae, make_control, reads, monkeypatch):
+    control = make_control()
+    conds = apply(adapter, control, vae)
+    plain = sample(comfy, patcher, *conds)
+    weight = control.control_model.controlnet[1].copied_block.cross_attn.kv_linear.weight
+    weight.mul_(1.5)
+    weighty = sample(comfy, patcher, *conds)
+    assert (weighty - plain).abs().max() > 0.1
+    patched = patcher.clone()
+    patched.set_model_patch(lambda args: {**args, "txt": args["txt"] * 0.5}, "post_input")
+    calls = reads(control)
+    halved = sample(comfy, patched, *conds)
+    assert len(calls) == COPIES * 2  # two steps: a caption that a patch has changed is not kept
+    forget_captions(patcher, monkeypatch)
+    torch.testing.assert_close(weighty, sample(comfy, patcher, *conds), atol=NOISE, rtol=1e-4)
+    torch.testing.assert_close(halved, sample(comfy, patched, *conds), atol=NOISE, rtol=1e-4)
+    assert (halved - weighty).abs().max() > 0.1
+
+
 def encode(vae, hint):
     with torch.inference_mode():
         return vae.encode(hint) * CONFIG.vae_scale
