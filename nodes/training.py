@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..pixart.training.settings import DTYPES, OPTIMIZERS, SCHEDULES, TARGETS, WEIGHTINGS
+from ..pixart.training.settings import DTYPES, OPTIMIZERS, PRIOR_TARGETS, SCHEDULES, TARGETS, WEIGHTINGS
 from .host.schema import node_input, schema
 from .host.text import show_text
 from .host.training import AUTO_DTYPE, export_config, make_settings, run_training
@@ -135,6 +135,20 @@ def _last_inputs(sample_steps: int = 20) -> list:
     ]
 
 
+def _prior_inputs() -> list:
+    return [
+        _float("prior_weight", 1.0, 0.0, 1000.0, 0.05, "Weight of prior pictures.", **RARE),
+        _combo(
+            "prior_target",
+            PRIOR_TARGETS,
+            "picture",
+            "What prior pictures teach. picture: themselves, as DreamBooth does. model: what the model without the "
+            "LoRA makes of them, which holds on to what it knows.",
+            **RARE,
+        ),
+    ]
+
+
 def _outputs(trained) -> list:
     return [
         trained,
@@ -176,7 +190,7 @@ class TrainLoRA(io.ComfyNode):
             "Train PixArt LoRA",
             "Teach a PixArt model a style, a thing or a person from encoded pictures, as a small file.",
             ["train lora", "fine-tune", "dora", "rslora", "dreambooth lora"],
-            [*_first_inputs("my_lora", 1000, 1e-4), *_lora_inputs(16), *_last_inputs()],
+            [*_first_inputs("my_lora", 1000, 1e-4), *_lora_inputs(16), *_last_inputs(), *_prior_inputs()],
             _outputs(io.Model.Output(display_name="model", tooltip="The model with the LoRA on it.")),
         )
 
