@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import pixart_pack.pixart.training.state as state_module
 from pixart_pack.pixart.training.build import make_objective
 from pixart_pack.pixart.training.loop import Events, Sanity, Trainer, TrainingDiverged
 from pixart_pack.pixart.training.report import LOG, read_log
+from pixart_pack.pixart.training.settings import OPTIMIZERS
 from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
 
+PACKAGES = {"adamw8bit": "bitsandbytes", "came": "came_pytorch", "prodigy": "prodigyopt", "lion": "lion_pytorch"}
 KINDS = ("lora", "full", "controlnet", "lcm", "lcm_lora")
 
 
@@ -73,12 +76,35 @@ def test_a_run_that_was_cut_continues_bit_by_bit(kind, forwards, tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "came", "prodigy", "lion"])
-def test_every_optimizer_continues_bit_by_bit(optimizer, tmp_path):
-    settings = tiny_settings(optimizer=optimizer, steps=5, schedule="linear")
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_continues_bit_by_bit(optimizer, kind, tmp_path):
+    pytest.importorskip(PACKAGES.get(optimizer, "torch"))
+    settings = tiny_settings(optimizer=optimizer, kind=kind, steps=5, schedule="linear")
     whole = trained(tmp_path / "whole", settings)
     trainer(tmp_path / "cut", settings, StopAfter(3)).run()
     assert_same(trained(tmp_path / "cut", settings), whole)
+
+
+@pytest.mark.parametrize("optimizer, module", PACKAGES.items())
+def test_an_optimizer_that_is_missing_names_its_package(optimizer, module, tmp_path, monkeypatch):
+    for name in (module, f"{module}.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        ValueError, match=f"Optimiser is not installed: got '{optimizer}', expected the package .*adamw"
+    ):
+        trainer(tmp_path, tiny_settings(optimizer=optimizer))
+
+
+def test_8_bits_without_kernels_are_told_before_the_first_step(tmp_path, monkeypatch):
+    optim = pytest.importorskip("bitsandbytes.optim")
+
+    def step(self):
+        raise NotImplementedError("no kernel for 'CPU'\nbackends: CUDA")
+
+    monkeypatch.setattr(optim.AdamW8bit, "step", step)
+    with pytest.raises(ValueError, match="8-bit Adam does not work here: got 'no kernel for 'CPU'' from .* 'cpu'"):
+        trainer(tmp_path, tiny_settings(optimizer="adamw8bit"))
 
 
 def test_fp16_continues_bit_by_bit(tmp_path):

@@ -17,6 +17,7 @@ _LIBRARIES = {
     "prodigy": ("prodigyopt", "prodigyopt", "Prodigy", {"safeguard_warmup": True, "use_bias_correction": True}),
     "lion": ("lion-pytorch", "lion_pytorch", "Lion", {"decoupled_weight_decay": True}),
 }
+_PACKED_FROM = 4096  # numbers that bitsandbytes keeps in 8 bits; the states of smaller weights stay in 32
 
 
 def make_optimizer(settings: TrainingSettings, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -33,7 +34,24 @@ def make_optimizer(settings: TrainingSettings, parameters: Iterable[Tensor]) -> 
             f"Optimiser is not installed: got '{settings.optimizer}', expected the package {package} ({error}). "
             f"Install it with pip into ComfyUI's Python, or choose adamw."
         ) from error
+    if settings.optimizer == "adamw8bit":
+        _check_8bit(getattr(library, name), parameters)
     return getattr(library, name)(parameters, **common, **options)
+
+
+def _check_8bit(optimizer: type, parameters: list[Tensor]) -> None:
+    """Raises ValueError where the library has no kernels for the device, which it says only at the first step."""
+    device = parameters[0].device
+    trial = torch.nn.Parameter(torch.zeros(_PACKED_FROM, device=device))
+    trial.grad = torch.zeros_like(trial)
+    try:
+        optimizer([trial]).step()
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"8-bit Adam does not work here: got '{(str(error).splitlines() or [type(error).__name__])[0]}' from "
+            f"bitsandbytes on the device '{device.type}', expected its kernels for it. Install a newer bitsandbytes, "
+            f"or choose adamw."
+        ) from error
 
 
 def _can_fuse(parameters) -> bool:
