@@ -1,13 +1,16 @@
-"""The dials on the demo model: how much of our own exact loop's time they take, and what they change.
+"""The dials: how much of our own exact loop's time they take, and what they change.
 
-PSNR is of the decoded pictures against the exact loop's, the median over captions; accuracy is the share of right
-attributes. Blocks that ran are counted too, since a model of four blocks saves less than XL/2 with its 28.
+On the demo model, PSNR is of the decoded pictures against the exact loop's, the median over captions and the lowest
+tenth; accuracy is the share of right attributes. With `--variant`, on random weights of full width, PSNR is of the
+latents, and there is nothing to read back. Blocks that ran are counted too.
 """
 
 import argparse
 import json
 import logging
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,96 +21,204 @@ from ..demo.scenes import caption
 from ..demo.scorer import ATTRIBUTES, add_scores, score
 from ..demo.train import DENOISER_FILE, TEXT_FILE, VAE_FILE
 from .host import import_host
+from .peers import make_captions, make_config, make_weights
 from .report import RESULTS, markdown_table
-from .timing import read_clock
+from .timing import CLOCKS, read_clock
 
-SIDE_PX, STEPS, GUIDANCE = 128, 20, 4.0
-EXACT = "exact"
+SIDE_PX, LARGE_PX, STEPS, GUIDANCE = 128, 256, 20, 4.0
+CACHES = ((0.15, 3), (0.3, 3), (0.5, 2), (0.5, 3), (0.8, 4))  # threshold, most reuses
+INTERVALS = ((0.0, 0.3), (0.0, 0.5), (0.0, 0.7), (0.1, 0.7))
+COMPRESSIONS = (
+    (2, "every other", 0.0),
+    (2, "later half", 0.0),
+    (2, "all", 0.0),
+    (2, "all", 0.3),
+    (4, "every other", 0.0),
+)
+TOKENS = (40, 1)  # of the positive and the negative caption on random weights
+TABLE_SCALE = 25.0  # random weights are N(0, 0.02); with tables of half a unit every block counts
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass
 class Studio:
-    """The demo model in this process's ComfyUI, and the captions that it has to draw."""
+    """What is drawn. decode: latents -> what PSNR is of. accuracy: of decoded pictures, in per cent, or None."""
 
-    def __init__(self, count):
-        import_host()
+    model: object
+    positive: list
+    negative: list
+    latent: torch.Tensor
+    steps: int
+    decode: Callable
+    accuracy: Callable
+
+    def draw(self, model, clock):
+        """(seconds, what was decoded)."""
         from comfy import sample
 
-        from ..nodes.host import acceleration, loading, sampling, t5, text
+        from ..nodes.host import sampling
 
-        self.host, self.acceleration = sample, acceleration
-        self.model, self.vae = loading.load_patcher(DENOISER_FILE), loading.read_vae(VAE_FILE)
-        self.sampler = sampling.make_sampler("dpm_solver")
-        self.sigmas = sampling.make_sigmas("uniform", STEPS, model=self.model)
-        self.scenes = held_out_scenes(count, SIDE_PX, SIDE_PX)
-        clip, length = t5.load_t5(TEXT_FILE), self.model.model.pixart_config.caption_length
-        self.positive, _ = text.encode_captions(clip, [caption(scene) for scene in self.scenes], length)
-        self.negative, _ = text.encode_captions(clip, [""], length)
-
-    def settings(self):
-        """(label, MODEL) of every setting; the exact one first."""
-        yield EXACT, self.model
-        for threshold in (0.2, 0.3, 0.5, 0.8):
-            for most in (2, 4):
-                model = self.acceleration.cache_blocks(self.model, threshold, 1, 0, 0.1, 1.0, most)
-                yield f"block cache {threshold:g}, at most {most} reuses", model
-        for end in (0.5, 0.7):
-            yield f"guidance up to {end:.0%}", self.acceleration.limit_guidance(self.model, 0.0, end)
-
-    def draw(self, model):
-        """(seconds, pictures as (B, H, W, 3) floats in [0, 1])."""
-        latent = torch.zeros(len(self.scenes), 4, SIDE_PX // 8, SIDE_PX // 8)
-        noise = self.host.prepare_noise(latent, 3)
+        sampler, sigmas = (
+            sampling.make_sampler("dpm_solver"),
+            sampling.make_sigmas("uniform", self.steps, model=self.model),
+        )
+        noise = sample.prepare_noise(self.latent, 3)
         with torch.inference_mode():
-            began = read_clock("cpu", "cpu")
-            result = self.host.sample_custom(
-                model, noise, GUIDANCE, self.sampler, self.sigmas, self.positive, self.negative, latent,
+            began = read_clock(clock, "cpu")
+            result = sample.sample_custom(
+                model, noise, GUIDANCE, sampler, sigmas, self.positive, self.negative, self.latent,
                 disable_pbar=True, seed=3,
             )  # fmt: skip
-            seconds = read_clock("cpu", "cpu") - began
-            return seconds, self.vae.decode(result).clamp(0, 1)
+            return read_clock(clock, "cpu") - began, self.decode(result)
 
-    def accuracy(self, pictures):
-        """The mean share of right attributes, in per cent."""
+
+def demo_studio(count, side_px):
+    """The demo model and captions that it never saw."""
+    from ..nodes.host import loading, t5, text
+
+    model, vae = loading.load_patcher(DENOISER_FILE), loading.read_vae(VAE_FILE)
+    scenes = held_out_scenes(count, side_px, side_px)
+    clip, length = t5.load_t5(TEXT_FILE), model.model.pixart_config.caption_length
+    positive, _ = text.encode_captions(clip, [caption(scene) for scene in scenes], length)
+    negative, _ = text.encode_captions(clip, [""], length)
+
+    def accuracy(pictures):
         drawn = (pictures * 255).round().byte().numpy()
-        shares = add_scores(score(np.asarray(p), s) for p, s in zip(drawn, self.scenes, strict=True))
+        shares = add_scores(score(np.asarray(p), s) for p, s in zip(drawn, scenes, strict=True))
         return 100 * sum(shares[name] for name in ATTRIBUTES) / len(ATTRIBUTES)
 
+    latent = torch.zeros(count, 4, side_px // 8, side_px // 8)
+    return Studio(model, positive, negative, latent, STEPS, lambda x: vae.decode(x).clamp(0, 1), accuracy)
 
-def main(arguments):
-    """Run the benchmark and write results/dials.json and .md."""
-    parser = argparse.ArgumentParser(prog="benchmarks dials", description=__doc__)
-    parser.add_argument("--count", type=int, default=24, help="captions")
-    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    studio = Studio(options.count)
+
+def random_studio(variant, depth, side_px, steps):
+    """A released size with random weights."""
+    from ..nodes.host import model
+
+    config = make_config(variant, depth)
+    weights = make_weights(config, torch.float32)
+    weights = {name: w * TABLE_SCALE if name.endswith("scale_shift_table") else w for name, w in weights.items()}
+    patcher = model.make_patcher(weights, config, torch.float32)
+    captions = ([[states, {"pooled_output": None}]] for states in make_captions(config, TOKENS, torch.float32))
+    latent = torch.zeros(1, 4, side_px // 8, side_px // 8)
+    return Studio(patcher, *captions, latent, steps, lambda x: x / (x.amax() - x.amin()), lambda _: None)
+
+
+def small_settings(model):
+    """(label, MODEL) of the settings for pictures of any size."""
+    from ..nodes.host.acceleration import cache_blocks, limit_guidance
+
+    for threshold, most in CACHES:
+        yield f"block cache {threshold:g}, at most {most} reuses", cache_blocks(model, threshold, 1, 0, 0.1, 1.0, most)
+    for start, end in INTERVALS:
+        yield f"guidance from {start:.0%} to {end:.0%}", limit_guidance(model, start, end)
+    both = limit_guidance(cache_blocks(model, 0.3, 1, 0, 0.1, 1.0, 3), 0.0, 0.7)
+    yield "block cache 0.3 and guidance up to 70%", both
+
+
+def large_settings(model):
+    """(label, MODEL) of the settings for large pictures."""
+    from ..nodes.host.acceleration import compress_attention
+
+    for factor, blocks, start in COMPRESSIONS:
+        label = f"KV compression by {factor}, {blocks}" + (f", from {start:.0%}" if start else "")
+        yield label, compress_attention(model, factor, blocks, start, 1.0)
+
+
+def measure(studio, settings, rounds, clock):
+    """A row of figures for every setting, each drawn in turns with the exact loop, which is the first row."""
     ran = []
     for block in studio.model.model.diffusion_model.blocks:
         block.register_forward_hook(lambda _, given, __: ran.append(given[0].shape[0]))
-    studio.draw(studio.model)
-    results, exact = [], None
-    for label, model in studio.settings():
-        ran.clear()
-        seconds, pictures = studio.draw(model)
-        exact = exact or (seconds, pictures, sum(ran))
-        errors = (pictures - exact[1]).square().flatten(1).mean(1).clamp_min(1e-10)
-        psnr = statistics.median((-10 * errors.log10()).tolist())
-        row = {"setting": label, "time": seconds / exact[0], "blocks": sum(ran) / exact[2], "psnr_db": psnr}
-        results.append({**row, "accuracy": studio.accuracy(pictures)})
-        logger.info("%s", results[-1])
-    rows = [
-        [r["setting"], f"{r['time']:.2f}", f"{r['blocks']:.2f}", f"{r['psnr_db']:.1f} dB", f"{r['accuracy']:.1f} %"]
-        for r in results
-    ]
-    table = markdown_table(["setting", "time", "blocks run", "PSNR", "right attributes"], rows)
-    text = f"{STEPS} guided steps at {SIDE_PX} px, {options.count} captions, over the exact loop:\n\n{table}"
+    studio.draw(studio.model, clock)
+    whole = sum(ran)
+    _, exact = studio.draw(studio.model, clock)
+    rows = [{"setting": "exact", "time": 1.0, "blocks": 1.0, "psnr_db": None, "accuracy": studio.accuracy(exact)}]
+    for label, model in settings:
+        ratios = []
+        for _ in range(rounds):
+            plain, _ = studio.draw(studio.model, clock)
+            ran.clear()
+            seconds, found = studio.draw(model, clock)
+            ratios.append(seconds / plain)
+        psnr = compare_pictures(found, exact)
+        rows.append(
+            {
+                "setting": label,
+                "time": statistics.median(ratios),
+                "time_range": [min(ratios), max(ratios)],
+                "blocks": sum(ran) / whole,
+                "psnr_db": psnr.median().item(),
+                "psnr_low_db": psnr.quantile(0.1).item(),
+                "accuracy": studio.accuracy(found),
+            }
+        )
+        logger.info("%s", rows[-1])
+    return rows
+
+
+def compare_pictures(found, exact):
+    """PSNR of each picture in dB, (B,), for a range of 1; 100 where they are alike."""
+    errors = (found - exact).square().flatten(1).mean(1).clamp_min(1e-10)
+    return -10 * errors.log10()
+
+
+def make_table(rows):
+    """The rows as Markdown."""
+    cells = []
+    for row in rows:
+        psnr = "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} ({row['psnr_low_db']:.1f}) dB"
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1f} %"
+        cells.append([row["setting"], f"{row['time']:.2f}", f"{row['blocks']:.2f}", psnr, accuracy])
+    return markdown_table(["setting", "time", "blocks run", "PSNR (lowest tenth)", "right attributes"], cells)
+
+
+def parse(arguments):
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks dials", description=__doc__)
+    parser.add_argument("--count", type=int, default=24, help="captions")
+    parser.add_argument("--count-large", type=int, default=8, help=f"captions at {LARGE_PX} px")
+    parser.add_argument("--variant", help="measure random weights of this variant instead")
+    parser.add_argument("--depth", type=int, default=0, help="blocks of the variant (default: all)")
+    parser.add_argument("--side-px", type=int, default=256, help="size of the variant's pictures")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the variant")
+    parser.add_argument("--compression", action="store_true", help="the variant's KV compression, not the other dials")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return parser.parse_args(arguments)
+
+
+def main(arguments):
+    """Run the benchmark and write results/dials.json and .md, or dials_<variant>.*."""
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    import_host()
+    turns, name = {"rounds": options.rounds, "clock": options.clock}, "dials"
+    how = f"over the exact loop, {torch.get_num_threads()} threads, {options.clock} time, {options.rounds} rounds"
+    results = {}
+    if options.variant:
+        studio = random_studio(options.variant, options.depth, options.side_px, options.steps)
+        settings = large_settings if options.compression else small_settings
+        name += f"_{options.variant}_{options.side_px}px"
+        label = f"{options.steps} guided steps at {options.side_px} px, random weights of {options.variant}, "
+        label += f"{options.depth or 'all'} blocks, {how}"
+        results[label] = measure(studio, settings(studio.model), **turns)
+    else:
+        for side_px, count, settings in (
+            (SIDE_PX, options.count, small_settings),
+            (LARGE_PX, options.count_large, large_settings),
+        ):
+            studio = demo_studio(count, side_px)
+            label = f"{STEPS} guided steps at {side_px} px, {count} captions, {how}"
+            results[label] = measure(studio, settings(studio.model), **turns)
+    text = "\n".join(f"{label}:\n\n{make_table(rows)}" for label, rows in results.items())
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "dials.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (options.out / "dials.md").write_text(text, encoding="utf-8")
+    (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (options.out / f"{name}.md").write_text(text, encoding="utf-8")
     logger.info("%s", text)
 
 
