@@ -9,6 +9,7 @@ from pixart_pack.pixart.lora import merge, read_lora
 from pixart_pack.pixart.training.adapters import AdaptedLinear, adapters_disabled, add_adapters
 from pixart_pack.pixart.training.build import make_objective
 from pixart_pack.pixart.training.draws import draw_batch
+from pixart_pack.pixart.training.dropout import Chances
 from pixart_pack.pixart.training.examples import collate
 from pixart_pack.pixart.training.frozen import Fp8Linear, freeze
 from pixart_pack.pixart.training.results import lora_factors, save_result
@@ -162,6 +163,30 @@ def test_a_fresh_adapter_changes_nothing():
         batch, draws = one_batch(settings)
         args = (draws.noise, draws.timestep.float(), batch.caption, batch.caption_mask)
         torch.testing.assert_close(adapted(*args), model(*args), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_told_by_the_picture_and_not_by_its_batch():
+    layer = AdaptedLinear(freeze_linear(nn.Linear(6, 5)), tiny_settings(dropout=0.4), 1, number=3)
+    nn.init.normal_(layer.lora_up)
+    x = torch.randn(4, 600, 6)
+
+    def output(x, positions, name="0 7", number=3):
+        layer.chances, layer.number = Chances(name, positions), number
+        return layer(x)
+
+    whole = output(x, range(4))
+    parts = [output(x[:1], range(1)), output(x[1:3], range(1, 3)), output(x[3:], range(3, 4))]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    torch.testing.assert_close(output(x[:, :9], range(4)), whole[:, :9])  # a batch of shorter captions
+    for more in ({"name": "0 8"}, {"number": 4}, {"positions": range(4, 8)}):
+        assert not torch.allclose(output(x, **{"positions": range(4), **more}), whole, atol=1e-2)
+    sizes = output(torch.cat([x[0, :1]] * 4), range(2))  # rows of timesteps and sizes, which pictures may share
+    torch.testing.assert_close(sizes, output(x[0, :1], range(1)).expand(4, -1))
+    kept = Chances("0 1", range(2)).drop(torch.ones(2, 300, 50), 0.4, 0)
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.6])
+    assert kept.mean() == pytest.approx(1, abs=0.03) and not torch.equal(kept[0], kept[1])
+    layer.eval()
+    torch.testing.assert_close(layer(x), layer.base(x) + x @ layer.delta().T)
 
 
 def test_frozen_weights_get_no_gradients_and_early_layers_no_backward():

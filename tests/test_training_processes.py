@@ -67,7 +67,8 @@ def place(tmp_path_factory):
 
 def begin(place, name, launcher, **fields):
     """Start a configuration, which the test's place gets, with validation pictures."""
-    usual = {"steps": STEPS, "batch_size": 4, "checkpoint_every": 2, "ema_decay": 0.9, "accumulation": 2}
+    usual = {"steps": STEPS, "batch_size": 4, "checkpoint_every": 2, "ema_decay": 0.9, "accumulation": 2,
+             "dropout": 0.1}  # fmt: skip
     settings = tiny_settings(**{**usual, "sample_every": 2, "sample_steps": 2, **fields})
     more = {"output": "runs", "name": name, "validation": "prompts.safetensors", "vae": str(VAE)}
     write_config(place / f"{name}.yaml", RunConfig("model.safetensors", "features", settings, **more))

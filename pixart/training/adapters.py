@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..layers import Mlp
+from .dropout import Chances
 from .frozen import Fp8Linear, stored_weight
 from .settings import TrainingSettings
 
@@ -75,16 +76,20 @@ class AdaptedLinear(nn.Module):
     """A frozen linear layer and its adapter, whose weights are fp32 whatever the maths is in.
 
     lora_down: (parts * rank, in). lora_up: (out, rank). dora_scale: (out, 1) lengths of the weight's rows, or None.
-    enabled: False computes the frozen layer alone. activated: the input goes through GELU first.
+    enabled: False computes the frozen layer alone. activated: the input goes through GELU first. number: of the layer
+    in its model. chances: what tells the dropout of a forward pass; without it PyTorch draws.
     """
 
-    def __init__(self, base: nn.Linear | Fp8Linear, settings: TrainingSettings, parts: int, generator=None):
+    def __init__(
+        self, base: nn.Linear | Fp8Linear, settings: TrainingSettings, parts: int, generator=None, number: int = 0
+    ):
         super().__init__()
         rank, root = settings.rank, math.sqrt(settings.rank)
         device = base.weight.device
         self.base, self.parts, self.rank = base, parts, rank
         self.scale = settings.adapter_alpha / (root if settings.rslora else rank)
-        self.dropout, self.enabled, self.activated = settings.dropout, True, False
+        self.dropout, self.number, self.chances = settings.dropout, number, None
+        self.enabled, self.activated = True, False
         bound = base.in_features**-0.5  # kaiming uniform with a = sqrt(5)
         down = torch.empty(parts * rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_down = nn.Parameter(down.to(device))
@@ -99,11 +104,11 @@ class AdaptedLinear(nn.Module):
         if not self.enabled:
             return self.base(_activate(x, self.activated))
         down, up = self.lora_down.to(x.dtype), self.lora_up.to(x.dtype)
-        dropped = self.dropout and self.training
-        if not dropped and self.dora_scale is None:
+        drops = self.dropout and self.training
+        if not drops and self.dora_scale is None:
             return _AdaptedLinear.apply(x, down, up, self.base, self.scale, self.parts, self.activated)
         x = _activate(x, self.activated)
-        reduced = F.linear(F.dropout(x, self.dropout, self.training), down).chunk(self.parts, -1)
+        reduced = F.linear(self._drop(x) if drops else x, down).chunk(self.parts, -1)
         added = torch.cat([F.linear(low, part) for low, part in zip(reduced, up.chunk(self.parts), strict=True)], -1)
         if self.dora_scale is None:
             return self.base(x) + self.scale * added
@@ -111,6 +116,9 @@ class AdaptedLinear(nn.Module):
         plain = self.base(x) if bias is None else self.base(x) - bias
         out = self._dora_factor().to(x.dtype) * (plain + self.scale * added)
         return out if bias is None else out + bias
+
+    def _drop(self, x):
+        return self.chances.drop(x, self.dropout, self.number) if self.chances else F.dropout(x, self.dropout)
 
     def _dora_factor(self) -> Tensor:
         """What each output channel is multiplied by: (out,). The lengths in its denominator are not trained."""
@@ -153,9 +161,9 @@ def add_adapters(model: nn.Module, settings: TrainingSettings) -> dict[str, Adap
             f"{', '.join(linear[:1] + linear[-1:])}. Correct the target pattern, or choose a preset."
         )
     adapters = {}
-    for name in chosen:
+    for number, name in enumerate(chosen):
         parent, _, attribute = name.rpartition(".")
-        adapter = AdaptedLinear(named[name], settings, PACKED.get(attribute, 1), generator)
+        adapter = AdaptedLinear(named[name], settings, PACKED.get(attribute, 1), generator, number)
         setattr(named[parent], attribute, adapter)
         adapters[name] = adapter
     for name, module in named.items():
@@ -163,6 +171,13 @@ def add_adapters(model: nn.Module, settings: TrainingSettings) -> dict[str, Adap
             parent, _, attribute = name.rpartition(".")
             setattr(named[parent], attribute, AdaptedMlp(module))
     return adapters
+
+
+def tell_chances(model: nn.Module, chances: Chances) -> None:
+    """Let all adapters in a model drop what these chances say, until others are told."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.chances = chances
 
 
 @contextlib.contextmanager

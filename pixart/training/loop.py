@@ -13,14 +13,15 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import tell_chances
 from .buckets import BucketSampler
 from .draws import draw_batch
-from .examples import FeatureSet, collate
+from .dropout import Chances
+from .examples import Batch, FeatureSet, collate
 from .objectives import Objective
 from .optimizers import MovingAverage, make_optimizer, rate_factor
 from .processes import SingleProcess, like, whole
@@ -214,23 +215,14 @@ class Trainer:
 
     def _forward(self, number: int, is_last: bool):
         batch, draws = self._next_batch(number)
-        with self.processes.accumulating(self.prepared, is_last), self._chances(number):
-            objective = self.objective
+        objective = self.objective
+        if self.settings.dropout:
+            tell_chances(objective, Chances(f"{self.settings.seed} {number}", self._positions(batch)))
+        with self.processes.accumulating(self.prepared, is_last):
             with torch.autocast(self.processes.device.type, objective.dtype, enabled=objective.autocast):
                 loss = self.prepared(batch, draws)
             self.scaler.scale(loss.total / self.settings.accumulation).backward()
         return loss
-
-    @contextlib.contextmanager
-    def _chances(self, number: int):
-        """The adapters' dropout, told by the forward pass's number; the surroundings' random state is left alone."""
-        if not self.settings.dropout:
-            yield
-            return
-        device = self.processes.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(Random(f"{self.settings.seed} {number} {self.processes.rank}").getrandbits(63))
-            yield
 
     def _update(self):
         for group in self.optimizer.param_groups:
@@ -304,9 +296,13 @@ class Trainer:
 
     def _load(self, number: int):
         batch = collate([self.features[index] for index in next(self.sampler)])
+        shape = batch.latent.shape[1:]
+        return batch, draw_batch(self.settings, number, self._positions(batch), shape, self.objective.grid)
+
+    def _positions(self, batch: Batch) -> range:
+        """The places of this process's pictures in the global batch."""
         first = self.processes.rank * len(batch)
-        positions = range(first, first + len(batch))
-        return batch, draw_batch(self.settings, number, positions, batch.latent.shape[1:], self.objective.grid)
+        return range(first, first + len(batch))
 
     def _resume(self) -> bool:
         """Go on from the newest checkpoint; False without one."""
