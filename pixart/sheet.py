@@ -7,6 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 MARGIN_PX = 16
 SHEET_LIMIT_PX = 16384  # a side that every image format and viewer still takes
+SIDE_WIDTH = 10  # least width of the headings beside a grid's rows, in heights of a letter
+BREAKS = "_-/.,:"
 BACKGROUND, INK = "white", "black"
 # PIL's own font has Latin letters alone. The first of these that is installed has the others.
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
@@ -24,7 +26,10 @@ def find_font(texts: Sequence[str], size_px: int) -> ImageFont.FreeTypeFont:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
-    """Breaks a text into lines no wider than width_px: between words, and within a word that is wider."""
+    """Breaks a text into lines no wider than width_px: between words, and within a word that is wider.
+
+    Such a word is broken behind a mark such as _ where it has one.
+    """
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -34,6 +39,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
             lines[-1] = longer
         while font.getlength(lines[-1]) > width_px and len(lines[-1]) > 1:
             fits = max(n for n in range(1, len(lines[-1])) if n == 1 or font.getlength(lines[-1][:n]) <= width_px)
+            fits = max((n for n in range(1, fits + 1) if lines[-1][n - 1] in BREAKS), default=fits)
             lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
     return "\n".join(lines)
 
@@ -87,7 +93,7 @@ def comparison_grid(
     cell = cell_size(pictures)
     text_px = _text_size(cell[0])
     font = find_font([*rows, *columns, title], text_px)
-    side_px = max(cell[0] // 2, 4 * text_px)
+    side_px = max(cell[0] // 2, SIDE_WIDTH * text_px)
     heads, sides = [wrap(text, font, cell[0]) for text in columns], [wrap(text, font, side_px) for text in rows]
     left_px = max((font.getlength(line) for side in sides for line in side.split("\n")), default=0)
     left_px = int(left_px) + MARGIN_PX if left_px else 0
@@ -96,7 +102,8 @@ def comparison_grid(
     title_px = _height(title, text_px) if title else 0
     head_px = max(_height(head, text_px) if head else 0 for head in heads)
     top_px = MARGIN_PX + title_px + head_px
-    sheet = _blank(width, top_px + len(rows) * (cell[1] + MARGIN_PX))
+    row_px = max(cell[1], *(_height(side, text_px) if side else 0 for side in sides))
+    sheet = _blank(width, top_px + len(rows) * (row_px + MARGIN_PX))
     draw = ImageDraw.Draw(sheet)
     spacing = text_px // 4
     draw.text((MARGIN_PX, MARGIN_PX // 2), title, INK, font, spacing=spacing)
@@ -104,11 +111,11 @@ def comparison_grid(
         left = MARGIN_PX + left_px + column * (cell[0] + MARGIN_PX)
         draw.text((left + cell[0] / 2, top_px - spacing), head, INK, font, "md", spacing, "center")
     for row, side in enumerate(sides):
-        top = top_px + row * (cell[1] + MARGIN_PX)
-        draw.text((MARGIN_PX, top + cell[1] / 2), side, INK, font, "lm", spacing)
+        top = top_px + row * (row_px + MARGIN_PX)
+        draw.text((MARGIN_PX, top + row_px / 2), side, INK, font, "lm", spacing)
         for column in range(len(columns)):
             left = MARGIN_PX + left_px + column * (cell[0] + MARGIN_PX)
-            _paste(sheet, pictures[row * len(columns) + column], left, top, cell)
+            _paste(sheet, pictures[row * len(columns) + column], left, top + (row_px - cell[1]) // 2, cell)
     return sheet
 
 

@@ -53,6 +53,17 @@ def test_a_grid_of_one_row_has_no_space_for_its_empty_heading():
     assert comparison_grid([red(64, 64)] * 2, [""], ["a", "b"]).width == 2 * (64 + MARGIN_PX) + MARGIN_PX
 
 
+def test_rows_have_space_for_their_headings():
+    long = "a large purple triangle in the bottom right corner of a room with many things in it"
+    one, many = (comparison_grid([red(64, 40)] * 4, [text, long], ["1", "2"]) for text in ("short", long))
+    assert one.size == many.size and many.height > 2 * (40 + MARGIN_PX) + 40
+    assert count(many, RED) == 4 * 64 * 40
+    clear = many.crop((0, many.height - 8, many.width, many.height))  # nothing reaches the edge
+    assert clear.getcolors() == [(many.width * 8, (255, 255, 255))]
+    lines = ["sampler_", "name", "pixart_dpm_", "solver"]
+    assert wrap("sampler_name pixart_dpm_solver", ImageFont.load_default(12), 70).split("\n") == lines
+
+
 def test_letters_beyond_latin_are_drawn():
     pictures = [red(64, 64)]
     assert labelled_sheet(pictures, ["水彩"]).tobytes() != labelled_sheet(pictures, ["油画"]).tobytes()
