@@ -7,10 +7,12 @@ from torch.nn import functional as F
 
 from ..pixart.checkpoint import expected_shapes, to_diffusers
 from ..pixart.config import CONFIGS
+from ..pixart.saving import diffusers_config
 from .host import import_host
 
 OURS, HOST, DIFFUSERS = "this pack", "ComfyUI", "diffusers"
 GUIDANCE = 4.5
+TIMESTEP = 500  # of a single step
 
 
 def make_config(variant, depth):
@@ -73,6 +75,8 @@ class HostLoop(OurLoop):
             "image_model": "pixart_sigma" if config.is_sigma else "pixart_alpha",
             "depth": config.depth,
             "hidden_size": config.hidden_size,
+            "num_heads": config.num_heads,
+            "caption_channels": config.caption_channels,
             "micro_condition": config.micro_condition,
             "pe_interpolation": config.pe_scale,
             "model_max_length": config.caption_length,
@@ -116,42 +120,39 @@ def step_in_host(patcher, captions, side, use, seed=5):
         use(lambda side=side: model(x[..., :side, :side], sigmas[:1], **extra_args))
         return x
 
-    latent = torch.zeros(1, 4, side, side)
+    latent, sigma = torch.zeros(1, 4, side, side), patcher.get_model_object("model_sampling").sigmas[TIMESTEP]
     noise = comfy.sample.prepare_noise(latent, seed)
     positive, negative = ([[states.float(), {"pooled_output": None}]] for states in (captions[0], captions[-1]))
     guidance = GUIDANCE if len(captions) > 1 else 1.0  # at 1 the negative is not evaluated
     with torch.inference_mode():
         comfy.sample.sample_custom(
-            patcher, noise, guidance, comfy.samplers.KSAMPLER(take), torch.tensor([5.0, 0.0]), positive, negative,
-            latent, disable_pbar=True, seed=seed,
+            patcher, noise, guidance, comfy.samplers.KSAMPLER(take), torch.stack([sigma, 0 * sigma]), positive,
+            negative, latent, disable_pbar=True, seed=seed,
         )  # fmt: skip
+
+
+def make_transformer(config, weights):
+    """diffusers' transformer on the memory of these weights."""
+    from diffusers import PixArtTransformer2DModel
+
+    fields = {name: value for name, value in diffusers_config(config).items() if not name.startswith("_")}
+    with torch.device("meta"):
+        network = PixArtTransformer2DModel(**fields)
+    network.load_state_dict(to_diffusers(weights), assign=True)
+    empty = PixArtTransformer2DModel(**{**fields, "num_layers": 0, "caption_channels": 8})
+    network.pos_embed.pos_embed = empty.pos_embed.pos_embed  # a buffer that no file holds
+    return network
 
 
 class DiffusersLoop:
     """diffusers' transformer and scheduler in the loop of its pipeline: captions padded, under a mask, in one batch."""
 
     def __init__(self, config, weights, dtype):
-        from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
+        from diffusers import DPMSolverMultistepScheduler
 
         self.config, self.dtype = config, dtype
-        with torch.device("meta"):
-            self.net = PixArtTransformer2DModel(
-                num_layers=config.depth,
-                sample_size=config.base_size * config.patch_size,
-                interpolation_scale=config.pe_scale,
-                out_channels=config.out_channels,
-                caption_channels=config.caption_channels,
-                use_additional_conditions=config.micro_condition,
-            )
-        self.net.load_state_dict(to_diffusers(dict(weights)), strict=False, assign=True)
-        grid = PixArtTransformer2DModel(
-            num_layers=0,
-            sample_size=config.base_size * config.patch_size,
-            interpolation_scale=config.pe_scale,
-            caption_channels=8,
-            use_additional_conditions=False,
-        )
-        self.net.pos_embed.pos_embed = grid.pos_embed.pos_embed.to(dtype)
+        self.net = make_transformer(config, weights)
+        self.net.pos_embed.to(dtype)
         self.net.eval().requires_grad_(False)
         self.scheduler = DPMSolverMultistepScheduler()
 
@@ -181,7 +182,7 @@ class DiffusersLoop:
     def use_step(self, captions, side, use, seed=5):
         """As OurLoop.use_step."""
         latent = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
-        latent, time = latent.repeat(len(captions), 1, 1, 1), torch.full((len(captions),), 500)
+        latent, time = latent.repeat(len(captions), 1, 1, 1), torch.full((len(captions),), TIMESTEP)
         with torch.inference_mode():
             states, mask = self.pad(captions)
             use(lambda side=side: self.predict(latent[..., :side, :side], time, states, mask))

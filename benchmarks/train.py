@@ -15,9 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from ..pixart.checkpoint import to_diffusers
 from ..pixart.diffusion import Diffusion
-from ..pixart.saving import diffusers_config
 from ..pixart.training.build import make_objective
 from ..pixart.training.draws import draw_batch
 from ..pixart.training.examples import Batch
@@ -25,7 +23,7 @@ from ..pixart.training.settings import TrainingSettings
 from ..pixart.transformer import PixArt
 from .host import import_host
 from .memory import measure_peak
-from .peers import OURS, make_config, make_weights
+from .peers import OURS, make_config, make_transformer, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import CLOCKS, compare, take_turns
 
@@ -95,16 +93,9 @@ class Peft(Trainee):
     """What PixArt's LoRA script does: diffusers' transformer with PEFT's adapters, fp32 adapters under autocast."""
 
     def __init__(self, config, weights, batch, settings, device):
-        import diffusers
         import peft
 
-        fields = {name: value for name, value in diffusers_config(config).items() if not name.startswith("_")}
-        with torch.device("meta"):
-            network = diffusers.PixArtTransformer2DModel(**fields)
-        network.load_state_dict(to_diffusers(weights, keep_null_caption=False), assign=True)
-        network.pos_embed.pos_embed = diffusers.PixArtTransformer2DModel(
-            **{**fields, "num_layers": 1}
-        ).pos_embed.pos_embed  # a buffer that no file holds
+        network = make_transformer(config, weights)
         network.requires_grad_(False).to(device, DTYPES[settings.dtype])
         adapters = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PEFT_TARGETS[settings.targets])
         self.network = peft.get_peft_model(network, adapters).train()

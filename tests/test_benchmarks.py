@@ -1,11 +1,20 @@
 """The benchmarks' own tools: the mixture is what it says, and tables and plots are written."""
 
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from pixart_pack.benchmarks import plain
 from pixart_pack.benchmarks.captions import save_results as save_captions
+from pixart_pack.benchmarks.cases import Case, add_options, list_cases
+from pixart_pack.benchmarks.memory import measure_peak
 from pixart_pack.benchmarks.mixture import GaussianMixture
-from pixart_pack.benchmarks.report import markdown_table, save_plot
+from pixart_pack.benchmarks.report import describe_ratio, keep_runs, markdown_table, save_plot
 from pixart_pack.benchmarks.samplers import read_results
 
 MEANS = torch.tensor([[1.0, 0.0, 0.0, -1.0], [-2.0, 1.0, 0.5, 0.0]])
@@ -74,3 +83,61 @@ def test_caption_results_are_written_after_each_sampler(tmp_path):
     runs = {"SA-Solver": [50.0, 97.25]}
     assert "| SA-Solver | 50.0 | 97.2 |" in save_captions(runs, 10, [2, 10], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"captions.json", "captions.md", "captions.svg"}
+
+
+def test_results_of_the_same_case_are_replaced(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    keep_runs(path, [{"case": {"side": 1, "captions": [20]}, "seconds": 1.0}, {"case": {"side": 2}, "seconds": 2.0}])
+    runs = keep_runs(path, [{"case": {"side": 1, "captions": [20]}, "seconds": 3.0}, {"case": {}, "seconds": 4.0}])
+    assert [run["seconds"] for run in runs] == [3.0, 2.0, 4.0]
+    assert json.loads(path.read_text())["runs"] == runs
+
+
+def test_ratio_is_told_with_its_spread():
+    found = {"ratio": 0.9, "least": 0.8765, "greatest": 1.0}
+    assert describe_ratio(found) == "0.90 (0.88 to 1.00)"
+    assert describe_ratio(found, 3) == "0.900 (0.876 to 1.000)"
+    assert describe_ratio(None) == "not run"
+
+
+def parse(*arguments, **limits):
+    parser = argparse.ArgumentParser()
+    add_options(parser, dtypes=["fp32"], **limits)
+    return parser.parse_args(arguments)
+
+
+def test_cases_are_all_combinations():
+    options = parse("--sides-px", "256", "512", "--batches", "1", "3", "--captions", "20", "mixed", "--dtypes", "bf16")
+    of_one_side = [(20,), (20, 20, 20), (20, 120, 20)]  # a batch of one has nothing to mix
+    assert list(list_cases(options)) == [Case(side, lengths, "bf16") for side in (256, 512) for lengths in of_one_side]
+    assert (Case(512, (20, 120), "fp32").tokens, Case(512, (20, 120), "fp32").batch) == (1024, 2)
+
+
+@pytest.mark.parametrize("arguments", [("--batches", "3"), ("--captions", "short"), ("--dtypes", "fp8")])
+def test_cases_that_cannot_be_measured_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        parse(*arguments, batches=(1, 2))
+    assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+def test_peak_of_memory():
+    measure_peak(lambda: torch.ones(2**20))
+    found = measure_peak(lambda: torch.ones(2**24))  # 64 MiB
+    assert 0.95 < found / 2**26 < 1.2
+
+
+def test_plain_script_needs_no_host(tmp_path):
+    """Run as a file, from elsewhere: every case and the loop, beside their rooflines."""
+    script, out = Path(plain.__file__), tmp_path / "plain.json"
+    options = "--depth 1 --sides-px 64 --batches 2 --captions 7 mixed --rounds 1 --steps 2 --threads 1 --device cpu"
+    command = [sys.executable, str(script), *options.split(), "--out", str(out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["cases"]
+    assert [result["case"] for result in results] == [
+        "64 px, batch 2, captions of 7 tokens, fp32",
+        "64 px, batch 2, captions of 20 and 120 tokens, fp32",
+        "2 guided steps, 64 px, batch 2, captions of 7 tokens, fp32",
+    ]
+    assert all(0 < result["roofline_s"] < min(result["seconds"]) for result in results)

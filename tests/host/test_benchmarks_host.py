@@ -1,0 +1,130 @@
+"""The benchmarks that run ComfyUI: on tiny models every rival runs, and what cannot run is said."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+
+from pixart_pack.tests.tiny_pixart import tiny_config
+
+OPTIONS = Namespace(
+    rounds=2, clock="cpu", threads=1, compiled=False, dtype="fp32", depth=0, steps=2, captions=[5, 1], caption=5
+)
+ALL = {"this pack", "ComfyUI", "diffusers"}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny_config("alpha-512")
+
+
+@pytest.fixture(scope="module")
+def loops(comfy, config):
+    from pixart_pack.benchmarks import denoiser
+
+    return denoiser.make_loops(config, torch.float32, "cpu", compiled=False)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (5, 5), (5, 9)])
+def test_forward_runs_three_ways(loops, config, lengths, tmp_path):
+    from pixart_pack.benchmarks import cases, denoiser
+
+    run = denoiser.measure(cases.Case(384, lengths, "fp32"), config, loops, OPTIONS, "cpu")
+    assert {name: len(seconds) for name, seconds in run["seconds"].items()} == dict.fromkeys(ALL, 2)
+    assert not run["failures"] and set(run["ratios"]) == ALL - {"this pack"}
+    run["case"]["variant"] = "alpha-512"
+    assert denoiser.publish([run], tmp_path).count("fp32, cpu, ") == 1
+
+
+def test_forward_that_fails_is_told_and_the_others_run(loops, config, tmp_path):
+    from pixart_pack.benchmarks import cases, denoiser
+
+    run = denoiser.measure(cases.Case(256, (5, 5), "fp32"), config, loops, OPTIONS, "cpu")
+    assert run["failures"] == {"ComfyUI": "ZeroDivisionError: division by zero"}
+    assert set(run["seconds"]) == ALL - {"ComfyUI"}
+    run["case"]["variant"] = "alpha-256"
+    assert "| fails: ZeroDivisionError: division by zero |" in denoiser.publish([run], tmp_path)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (5, 9)])
+def test_rivals_in_comfyui_predict_the_same(loops, config, lengths):
+    """What they are timed on is the same work: captions of any length, guided or not."""
+    from pixart_pack.benchmarks import peers
+
+    captions, found = peers.make_captions(config, lengths, torch.float32), []
+    for name in ("this pack", "ComfyUI"):
+        loops[name].use_step(captions, 48, lambda predict: found.append((predict(), predict(40))))
+    (whole, part), (their_whole, their_part) = found
+    assert whole.shape == (1, 4, 48, 48) and part.shape == (1, 4, 40, 40)
+    # Rounding of float32: the sums run in another order.
+    torch.testing.assert_close(whole, their_whole, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(part, their_part, atol=1e-3, rtol=1e-4)
+
+
+def test_loop_runs_three_ways(comfy, monkeypatch, tmp_path):
+    from pixart_pack.benchmarks import loop, timing
+
+    monkeypatch.setattr(loop, "make_config", lambda variant, depth: tiny_config(variant))
+    best = timing.Roofline(1e11, 1e10)
+    runs = [loop.measure(variant, OPTIONS, "cpu", best) for variant in ("alpha-256", "alpha-512")]
+    assert set(runs[0]["seconds"]) == ALL - {"ComfyUI"} and set(runs[1]["seconds"]) == ALL
+    text = loop.publish(runs, tmp_path)
+    assert "| alpha-256 | 3 | 2 | [5, 1] | fp32, cpu" in text and "| not run |" in text
+    assert len(json.loads((tmp_path / "loop.json").read_text())["runs"]) == 2
+
+
+def test_training_runs_both_ways(comfy, monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    from pixart_pack.benchmarks import train
+
+    monkeypatch.setattr(train, "make_config", lambda variant, depth: tiny_config(variant))
+    run = train.measure(3, 2, "attention", "fp32", "cpu", OPTIONS)
+    host = {"case": {"trainer": "ComfyUI"}, "says": "fails: AssertionError"}
+    text = train.publish([run, host], tmp_path)
+    assert "| 3 | 2 | attention | fp32, cpu" in text and "on its own PixArt fails: AssertionError." in text
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors", "folder"])
+def test_every_loader_loads_every_format(comfy, kind, monkeypatch, tmp_path):
+    from pixart_pack.benchmarks import load
+
+    # As wide as the released ones, which is how ComfyUI knows them.
+    fields = {"depth": 1, "hidden_size": 1152, "num_heads": 16, "caption_channels": 4096}
+    monkeypatch.setattr(load, "make_config", lambda variant, depth: tiny_config(variant, **fields))
+    name, loaders = load.FORMATS[kind]
+    size = load.write_weights(tmp_path / name, 1)
+    found = {loader: load.load_once(loader, tmp_path / name, "cpu") for loader in loaders}
+    measured = {field: {loader: [found[loader][field]] for loader in loaders} for field in ("seconds", "peak", "own")}
+    case = {"format": kind, "blocks": 1, "threads": 1, "clock": "cpu"}
+    text = load.publish([{"case": case, "weights_bytes": size, **measured}], tmp_path / "results")
+    assert all(f"| {loader} |" in text for loader in loaders)
+
+
+def test_a_prompt_seen_before_is_not_encoded(comfy, tmp_path):
+    import folder_paths
+
+    from pixart_pack.benchmarks import text
+
+    user = folder_paths.get_user_directory()
+    text.write_encoder(tmp_path / "t5.safetensors", {"d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4})
+    run = text.measure(tmp_path, OPTIONS, "cpu")
+    assert folder_paths.get_user_directory() == user
+    assert len(list((tmp_path / "user").rglob("*.safetensors"))) == OPTIONS.rounds + 1  # one warmed up
+    run["case"] = {"encoder": "T5", "layers": 2, "of": 24, "device": "cpu", "threads": 1, "clock": "cpu"}
+    assert "| T5, 2 of 24 layers | 30 |" in text.publish([run], tmp_path)
+
+
+@pytest.mark.slow
+def test_decoding_runs_both_ways(comfy, tmp_path):
+    from pixart_pack.benchmarks import vae
+    from pixart_pack.pixart.autoencoder import KL_CONFIG
+
+    ours, theirs = vae.make_pair(KL_CONFIG)
+    runs = [vae.measure(ours, theirs, 64, is_tiled, OPTIONS) for is_tiled in (False, True)]
+    text = vae.publish(runs, tmp_path)
+    assert "| 64 px | fp32, cpu |" in text and "| 64 px, in tiles | fp32, cpu |" in text
+    latent = torch.randn(1, 4, 8, 8)
+    with torch.inference_mode():  # the host clamps
+        pictures = theirs.decode(latent).sample.add(1).div(2).clamp(0, 1).movedim(1, -1)
+        torch.testing.assert_close(ours.decode(latent), pictures, atol=1e-4, rtol=0)
