@@ -10,6 +10,7 @@ from torch.nn import functional as F
 FREQUENCY_CHANNELS = 256  # width of the sinusoid in front of every scalar embedder
 MAX_PERIOD = 10000.0
 NORM_EPS = 1e-6
+LONG_SEQUENCE = 2048  # tokens, see `gather_heads`
 AFFINE_NORM_EPS = 1e-5  # the qk norm's and the compression norm's, PyTorch's default
 
 Attention = Callable[..., torch.Tensor]
@@ -22,6 +23,7 @@ def attend(q, k, v, num_heads, mask=None):
     Returns (B, N, D).
     """
     q, k, v = (split_heads(t, num_heads) for t in (q, k, v))  # (B, heads, N, D / heads)
+    k, v = gather_heads(k), gather_heads(v)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
@@ -29,6 +31,15 @@ def attend(q, k, v, num_heads, mask=None):
 def split_heads(x, num_heads):
     """Views (B, N, D) as (B, heads, N, D / heads)."""
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def gather_heads(x):
+    """(B, heads, L, d) -> the same numbers, laid out head by head where that saves the CPU more than the copy costs.
+
+    Every query reads all keys and values. Out of a shared qkv they lie far apart: at 4096 tokens attention then takes
+    a sixth longer, at 2304 a sixteenth, at 256 less.
+    """
+    return x.contiguous() if x.device.type == "cpu" and x.shape[2] >= LONG_SEQUENCE else x
 
 
 def tile_rows(x, batch):

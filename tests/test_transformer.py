@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from pixart_pack.pixart.config import CONFIGS, PixArtConfig
-from pixart_pack.pixart.layers import position_grid
+from pixart_pack.pixart.layers import LONG_SEQUENCE, attend, gather_heads, position_grid, split_heads
 from pixart_pack.pixart.transformer import PixArt, initialize_weights
 from pixart_pack.tests.goldens import load_golden, take
 
@@ -356,3 +357,12 @@ def test_only_the_wanted_channels_are_put_together():
         condition = model.embed_condition(latent, torch.full((2,), 1.0))
         whole = model.project(tokens, condition, grid, latent.shape)
         assert torch.equal(model.project(tokens, condition, grid, latent.shape, channels=4), whole[:, :4])
+
+
+@pytest.mark.parametrize("tokens", [LONG_SEQUENCE - 1, LONG_SEQUENCE])
+def test_attention_over_long_sequences_is_laid_out_anew_and_the_same(tokens):
+    q, k, v = torch.randn(1, tokens, 3 * 16, generator=torch.Generator().manual_seed(0)).chunk(3, dim=2)
+    heads = [split_heads(each, 4) for each in (q, k, v)]
+    assert gather_heads(heads[1]).is_contiguous() == (tokens >= LONG_SEQUENCE)
+    expected = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attend(q, k, v, 4), expected, atol=1e-6, rtol=0)

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...pixart.checkpoint import CONFIG_KEY, config_to_tensor
 from ...pixart.config import PixArtConfig
+from ...pixart.layers import LONG_SEQUENCE, gather_heads, split_heads
 from ...pixart.transformer import PixArt, ProjectedCaption, add_control
 from .block_cache import BLOCK_CACHE
 from .captions import CaptionCond
@@ -76,8 +77,11 @@ def host_attention(transformer_options):
 
 
 def _host_attend(transformer_options, q, k, v, num_heads, mask=None):
-    attend = _backend(q.device.type)
-    return attend(q, k, v, num_heads, mask=mask, transformer_options=transformer_options)
+    attend, layout = _backend(q.device.type), {}
+    if q.device.type == "cpu" and attend is host_backends.attention_pytorch and k.shape[1] >= LONG_SEQUENCE:
+        q, k, v = (split_heads(t, num_heads) for t in (q, k, v))
+        k, v, layout = gather_heads(k), gather_heads(v), {"skip_reshape": True}
+    return attend(q, k, v, num_heads, mask=mask, transformer_options=transformer_options, **layout)
 
 
 def _backend(device_type):

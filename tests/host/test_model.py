@@ -53,6 +53,23 @@ def count_forwards(model):
     return clone, seen
 
 
+def test_long_sequences_are_laid_out_anew_and_the_same(comfy, patcher, host_model, monkeypatch):
+    seen, model, prompts = [], patcher.clone(), (caption(7, 1), caption(3, 2))
+
+    def override(attend, *args, **kwargs):
+        seen.append(kwargs.get("skip_reshape", False))
+        return attend(*args, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    monkeypatch.setattr(host_model, "LONG_SEQUENCE", 40)
+    found = sample(comfy, model, *prompts, size=(14, 14), steps=1)  # 49 tokens
+    assert seen == [True, False] * CONFIG.depth  # self-attention, and the short caption's
+    monkeypatch.undo()
+    expected = sample(comfy, patcher, *prompts, size=(14, 14), steps=1)
+    # float32 noise of the net, multiplied by sigma 157 and guidance 4.5
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (1, 2)])
 def test_equals_the_plain_model(patcher, size):
     generator = torch.Generator().manual_seed(1)
