@@ -18,7 +18,7 @@ from ..pixart.checkpoint import expected_shapes
 from ..pixart.config import CONFIGS
 from ..pixart.control_storage import ControlNetCheckpoint, expected_control_shapes
 from .host import import_host
-from .memory import PeakMemory
+from .peaks import PeakMemory
 from .report import RESULTS, markdown_table
 from .timing import CLOCKS, read_clock
 

@@ -17,7 +17,7 @@ import torch
 
 from ..pixart.saving import save_checkpoint
 from .host import import_host
-from .memory import PeakMemory, read_status
+from .peaks import PeakMemory, read_status
 from .peers import DIFFUSERS, HOST, OURS, make_config, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import CLOCKS, compare, read_clock

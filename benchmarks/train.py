@@ -22,7 +22,7 @@ from ..pixart.training.examples import Batch
 from ..pixart.training.settings import TrainingSettings
 from ..pixart.transformer import PixArt
 from .host import import_host
-from .memory import measure_peak
+from .peaks import measure_peak
 from .peers import OURS, make_config, make_transformer, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import CLOCKS, compare, take_turns

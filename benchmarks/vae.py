@@ -14,7 +14,7 @@ import torch
 from ..pixart.autoencoder import KL_CONFIG, LATENT_CHANNELS
 from .cases import DTYPES
 from .host import import_host
-from .memory import measure_peak
+from .peaks import measure_peak
 from .peers import DIFFUSERS, OURS
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import CLOCKS, compare, read_clock

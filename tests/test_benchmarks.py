@@ -12,8 +12,8 @@ import torch
 from pixart_pack.benchmarks import plain
 from pixart_pack.benchmarks.captions import save_results as save_captions
 from pixart_pack.benchmarks.cases import Case, add_options, list_cases
-from pixart_pack.benchmarks.memory import measure_peak
 from pixart_pack.benchmarks.mixture import GaussianMixture
+from pixart_pack.benchmarks.peaks import measure_peak
 from pixart_pack.benchmarks.report import describe_ratio, keep_runs, markdown_table, save_plot
 from pixart_pack.benchmarks.samplers import read_results
 
