@@ -134,6 +134,22 @@ def test_a_card_too_small_for_either_gets_layer_by_layer(comfy, sizes, make_card
     torch.testing.assert_close(found, latent, atol=2e-3, rtol=1e-4)
 
 
+def test_the_counted_memory_is_what_the_models_have(comfy, pack):
+    memory = importlib.import_module("pixart_pack.benchmarks.memory")
+    config = memory.CONFIGS["sigma-1024"]
+    with torch.device("meta"):
+        net = importlib.import_module("pixart_pack.pixart.transformer").PixArt(config)
+    counted, block = memory.count_transformer("sigma-1024")
+    assert counted == sum(tensor.numel() for tensor in net.state_dict().values())
+    assert block == sum(tensor.numel() for tensor in net.blocks[0].state_dict().values())
+    for side in memory.SIDES_PX:  # what ComfyUI keeps free is enough, and not for nothing
+        needed = memory.count_activations("sigma-1024", side)
+        assert needed < memory.estimate_activations("sigma-1024", side) < 5 * needed
+    rows = {stage: weights + activations for stage, weights, activations in memory.measure("sigma-1024")}
+    fits = {stage for stage, needed in rows.items() if needed < 6.5 * memory.GIB}  # an 8 GB card less the desktop
+    assert rows.keys() - fits == {"T5-XXL, fp16", "VAE, fp16, 2048 px"}  # fp8 or streaming, and tiles
+
+
 def test_tiles_of_a_2k_picture_need_little(comfy, pack):
     """By ComfyUI's own estimate, and as the host decodes them; sizes whose tiles do not come out even."""
     vae = importlib.import_module("pixart_pack.nodes.host.loading").read_vae(VAE_FILE)
