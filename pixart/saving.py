@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .checkpoint import CONFIG_KEY, check_weights, to_diffusers, to_original
@@ -62,13 +64,22 @@ def write_weights(
     is_torch = path.suffix in _TORCH_SUFFIXES
     ready = _ready_to_write(weights, dtype, is_torch)
     if is_torch:
-        write_atomically(path, lambda temporary: torch.save({"state_dict": ready, "metadata": texts}, temporary))
+        write_atomically(path, lambda temporary: dump({"state_dict": ready, "metadata": texts}, temporary))
     else:
         write_atomically(path, lambda temporary: save_file(ready, temporary, metadata=texts))
 
 
+def dump(content: dict, path: Path) -> None:
+    """torch.save, by a file of Python's, which alone says what is wrong when the disk is full."""
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file next to `path`, then put it in place in one step; on failure leave nothing."""
+    """Let `write` fill a temporary file next to `path`, then put it in place in one step; on failure leave nothing.
+
+    Raises OSError also for what safetensors and torch raise in its place, such as when the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
@@ -79,9 +90,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # an interrupted write leaves nothing behind either
+    except BaseException as error:  # an interrupted write leaves nothing behind either
         temporary.unlink(missing_ok=True)
-        raise
+        number = _system_error(error)
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The number of the operating system's error behind a failed write, None for another failure."""
+    while isinstance(error, RuntimeError) and error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    return int(found[1]) if found else None
 
 
 def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:

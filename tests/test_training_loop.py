@@ -290,6 +290,30 @@ def test_a_disk_that_stays_full_stops_the_training_and_keeps_the_last_checkpoint
     assert made.checkpoints.load()["step"] == 3
 
 
+def test_a_file_system_that_takes_no_more(tmp_path):
+    """A limit of the kernel in place of a full disk: what torch itself raises in the middle of a file."""
+    resource = pytest.importorskip("resource")
+    made = trainer(tmp_path, tiny_settings(kind="full", checkpoint_every=2))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limit[1]))
+    try:
+        with pytest.raises(OSError, match="Checkpoint cannot be written: .* Free some space and start again"):
+            made.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert made.step == 2 and not list(made.checkpoints.folder.iterdir())
+    assert made.run() == 6  # with space again it goes on
+
+
+def test_one_picture_fills_a_batch(tmp_path):
+    features = make_features(count=1)
+    made = trainer(tmp_path, tiny_settings(batch_size=4), features=features)
+    assert made.run() == 6
+    batch, draws = trainer(tmp_path / "look", tiny_settings(batch_size=4), features=features)._load(0)
+    assert len(batch) == 4 and torch.equal(batch.latent[0], batch.latent[3])
+    assert not torch.equal(draws.noise[0], draws.noise[3])
+
+
 def test_too_small_a_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(state_module.shutil, "disk_usage", lambda place: state_module.shutil._ntuple_diskusage(1, 1, 9))
     made = trainer(tmp_path, tiny_settings())

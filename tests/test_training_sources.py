@@ -259,6 +259,16 @@ def test_a_huge_picture_is_shrunk_before_it_becomes_floats():
     assert pixels.shape == (4200, 4300, 3)  # a mode that PIL cannot average
 
 
+def test_a_picture_beyond_what_pil_decodes_is_named_and_left_out(tmp_path):
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    for name in ("bomb", "good"):
+        (tmp_path / f"{name}.txt").write_text("a picture")
+    dataset = check_records(read_dataset(tmp_path))
+    assert [record.name for record in dataset.records] == ["good.png"]
+    assert "unreadable: 1" in dataset.report and "Image size (400000000 pixels) exceeds limit" in dataset.report
+
+
 def test_a_picture_that_changes_meanwhile_is_noticed(tmp_path):
     picture = FilePicture(draw(tmp_path / "a.png"))
     with pytest.raises(ValueError, match="Picture has changed while it was encoded"):

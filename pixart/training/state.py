@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..saving import write_atomically
+from ..saving import dump, write_atomically
 from .settings import TrainingSettings, settings_to_dict
 
 logger = logging.getLogger(__name__)
@@ -63,14 +63,7 @@ class Checkpoints:
             raise _explained(error, path, self.all()) from error
 
     def _write(self, path, state):
-        try:
-            write_atomically(path, lambda temporary: torch.save(dict(state), temporary))
-        except RuntimeError as error:  # how torch.save reports a write that failed
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            if "write" in str(error) or "PytorchStreamWriter" in str(error):
-                raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
-            raise
+        write_atomically(path, lambda temporary: dump(dict(state), temporary))
 
     def load(self) -> dict | None:
         """The newest one that can be read, or None; one that cannot is named in the log and passed over."""
