@@ -62,3 +62,21 @@ def test_names_stay_in_the_output_folder(server):
     graph.add("PixArtRunLog", images=image, folder="../out")
     with pytest.raises(PromptError, match="Unusable file name: got '../out'"):
         server.run(graph.nodes)
+
+
+def test_offline_wandb_stays_in_the_folder_and_online_needs_an_account(server):
+    pytest.importorskip("wandb")
+    graph = PictureGraph(*FILES)
+    image = graph.add("EmptyImage", width=24, height=16, batch_size=2, color=0xFF0000)
+    graph.add("PixArtRunLog", images=image, folder="runs/tracked", wandb="offline", prompt="a red dot")
+    server.wait(server.queue(graph.nodes), 300)
+    (entry,) = log_of(server, "runs/tracked")
+    runs = list((server.output / "runs/tracked/wandb").glob("offline-run-*"))
+    assert len(runs) == 1 and list(runs[0].glob("*.wandb"))
+    kept = [np.asarray(Image.open(path).convert("RGB")) for path in runs[0].rglob("*.png")]
+    saved = [np.asarray(Image.open(server.output / "runs/tracked" / name)) for name in entry["pictures"]]
+    assert len(saved) == 2 and len(kept) >= 2 and all(np.array_equal(picture, saved[0]) for picture in kept)
+    graph.nodes[str(len(graph.nodes))]["inputs"] |= {"wandb": "online", "folder": "runs/sent"}
+    with pytest.raises(PromptError, match="No account of Weights & Biases"):
+        server.run(graph.nodes)
+    assert not (server.output / "runs/sent" / "wandb").exists()
