@@ -82,7 +82,7 @@ def measure(case, config, loops, options, device):
 
     with torch.inference_mode():
         enter(list(loops), {})
-        best = measure_roofline(device, DTYPES[case.dtype], options.clock)
+        best = measure_roofline(device, loops[OURS].maths, options.clock)
     work = count_work(config, case.batch, case.tokens, max(case.lengths), DTYPES[case.dtype].itemsize)
     return {
         "case": {
@@ -90,6 +90,7 @@ def measure(case, config, loops, options, device):
             "batch": case.batch,
             "captions": list(case.lengths),
             "dtype": case.dtype,
+            "maths": next(name for name, dtype in DTYPES.items() if dtype == loops[OURS].maths),
             "compiled": options.compiled,
             "blocks": config.depth,
             "device": device,
@@ -108,7 +109,8 @@ def publish(runs, folder):
     rows = []
     for run in keep_runs(folder / "denoiser.json", runs):
         case, ours = run["case"], run["seconds"].get(OURS)
-        settings = f"{case['dtype']}, {case['device']}, {case['threads']} threads, {case['clock']} time"
+        maths = f" (ComfyUI computes in {case['maths']})" * (case["maths"] != case["dtype"])
+        settings = f"{case['dtype']}{maths}, {case['device']}, {case['threads']} threads, {case['clock']} time"
         cells = [case["variant"], case["blocks"], case["batch"], " and ".join(map(str, case["captions"]))]
         cells += [settings, "yes" if case["compiled"] else "no", max(map(len, run["seconds"].values()), default=0)]
         cells.append(f"{statistics.median(ours):.3g} s" if ours else f"fails: {run['failures'][OURS]}")

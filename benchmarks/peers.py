@@ -42,6 +42,11 @@ class OurLoop:
 
         self.patcher = model.make_patcher(dict(weights), config, dtype)
 
+    @property
+    def maths(self):
+        """The dtype that ComfyUI computes in, which on a CPU need not be that of the weights."""
+        return self.patcher.model.get_dtype_inference()
+
     def sample(self, captions, side, steps, **options):
         """The latent after so many guided steps of dpmpp_2m; side: of the latent."""
         return sample_in_host(self.patcher, captions, side, steps, **options)
@@ -68,8 +73,11 @@ class HostLoop(OurLoop):
         import_host()
         import comfy.ldm.pixart.pixartms
         import comfy.model_base
+        import comfy.model_management
         import comfy.model_patcher
         import comfy.supported_models
+
+        from ..nodes.host.model import set_inference_dtype
 
         settings = {
             "image_model": "pixart_sigma" if config.is_sigma else "pixart_alpha",
@@ -85,7 +93,8 @@ class HostLoop(OurLoop):
         kind = comfy.supported_models.PixArtSigma if config.is_sigma else comfy.supported_models.PixArtAlpha
         description = kind(settings)
         description.unet_config = settings
-        description.set_inference_dtype(dtype, None)
+        manual_cast = comfy.model_management.unet_manual_cast(dtype, _devices()[0], kind.supported_inference_dtypes)
+        set_inference_dtype(description, dtype, manual_cast, _devices()[0])
         model = description.get_model({}, "")
         model.diffusion_model.load_state_dict(weights, strict=False)
         self.patcher = comfy.model_patcher.ModelPatcher(model, *_devices())
