@@ -9,8 +9,9 @@ import torch
 
 import pixart_pack.pixart.training.state as state_module
 from pixart_pack.pixart.training.build import make_objective
-from pixart_pack.pixart.training.loop import Events, Sanity, Trainer, TrainingDiverged
+from pixart_pack.pixart.training.loop import Events, Trainer
 from pixart_pack.pixart.training.report import LOG, read_log
+from pixart_pack.pixart.training.sanity import Sanity, TrainingDiverged
 from pixart_pack.pixart.training.settings import OPTIMIZERS
 from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
 
