@@ -84,7 +84,7 @@ def draw_banner(pictures: list[Path]) -> Image.Image:
 def main() -> int:
     (DOCS / "icon.svg").write_text(icon_svg(), encoding="utf-8")
     draw_icon(ICON_PX).save(DOCS / "icon.png", optimize=True)
-    names = ("demo", "text_to_image_1024", "sigma_300_tokens", "lcm_4_steps", "batch_of_prompts")
+    names = ("demo", "text_to_image_1024", "text_to_image_512", "text_to_image_256", "sigma_300_tokens")
     draw_banner([ROOT / "workflows" / f"{name}.jpg" for name in names]).save(DOCS / "banner.png", optimize=True)
     return 0
 

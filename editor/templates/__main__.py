@@ -10,7 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ...demo.client import ComfyClient
 from ...devtools.process import ROOT, stop_on_signals
@@ -19,10 +19,10 @@ from .api import to_api
 from .collection import WORKFLOWS
 from .files import FILES
 from .graph import Workflow
-from .rehearsal import NEEDS, prepare, rehearse
+from .rehearsal import NEEDS, halve_bins, prepare, rehearse
 
 WORKFLOWS_FOLDER = ROOT / "workflows"
-THUMBNAIL_PX = 400
+THUMBNAIL_PX, INSET_PX, INSET_GAP_PX = 400, 110, 8
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -42,22 +42,38 @@ def write_thumbnail(client: ComfyClient, api: dict, path: Path) -> None:
     if path.stem in NEEDS:
         first = WORKFLOWS_FOLDER / "api" / f"{NEEDS[path.stem]}.json"
         client.wait(client.queue(rehearse(json.loads(first.read_text(encoding="utf-8")))))
-    entry = client.wait(client.queue(rehearse(api)))
-    saved = {number for number, node in api.items() if node["class_type"] == "SaveImage"}
+    entry = client.wait(client.queue(halve_bins(rehearse(api))))
     texts = [text for output in entry["outputs"].values() for text in output.get("text", ())]
-    entry["outputs"] = {number: output for number, output in entry["outputs"].items() if number in saved}
-    pictures = [Image.open(io.BytesIO(content)).convert("RGB") for content in client.images(entry)]
+    pictures, previews = (shown(client, api, entry, kind) for kind in ("SaveImage", "PreviewImage"))
     picture = card("\n".join(texts)) if not pictures else pictures[0] if len(pictures) == 1 else tile(pictures)
     scale = THUMBNAIL_PX / max(picture.size)
-    size = tuple(round(side * scale) for side in picture.size)
-    picture.resize(size, Image.Resampling.LANCZOS).save(path, quality=88)
+    picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
+    inset(picture, previews)
+    picture.save(path, quality=88)
+
+
+def shown(client: ComfyClient, api: dict, entry: dict, node_type: str) -> list[Image.Image]:
+    """The pictures that nodes of a type show, of a prompt's entry in the history."""
+    outputs = {number: each for number, each in entry["outputs"].items() if api[number]["class_type"] == node_type}
+    return [Image.open(io.BytesIO(content)).convert("RGB") for content in client.images({"outputs": outputs})]
+
+
+def inset(picture: Image.Image, previews: list[Image.Image]) -> None:
+    """Put small copies of previews, such as the edges or the loss, into the bottom left corner, beside one another."""
+    left = INSET_GAP_PX
+    for preview in previews:
+        small = preview.copy()
+        small.thumbnail((2 * INSET_PX, INSET_PX))
+        small = ImageOps.expand(small, 2, "#dde")
+        picture.paste(small, (left, picture.height - small.height - INSET_GAP_PX))
+        left += small.width + INSET_GAP_PX
 
 
 def card(text: str) -> Image.Image:
     """A text on a square card, for a workflow without pictures."""
     sheet = Image.new("RGB", (THUMBNAIL_PX, THUMBNAIL_PX), "#223")
-    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, 46) or [""]]
-    ImageDraw.Draw(sheet).multiline_text((20, 20), "\n".join(lines[:20]), "#dde", ImageFont.load_default(15), spacing=3)
+    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, 30) or [""]]
+    ImageDraw.Draw(sheet).multiline_text((24, 28), "\n".join(lines[:12]), "#dde", ImageFont.load_default(21), spacing=9)
     return sheet
 
 

@@ -1,8 +1,9 @@
 """The workflows with ControlNets, and with files that other workflows make."""
 
 from . import files
+from .blocks import describe, load, make_picture, picture_size
 from .graph import Node, Workflow
-from .pictures import CACTUS, LIGHTHOUSE, TEAPOT, describe, load, make_picture, sample, save
+from .pictures import CACTUS, LIGHTHOUSE, TEAPOT
 
 
 def _control(workflow: Workflow, note: str, more: tuple[str, ...]):
@@ -14,9 +15,7 @@ def _control(workflow: Workflow, note: str, more: tuple[str, ...]):
 
 def _finish(workflow: Workflow, loaded, prompts: tuple, edges: Node) -> None:
     workflow.group("Sampling", "sampling")
-    size = {"width": edges["width"], "height": edges["height"]}
-    latent = sample(workflow, loaded.model, prompts, workflow.node("EmptyLatentImage", "Picture size", **size))
-    save(workflow, latent, loaded.vae)
+    make_picture(workflow, loaded, prompts, picture_size(workflow, edges["width"], edges["height"]))
 
 
 def controlnet_hed(workflow: Workflow) -> None:
@@ -45,7 +44,7 @@ def two_controlnets(workflow: Workflow) -> None:
     loaded, control, picture = _control(workflow, note, (files.CONTROL_1024,))
     edges = workflow.node("PixArtHEDPreprocessor", "Soft edges", image=picture, method="soft edges", fit="1024")
     lines = workflow.node("PixArtHEDPreprocessor", "Thin lines", image=picture, method="canny", fit="1024")
-    prompts = describe(workflow, loaded, CACTUS)
+    prompts = describe(workflow, loaded, TEAPOT)
     workflow.column()
     for title, image, settings in (
         ("First control", edges, {"strength": 0.6}),
@@ -69,7 +68,8 @@ def lora(workflow: Workflow) -> None:
     changed = workflow.node("PixArtLoadLoRA", model=loaded.model, lora="my_lora_001.safetensors", strength=0.9)
     workflow.node("PreviewAny", "What fitted", source=changed["info"], height_px=160)
     prompts = describe(workflow, loaded, LIGHTHOUSE)
-    make_picture(workflow, loaded, prompts, 1024, model=changed)
+    workflow.group("Sampling", "sampling")
+    make_picture(workflow, loaded, prompts, picture_size(workflow, 1024, 1024), model=changed)
 
 
 def convert_a_checkpoint(workflow: Workflow) -> None:
@@ -85,7 +85,8 @@ def convert_a_checkpoint(workflow: Workflow) -> None:
     for title, layout in (("For ComfyUI", "original (.safetensors)"), ("For diffusers", "diffusers (.safetensors)")):
         workflow.node("PixArtSaveCheckpoint", title, model=loaded.model, layout=layout, dtype="fp16")
     prompts = describe(workflow, loaded, CACTUS)
-    make_picture(workflow, loaded, prompts, 1024)
+    workflow.group("Sampling", "sampling")
+    make_picture(workflow, loaded, prompts, picture_size(workflow, 1024, 1024))
 
 
 CONTROL = {each.__name__: each for each in (controlnet_hed, two_controlnets, lora, convert_a_checkpoint)}

@@ -13,7 +13,7 @@ COLOURS = {
     "sampling": ("#323", "#535", "#a1309b"),
     "result": ("#233", "#355", "#8AA"),
     "training": ("#322", "#533", "#A88"),
-    "notes": ("#222", "#000", "#444"),
+    "notes": ("#222", "#000", "#999"),
 }
 TITLE_PX, SLOT_PX, WIDGET_PX, LINE_PX = 30, 20, 24, 18
 MARGIN_PX, GAP_PX = 15, 40  # inside a group, and between nodes
@@ -21,10 +21,12 @@ GROUP_TITLE_PX = 44
 GROUP_GAP_PX = 30
 NODE_PX, NOTE_PX = 300, 320
 # What a node shows below its widgets once it has run: a picture, the preview of one, or a line of text.
-PICTURE_PX, PREVIEW_PX, TEXT_PX = 340, 240, 70
+PICTURE_PX, PREVIEW_PX, CHART_PX, TEXT_PX = 340, 240, 220, 70
 SHOWN_PX = {
     **dict.fromkeys(("SaveImage", "PreviewImage", "LoadImage", "PixArtCompareSheet"), PICTURE_PX),
     **dict.fromkeys(("KSampler", "SamplerCustom", "SamplerCustomAdvanced"), PREVIEW_PX),
+    **dict.fromkeys(("PixArtResolution", "PixArtScheduler"), CHART_PX),
+    "PixArtEncodeDataset": TEXT_PX + PREVIEW_PX,
 }
 NAMESPACE = uuid.UUID("6f2d1f0e-9a63-4a52-8f0c-3d5e7f1b2a90")
 FORMAT_VERSION = 0.4
@@ -93,13 +95,18 @@ class Workflow:
         """Start another column in the group."""
         self.groups[-1][2].append([])
 
-    def node(self, node_type: str, title: str | None = None, height_px: int | None = None, **inputs: Any) -> Node:
-        """Add a node; inputs are Nodes, Outputs, or values of widgets. Raises ValueError for other names."""
+    def node(self, node_type: str, title: str | None = None, /, height_px: int | None = None, **inputs: Any) -> Node:
+        """Add a node; inputs are Nodes, Outputs, values of widgets, or None to leave them as they are.
+
+        Raises ValueError for names that the node does not have.
+        """
         node = Node(len(self.nodes) + 1, node_type, self.object_info[node_type], title)
         known = {each.name: each for each in inputs_of(node.info)}
         if unknown := inputs.keys() - known.keys():
             raise ValueError(f"Unknown inputs of {node_type}: got {sorted(unknown)}, expected of {sorted(known)}")
         for name, value in inputs.items():
+            if value is None:
+                continue
             if isinstance(value, Node):
                 node.sources[name] = Output(value, 0)
             elif isinstance(value, Output):

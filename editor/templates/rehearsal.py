@@ -8,23 +8,27 @@ from PIL import Image
 from ...demo.scenes import Item, Scene, draw_scene
 from . import files, pictures, training
 
-# What the demo model understands, for what the workflows ask of the big ones.
+# What the demo model understands, for what the workflows ask of the big ones: what it draws well with their seeds.
 CAPTIONS = {
-    pictures.CACTUS: "a large purple triangle in the bottom right and a small red square in the bottom left on a pink "
+    pictures.CACTUS: "a small red circle on the left and a small cyan cross in the top right and a small red triangle "
+    "in the bottom right on a brown background",
+    pictures.LIGHTHOUSE: "a small cyan cross in the bottom left and a small purple circle in the bottom right and a "
+    "small blue cross in the top left on a pink background",
+    pictures.BOAT: "a large yellow square in the top right and a large cyan square in the bottom left on a black "
     "background",
-    pictures.LIGHTHOUSE: "a large cyan triangle at the top on a gray background",
-    pictures.TEAPOT: "a large blue circle in the center on a brown background",
-    pictures.LONG_CAPTION: "a large green triangle on the right and a large yellow circle on the left on a brown "
-    "background",
-    pictures.FOUR_PROMPTS: "a large red circle in the center on a white background\n"
-    "a large blue square in the top left on a black background\n"
-    "a large yellow triangle in the bottom right on a brown background\n"
-    "a small red circle in the bottom right and a large cyan square on the left on a gray background",
-    pictures.WEIGHTED: "a (large:1.1) cyan (circle:1.2) on the right and a small (red square:1.1) on the left on a "
-    "white background",
+    pictures.TEAPOT: "a large red circle in the center on a brown background",
+    pictures.LONG_CAPTION: "a small yellow circle in the top right and a small red cross in the bottom right and a "
+    "small yellow triangle in the bottom left on a brown background",
+    pictures.FOUR_PROMPTS: "a large green square on the right on a black background\n"
+    "a large yellow circle in the top right on a brown background\n"
+    "a large cyan triangle in the bottom right on a white background\n"
+    "a small red cross on the left on a gray background",
+    pictures.WEIGHTED: "a small (cyan cross:1.1) in the bottom left and a (small purple:1.1) circle in the bottom "
+    "right and a small blue cross in the top left on a pink background",
+    pictures.AVOIDED: "",
+    training.SUBJECT_CAPTION: "a large yellow star in the center",
     training.PROMPT: "a large yellow star in the center on a white background",
-    training.CLASS_CAPTION: "a large red circle in the center on a white background",
-    pictures.AVOIDED: "a large green triangle on a black background",
+    training.CLASS_CAPTION: "a large red circle in the center",
 }
 SIDE_PX = 128
 SMALLEST_BASE = "256"
@@ -35,16 +39,29 @@ TRAINING_PICTURES = ((training.SUBJECT, "star", "yellow"), (training.CLASS, "cir
 # What the demo model, or its lack of further files, asks of a node.
 SMALL = {
     "PixArtHEDPreprocessor": {"method": "soft edges", "hed_model": "auto", "fit": "keep"},
-    "PixArtEncodeDataset": {"resolution": 64, "bins": "square"},
+    "PixArtEncodeDataset": {"bins": "square"},
     "PixArtTrainControlNet": {"control_blocks": 3},
 }
-NEEDS = {"lora": "lora_training"}  # workflows that load what another one makes
+# What lets it learn a shape from two pictures in a minute or two.
+QUICK = {"batch_size": 2, "weighting": "velocity", "schedule": "cosine"}
+LESSONS = {
+    "PixArtTrainLoRA": {**QUICK, "steps": 300, "learning_rate": 1e-3, "targets": "blocks"},
+    "PixArtTrain": {**QUICK, "steps": 200, "learning_rate": 2e-4},
+}
+# Workflows that load what another one makes.
+NEEDS = {"lora": "lora_training", "load_prompt_embeddings": "save_prompt_embeddings"}
 INPUT_PICTURE = "example.png"  # what ComfyUI brings as the first picture of its input folder
 
 
 def rehearse(workflow: dict, steps: int | None = None, side_px: int = SIDE_PX) -> dict:
-    """The workflow, in API format, for the demo model. steps: at most so many; None leaves those of sampling."""
+    """The workflow, in API format, for the demo model.
+
+    steps: at most so many, in training too; None leaves those of sampling, and lets trainers learn something.
+    """
     workflow = copy.deepcopy(workflow)
+    kinds = {node["class_type"] for node in workflow.values()}
+    if "LatentUpscaleBy" in kinds:
+        side_px = side_px * 3 // 4  # what is enlarged is to end near the size that the demo model knows
     for node in workflow.values():
         inputs, kind = node["inputs"], node["class_type"]
         for name, value in inputs.items():
@@ -52,15 +69,33 @@ def rehearse(workflow: dict, steps: int | None = None, side_px: int = SIDE_PX) -
                 inputs[name] = CAPTIONS.get(value, files.stand_in(value))
             elif name == "steps" and isinstance(value, int):
                 inputs[name] = min(value, steps or value)
-        inputs |= {name: value for name, value in SMALL.get(kind, {}).items() if not isinstance(inputs[name], list)}
-        if kind == "EmptyLatentImage":
-            inputs |= {name: side_px for name in ("width", "height") if not isinstance(inputs[name], list)}
+        changes = {**SMALL.get(kind, {}), **_sizes(inputs, kind, side_px)}
         if kind in TRAINERS:
-            inputs["steps"] = min(inputs["steps"], steps or TRAINING_STEPS)
-        if inputs.get("mode") == "into the nearest bin":
-            inputs |= {"mode": "to a size", "width": side_px, "height": side_px}
-        if isinstance(inputs.get("base"), str):
-            inputs["base"] = SMALLEST_BASE
+            changes |= {"steps": steps} if steps else LESSONS.get(kind, {"steps": TRAINING_STEPS})
+        inputs |= {name: value for name, value in changes.items() if not isinstance(inputs.get(name), list)}
+    return workflow
+
+
+def _sizes(inputs: dict, kind: str, side_px: int) -> dict:
+    """What to change about a node's sizes."""
+    if kind == "PixArtEncodeDataset":
+        return {"resolution": side_px}
+    sides = {"width": side_px, "height": side_px}
+    base = {"base": SMALLEST_BASE} if "base" in inputs else {}
+    if inputs.get("mode") == "into the nearest bin":
+        return {**base, **sides, "mode": "to a size"}
+    return {**base, **(sides if kind == "EmptyLatentImage" else {})}
+
+
+def halve_bins(workflow: dict) -> dict:
+    """The workflow with latents of half the sides where PixArt Resolution chose them: the demo model's own area."""
+    workflow = copy.deepcopy(workflow)
+    for number, node in tuple(workflow.items()):
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and workflow[value[0]]["class_type"] == "PixArtResolution":
+                half = {"samples": value, "upscale_method": "nearest-exact", "scale_by": 0.5}
+                workflow[f"half of {number}"] = {"class_type": "LatentUpscaleBy", "inputs": half}
+                node["inputs"][name] = [f"half of {number}", 0]
     return workflow
 
 

@@ -1,8 +1,9 @@
 """The workflows that prepare data and train, each with a picture of what was learned."""
 
 from . import files
+from .blocks import Loaded, describe, load, make_picture, picture_size, sample_preset
 from .graph import Node, Workflow
-from .pictures import Loaded, describe, empty, load, make_picture, sample, sample_preset, save
+from .pictures import TEAPOT
 
 SUBJECT, CLASS = "my_pictures", "class_pictures"
 PROMPT = "a photo of sks toy on a wooden table"
@@ -27,10 +28,17 @@ def _encode(workflow: Workflow, loaded: Loaded, dataset: Node, **settings) -> No
 
 def _train(workflow: Workflow, node_type: str, loaded: Loaded, features: Node, **settings) -> Node:
     workflow.group("Training", "training")
-    trained = workflow.node(node_type, model=loaded.model, features=features, height_px=1000, **settings)
+    trained = workflow.node(node_type, model=loaded.model, features=features, height_px=1120, **settings)
     workflow.column()
     workflow.node("PreviewImage", "Loss", images=trained["loss_curve"])
     return trained
+
+
+def _use(workflow: Workflow, loaded: Loaded, trained: Node, side_px: int) -> None:
+    """A picture of what was learned."""
+    prompts = describe(workflow, loaded, PROMPT)
+    workflow.group("Sampling", "sampling")
+    make_picture(workflow, loaded, prompts, picture_size(workflow, side_px, side_px), model=trained)
 
 
 def _note(title: str, text: str) -> str:
@@ -55,8 +63,7 @@ def lora_training(workflow: Workflow) -> None:
     workflow.group("Data", "training")
     features = _encode(workflow, loaded, _dataset(workflow))
     trained = _train(workflow, "PixArtTrainLoRA", loaded, features, name="my_lora", steps=1000, rank=16)
-    prompts = describe(workflow, loaded, PROMPT)
-    make_picture(workflow, loaded, prompts, 1024, model=trained)
+    _use(workflow, loaded, trained, 1024)
 
 
 def dreambooth(workflow: Workflow) -> None:
@@ -73,8 +80,7 @@ def dreambooth(workflow: Workflow) -> None:
     features = _encode(workflow, loaded, both)
     settings = {"name": "my_dreambooth", "method": "DreamBooth", "steps": 800, "learning_rate": 5e-6}
     trained = _train(workflow, "PixArtTrain", loaded, features, **settings)
-    prompts = describe(workflow, loaded, PROMPT)
-    make_picture(workflow, loaded, prompts, 512, model=trained)
+    _use(workflow, loaded, trained, 512)
 
 
 def lcm_distillation(workflow: Workflow) -> None:
@@ -89,8 +95,7 @@ def lcm_distillation(workflow: Workflow) -> None:
     trained = _train(workflow, "PixArtDistillLCM", loaded, features, name="my_lcm", steps=2000)
     prompts = describe(workflow, loaded, PROMPT)
     workflow.group("Sampling", "sampling")
-    latent = sample_preset(workflow, trained, prompts, empty(workflow, 1024), "alpha LCM 4")
-    save(workflow, latent, loaded.vae)
+    sample_preset(workflow, loaded, prompts, picture_size(workflow, 1024, 1024), "alpha LCM 4", model=trained)
 
 
 def controlnet_training(workflow: Workflow) -> None:
@@ -106,15 +111,13 @@ def controlnet_training(workflow: Workflow) -> None:
     workflow.group("Use it", "picture")
     picture = workflow.node("LoadImage", image="example.png")
     edges = workflow.node("PixArtHEDPreprocessor", image=picture, method="soft edges", fit="1024")
-    positive, negative = describe(workflow, loaded, PROMPT)
+    positive, negative = describe(workflow, loaded, TEAPOT)
     workflow.column()
     links = {"control_net": trained, "image": edges, "vae": loaded.vae}
     applied = workflow.node("PixArtControlNetApply", positive=positive, negative=negative, **links)
     workflow.group("Sampling", "sampling")
-    size = {"width": edges["width"], "height": edges["height"]}
-    latent = workflow.node("EmptyLatentImage", "Picture size", **size)
-    latent = sample(workflow, loaded.model, (applied["positive"], applied["negative"]), latent)
-    save(workflow, latent, loaded.vae)
+    size = picture_size(workflow, edges["width"], edges["height"])
+    make_picture(workflow, loaded, (applied["positive"], applied["negative"]), size)
 
 
 TRAINING = {

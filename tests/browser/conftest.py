@@ -59,6 +59,7 @@ def editor_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     host = start(Path(folder), tmp_path_factory.mktemp("editor"), ())
     try:
         prepare(host)
+        host.post("/settings", {"Comfy.TutorialCompleted": True})  # else templates open by themselves, sooner or later
         yield host
     finally:
         host.close()
@@ -76,3 +77,12 @@ def editor(chromium: str, editor_host: Host, tmp_path_factory: pytest.TempPathFa
         browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield Editor(browser.new_page(viewport={"width": 1600, "height": 1000}), editor_host.url, shots)
         browser.close()
+
+
+@pytest.fixture(autouse=True)
+def no_complaints(editor):
+    """No test may leave an error in the browser's console, or an unanswered request, that speaks of this pack."""
+    editor.problems.clear()
+    yield
+    editor.close_dialogs()
+    assert not editor.complaints()

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 PACK = "pixart_pack"
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
 TIMEOUT_MS = 120_000
 READY = (
     "window.app?.graph && app.extensionManager && window.LiteGraph?.registered_node_types.PixArtLoadCheckpoint"
@@ -22,6 +23,19 @@ EXPORT = """async () => {
     const asked = nodes.map(node => ({type: node.type, needs: [...node.computeSize()], has: [...node.size]}));
     const unknown = nodes.filter(node => !LiteGraph.registered_node_types[node.type]).map(node => node.type);
     return {workflow, output, asked, unknown};
+}"""
+CARDS = "[data-testid^='template-workflow-']"
+MORE_CARDS = f'count => document.querySelectorAll("{CARDS}").length > count'
+FILL = """api => {
+    for (const node of app.graph.nodes)
+        for (const widget of api[node.id] ? node.widgets ?? [] : []) {
+            const value = api[node.id].inputs[widget.name];
+            if (value !== undefined && !Array.isArray(value)) widget.value = value;
+        }
+}"""
+A_DIALOG_LESS = """async () => {
+    const count = () => document.querySelectorAll('[role=dialog]').length, before = count(), ends = Date.now() + 3000;
+    while (count() && count() >= before && Date.now() < ends) await new Promise(go => setTimeout(go, 50));
 }"""
 PLACE_OF_TITLE = """number => {
     const node = app.graph.getNodeById(number), {scale, offset} = app.canvas.ds;
@@ -69,12 +83,11 @@ class Editor:
         self.page.screenshot(path=self.shots / f"{name}.png")
 
     def close_dialogs(self) -> None:
-        dialog = self.page.get_by_role("dialog")
         for _ in range(3):
-            if dialog.count() == 0:
+            if self.page.get_by_role("dialog").count() == 0:
                 return
             self.page.keyboard.press("Escape")
-            self.page.wait_for_timeout(300)
+            self.page.evaluate(A_DIALOG_LESS)
 
     def browse_templates(self) -> list[str]:
         """Open the template browser at this pack's; returns their names."""
@@ -84,11 +97,10 @@ class Editor:
         content.first.wait_for()
         self.page.get_by_text(PACK, exact=True).first.click()
         self.page.get_by_test_id("template-workflow-demo").wait_for()
-        cards, count = self.page.locator("[data-testid^='template-workflow-']"), 0
-        while cards.count() > count:  # the browser shows two dozen, and more when one scrolls down to the last
-            count = cards.count()
+        cards, shipped = self.page.locator(CARDS), len(list(WORKFLOWS.glob("*.json")))
+        while (count := cards.count()) < shipped:  # the browser shows two dozen, and more when one scrolls to the last
             cards.last.scroll_into_view_if_needed()
-            self.page.wait_for_timeout(500)
+            self.page.wait_for_function(MORE_CARDS, arg=count)
         ids = "cards => cards.map(card => card.dataset.testid.replace('template-workflow-', ''))"
         return cards.evaluate_all(ids)
 
@@ -115,8 +127,21 @@ class Editor:
     def number_of(self, node_type: str) -> int:
         return self.page.evaluate("type => app.graph.nodes.find(node => node.type === type).id", node_type)
 
-    def click_title(self, node_type: str) -> None:
-        self.page.mouse.click(*self.page.evaluate(PLACE_OF_TITLE, self.number_of(node_type)))
+    def select(self, node_type: str) -> None:
+        """Click a node's title, again while the view still moves to the workflow and the click misses."""
+        number = self.number_of(node_type)
+        ends = time.monotonic() + TIMEOUT_MS / 1000
+        while not self.page.evaluate(
+            "number => [...app.canvas.selectedItems].some(each => each.id === number)", number
+        ):
+            if time.monotonic() > ends:
+                raise TimeoutError(f"{node_type} cannot be selected")
+            self.page.mouse.click(*self.page.evaluate(PLACE_OF_TITLE, number))
+            self.page.wait_for_timeout(200)
+
+    def fill(self, api: dict) -> None:
+        """Set the widgets to the values of a workflow in API format."""
+        self.page.evaluate(FILL, api)
 
     def set_setting(self, name: str, value: str) -> None:
         self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
