@@ -13,13 +13,12 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 
 def make_parser(name: str, text: str) -> argparse.ArgumentParser:
     """The parser of `python -m pixart.<name>`. text: the module's: a summary, and after an empty line the examples."""
-    description, _, examples = text.partition("\n\n")
-    return argparse.ArgumentParser(
-        f"python -m pixart.{name}",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return argparse.ArgumentParser(f"python -m pixart.{name}", **describe(*text.split("\n\n", 1)))
+
+
+def describe(summary: str, examples: str) -> dict:
+    """What a parser of argparse is given to show both as they are written."""
+    return {"description": summary, "epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def run_command(

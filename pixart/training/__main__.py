@@ -3,17 +3,16 @@
 `accelerate launch -m pixart.training run config.yaml` does the same on many processes.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from ..command import run_command
+from ..command import make_parser, run_command
 from . import caption, encode, launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pixart.training", description="Train PixArt outside ComfyUI.")
+    parser = make_parser("training", __doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     for module in (caption, encode, launch):
         module.add_parser(commands)

@@ -19,7 +19,7 @@ from ..captioner import (
     fill_prompt,
     load_captioner,
 )
-from ..command import DTYPES, add_device, own_device, process_rank
+from ..command import DTYPES, add_device, describe, own_device, process_rank
 from ..saving import write_atomically
 from . import sources
 from .pictures import FilePicture, measure_picture
@@ -41,11 +41,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     """Add the command `caption`; its `main` takes the parsed options."""
     usual = CaptionSettings()
     parser = subparsers.add_parser(
-        "caption",
-        help="describe pictures with a vision-language model",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "caption", help="describe pictures with a vision-language model", **describe(DESCRIPTION, EXAMPLES)
     )
     add = parser.add_argument
     add("dataset", type=Path, help="folder of pictures, or a table that names them")

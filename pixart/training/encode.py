@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..autoencoder import load_autoencoder
-from ..command import DTYPES, add_device, own_device, process_rank
+from ..command import DTYPES, add_device, describe, own_device, process_rank
 from ..edges import canny_edges, soft_edges
 from ..folder import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS, find_weights
 from ..hed import detect_edges, make_hed
@@ -25,11 +25,16 @@ EDGES = {"soft": soft_edges, "canny": canny_edges}
 DESCRIPTION = """Encode captions and pictures once, so that training needs neither T5 nor the autoencoder. What the
 output folder holds already is not encoded again. With `accelerate launch` (or RANK and WORLD_SIZE set) each process
 encodes its share, and the one that finishes last writes the list of the dataset."""
+EXAMPLES = """examples:
+  python -m pixart.training encode pictures/ --output features/ --text-encoder t5-v1_1-xxl/ --vae sd-vae-ft-ema/
+  python -m pixart.training encode captions.csv --output features/ --text-encoder t5xxl_fp16.safetensors \\
+      --tokenizer t5/ --vae vae.safetensors --resolution 512 --flip --batch-size 8
+  accelerate launch --multi_gpu -m pixart.training encode pictures/ --output features/ --text-encoder t5/ --vae vae/"""
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     """Add the command `encode`; its `main` takes the parsed options."""
-    parser = subparsers.add_parser("encode", help="encode a dataset for training", description=DESCRIPTION)
+    parser = subparsers.add_parser("encode", help="encode a dataset for training", **describe(DESCRIPTION, EXAMPLES))
     add = parser.add_argument
     add("dataset", type=Path, help="folder of pictures with .txt captions, table, or any of --kind")
     add("--output", type=Path, required=True, help="folder of the encoded dataset; it may hold others")
@@ -72,6 +77,7 @@ def _add_settings(group) -> None:
     edges.add_argument("--edges", choices=list(EDGES), help="hints for pictures without a control picture")
     edges.add_argument("--hed", type=Path, help="the same by the HED network of this file")
     add("--original-layout", type=Path, metavar="FOLDER", help="write PixArt-alpha's .npz and .npy files too")
+    add("--force", action="store_true", help="write them over those of a folder that has some")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -79,6 +85,9 @@ def main(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.batch_size < 1:
         raise ValueError(f"Batch size out of range: got {options.batch_size}, expected at least 1. Enter 1 or more.")
+    original = options.original_layout
+    if original and not options.force and original.is_dir() and any(original.iterdir()):
+        raise FileExistsError(f"Exists already: got '{original}', expected a new folder. Use --force to write over it.")
     rank, world_size = process_rank()
     settings = _settings(options)
     dataset = _read(options)

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..autoencoder import load_autoencoder
+from ..command import describe
 from ..storage import read_checkpoint
 from ..transformer import PixArt
 from .features import open_features
@@ -22,12 +23,24 @@ from .validation import Decode, read_prompts
 
 logger = logging.getLogger(__name__)
 
+DESCRIPTION = """Train as a configuration file says. The result, checkpoints, log and pictures come into a new folder,
+numbered; a training that was ended goes on in its own. Ctrl-C ends it with its result, a second one at once."""
+EXAMPLES = """examples:
+  python -m pixart.training run training.yaml
+  accelerate launch --multi_gpu --num_processes 8 -m pixart.training run training.yaml
+
+  # training.yaml; paths are relative to it
+  model: PixArt-XL-2-512x512.pth
+  features: features
+  output: runs
+  name: my_style
+  settings: {kind: lora, steps: 2000, batch_size: 4, learning_rate: 1e-4, rank: 16, dtype: bf16}"""
 SAME_SIGNAL_S = 2.0  # the launchers pass on a Ctrl-C which the terminal has sent to their processes, too
 
 
 def add_parser(commands) -> None:
     """Register the command with an argparse object of subparsers."""
-    parser = commands.add_parser("run", help="train by a configuration file")
+    parser = commands.add_parser("run", help="train by a configuration file", **describe(DESCRIPTION, EXAMPLES))
     parser.add_argument("config", help="YAML or JSON, as Export PixArt Training Config writes it")
     parser.add_argument("--device", help="of a training in one process; default: the GPU, or else the CPU")
     parser.set_defaults(main=main)

@@ -71,6 +71,17 @@ def test_pictures_and_captions_of_the_demo(arguments, scenes, tmp_path):
     assert torch.equal(original[2].caption, features[2].caption.float())
 
 
+def test_files_of_the_original_layout_are_not_written_over_unasked(arguments, tmp_path):
+    original = tmp_path / "original"
+    original.mkdir()
+    (original / "mine.npz").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="Exists already: got '.*original', expected a new folder. Use --force"):
+        run([*arguments, "--original-layout", str(original)])
+    assert not (tmp_path / "cache").exists()
+    run([*arguments, "--original-layout", str(original), "--force"])
+    assert len(open_features(original)) == 5 and (original / "mine.npz").read_bytes() == b"mine"
+
+
 def test_prior_pictures_and_bad_input(arguments, scenes, tmp_path):
     run([*arguments, "--prior", str(scenes), "--prior-caption", "a shape"])
     features = open_features(tmp_path / "cache")

@@ -173,10 +173,3 @@ def test_bad_input_is_one_line(tmp_path, capsys, more, message):
     assert run(tmp_path, *more) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
-
-
-def test_help_shows_examples(capsys):
-    with pytest.raises(SystemExit) as ended:
-        run_command(sample.main, sample.parse(), ["--help"])
-    assert ended.value.code == 0
-    assert "python -m pixart.sample --model" in capsys.readouterr().out
