@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from .cases import DTYPES, add_options, list_cases
+from .loop import WARM_UP_SIDE
 from .peers import DIFFUSERS, HOST, OURS, DiffusersLoop, HostLoop, OurLoop, make_captions, make_config, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import compare, count_work, measure_roofline, take_turns
 
 LOOPS = {OURS: OurLoop, HOST: HostLoop, DIFFUSERS: DiffusersLoop}
-WARM_UP_SIDE = 64  # of the latent, at most; ComfyUI's own divides by zero below 48
 
 logger = logging.getLogger(__name__)
 

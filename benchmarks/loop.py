@@ -4,6 +4,7 @@ The same random weights, inputs and threads; the runs take turns.
 """
 
 import argparse
+import functools
 import logging
 import statistics
 from pathlib import Path
@@ -14,6 +15,8 @@ from .cases import DTYPES
 from .peers import DIFFUSERS, HOST, OURS, DiffusersLoop, HostLoop, OurLoop, make_captions, make_config, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import CLOCKS, compare, count_work, measure_roofline, take_turns
+
+WARM_UP_SIDE = 36  # of the latent, at most; ComfyUI's own divides by zero at 32
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +56,8 @@ def measure(variant, options, device, best):
     if device == "cpu":
         loops[DIFFUSERS] = DiffusersLoop(config, weights, dtype)
     rivals, warm_up = (
-        {name: lambda loop=loop, count=count: loop.sample(captions, side, count) for name, loop in loops.items()}
-        for count in (options.steps, 1)
+        {name: functools.partial(loop.sample, captions, size, steps) for name, loop in loops.items()}
+        for size, steps in ((side, options.steps), (min(side, WARM_UP_SIDE), 1))
     )
     seconds = take_turns(rivals, options.rounds, options.clock, device, warm_up)
     work = count_work(config, 2, config.base_size**2, max(options.captions), dtype.itemsize)
