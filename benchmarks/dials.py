@@ -27,7 +27,7 @@ from .timing import CLOCKS, read_clock
 
 SIDE_PX, LARGE_PX, STEPS, GUIDANCE = 128, 256, 20, 4.0
 CACHES = ((0.15, 3), (0.3, 3), (0.5, 2), (0.5, 3), (0.8, 4))  # threshold, most reuses
-INTERVALS = ((0.0, 0.3), (0.0, 0.5), (0.0, 0.7), (0.1, 0.7))
+INTERVALS = ((0.0, 0.5), (0.0, 0.7), (0.2, 1.0), (0.3, 1.0), (0.4, 1.0), (0.3, 0.7))
 COMPRESSIONS = (
     (2, "every other", 0.0),
     (2, "later half", 0.0),
@@ -113,8 +113,8 @@ def small_settings(model):
         yield f"block cache {threshold:g}, at most {most} reuses", cache_blocks(model, threshold, 1, 0, 0.1, 1.0, most)
     for start, end in INTERVALS:
         yield f"guidance from {start:.0%} to {end:.0%}", limit_guidance(model, start, end)
-    both = limit_guidance(cache_blocks(model, 0.3, 1, 0, 0.1, 1.0, 3), 0.0, 0.7)
-    yield "block cache 0.3 and guidance up to 70%", both
+    both = limit_guidance(cache_blocks(model, 0.5, 1, 0, 0.1, 1.0, 2), 0.2, 1.0)
+    yield "block cache 0.5, at most 2 reuses, and guidance from 20% to 100%", both
 
 
 def large_settings(model):

@@ -96,14 +96,14 @@ class GuidanceInterval(io.ComfyNode):
             search_aliases=["cfg interval", "limited interval guidance", "guidance limiter", "cfg end", "speed"],
             inputs=[
                 node_input(io.Model, "model", tooltip="Any diffusion model."),
-                _percent("start_percent", 0.0, "Where guidance begins, as a part of the sampling."),
-                _percent("end_percent", 0.7, "Where guidance ends, as a part of the sampling."),
+                _percent("start_percent", 0.3, "Where guidance begins, as a part of the sampling."),
+                _percent("end_percent", 1.0, "Where guidance ends, as a part of the sampling."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the limited guidance.")],
         )
 
     @classmethod
-    def execute(cls, model, start_percent=0.0, end_percent=0.7):
+    def execute(cls, model, start_percent=0.3, end_percent=1.0):
         return io.NodeOutput(limit_guidance(model, start_percent, end_percent))
 
 
