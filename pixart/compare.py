@@ -52,7 +52,9 @@ def parse_target(text: str, workflow: dict) -> tuple[str, str, Axis]:
     if values.startswith("@"):
         values = Path(values[1:]).read_text(encoding="utf-8-sig")
         values = values if "\n" in values.strip() else f"'{values.strip()}'"  # one line of a file is one value
-    return node, name, parse_axis(name, values)
+    axis = parse_axis(name, values)
+    # Texts speak for themselves; numbers do not.
+    return node, name, Axis("", axis.values) if all(isinstance(value, str) for value in axis.values) else axis
 
 
 def fill(workflow: dict, targets: list[tuple[str, str]], values: tuple) -> dict:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pixart_pack.pixart.compare import parse_target
 from pixart_pack.pixart.comparison import Axis, Grid, parse_axis
 
 
@@ -33,6 +34,12 @@ def test_cells_go_row_by_row_with_the_labels_beside_them():
     assert grid.cells() == [(8, 3.0), (14, 3.0), (8, 4.5), (14, 4.5)]
     assert grid.labels() == ["steps 8, cfg 3.0", "steps 14, cfg 3.0", "steps 8, cfg 4.5", "steps 14, cfg 4.5"]
     assert Grid(Axis("steps", (8, 14)), Axis("", (None,))).labels() == ["steps 8", "steps 14"]
+
+
+def test_texts_of_a_workflow_speak_for_themselves():
+    workflow = {"7": {"class_type": "KSampler", "inputs": {"steps": 20, "sampler_name": "euler"}}}
+    assert parse_target("7.steps=8,14", workflow) == ("7", "steps", Axis("steps", (8, 14)))
+    assert parse_target("7.sampler_name=euler,ddim", workflow)[2].headings() == ["euler", "ddim"]
 
 
 def test_a_slip_of_the_keyboard_does_not_queue_hours_of_work():
