@@ -124,8 +124,8 @@ class Workflow:
         node = Node(len(self.nodes) + 1, "MarkdownNote", info, "Note")
         node.values["text"] = text
         node.width_px, node.colours = NOTE_PX, COLOURS["notes"][:2]
-        rows = sum(1 + len(line) // 40 for line in text.splitlines())
-        node.height_px = 60 + 17 * rows
+        rows = sum(1 + len(line) // 44 for line in text.splitlines())
+        node.height_px = 60 + 14 * rows
         self._place(node)
 
     def _place(self, node: Node) -> None:
