@@ -295,7 +295,7 @@ class ExportTrainingConfig(io.ComfyNode):
                 _combo("kind", EXPORTED, "LoRA", "What is to be trained."),
                 *_first_inputs("my_training", 1000, 1e-4),
                 *_lora_inputs(16),
-                *[each for each in _last_inputs() if each.id != "vae"],
+                *_last_inputs(),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="The configuration.")],
             hidden=[io.Hidden.unique_id],
@@ -304,10 +304,20 @@ class ExportTrainingConfig(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, kind, model, features, name, base_fp8=False, resume=True, validation=None, more_settings="", **values
+        cls,
+        kind,
+        model,
+        features,
+        name,
+        base_fp8=False,
+        resume=True,
+        validation=None,
+        vae=None,
+        more_settings="",
+        **values,
     ):
         settings = make_settings(EXPORTED[kind], more_settings, base_dtype="fp8" if base_fp8 else "same", **values)
-        path = str(export_config(model, features, settings, name, validation, resume))
+        path = str(export_config(model, features, settings, name, validation, vae, resume))
         text = f"saved: {path}\nrun: accelerate launch -m pixart.training run {path}"
         show_text(cls.hidden, text)
         return io.NodeOutput(path, ui=ui.PreviewText(text))

@@ -20,7 +20,7 @@ from PIL import Image
 from ...pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
 from ...pixart.config import LATENT_DOWNSCALE, PixArtConfig
 from ...pixart.control_storage import read_controlnet
-from ...pixart.saving import save_checkpoint
+from ...pixart.saving import save_checkpoint, write_weights
 from ...pixart.training.build import DTYPES
 from ...pixart.training.cache import MANIFEST, CachedFeatures
 from ...pixart.training.examples import FeatureSet
@@ -144,11 +144,14 @@ def plain_model(model, settings: TrainingSettings, device: torch.device) -> PixA
     return plain
 
 
-def export_config(model, features, settings: TrainingSettings, name: str, validation=None, resume=True) -> Path:
+def export_config(
+    model, features, settings: TrainingSettings, name: str, validation=None, vae=None, resume=True
+) -> Path:
     """Write a configuration for `python -m pixart.training run`, and beside it what it needs; returns its path.
 
-    A model with LoRAs or merges on it is written there whole, any other is named where it lies.
-    Raises ValueError when the dataset is not on disk.
+    A model with LoRAs or merges on it is written there whole, any other is named where it lies. For validation
+    pictures their prompts and the VAE are written too.
+    Raises ValueError when the dataset is not on disk, and for validation prompts without a VAE.
     """
     check_name(name)
     root = Path(folder_paths.get_output_directory()) / RUNS
@@ -157,11 +160,18 @@ def export_config(model, features, settings: TrainingSettings, name: str, valida
             f"Encoded pictures are not on disk: got {type(features).__name__}, expected the output of PixArt Encode "
             f"Dataset. Connect that node."
         )
+    if validation is not None and vae is None and settings.sample_every:
+        raise ValueError(
+            "No VAE for the validation pictures: got prompts alone, expected a VAE with them. Connect one, or set "
+            "sample_every to 0."
+        )
     root.mkdir(parents=True, exist_ok=True)
     config = pixart_config(model)
-    prompts = _prompts(validation, features, settings, config) if validation is not None else ()
+    prompts = () if vae is None else _prompts(validation, features, settings, config)
+    own = {"validation": f"{name}.prompts.safetensors", "vae": f"{name}.vae.safetensors"} if prompts else {}
     if prompts:
-        write_prompts(root / f"{name}.prompts.safetensors", prompts)
+        write_prompts(root / own["validation"], prompts)
+        write_weights(root / own["vae"], vae.get_sd(), {"format": "pt"})
     path = root / f"{name}.yaml"
     write_config(
         path,
@@ -172,7 +182,7 @@ def export_config(model, features, settings: TrainingSettings, name: str, valida
             output=str(root.resolve()),
             name=name,
             resume=resume,
-            validation=f"{name}.prompts.safetensors" if prompts else None,
+            **own,
         ),
     )
     return path

@@ -9,6 +9,7 @@ from PIL import Image
 from pixart_pack.demo.client import PromptError
 from pixart_pack.pixart.lora import read_lora
 from pixart_pack.pixart.training.settings import read_config
+from pixart_pack.tests import processes
 from pixart_pack.tests.host.graph import VAE, Graph
 
 MODEL, T5 = "pixart_demo.safetensors", "pixart_demo_t5.safetensors"
@@ -131,25 +132,33 @@ def test_a_name_that_leads_out_of_its_folder_is_refused(host, folder):
         host.run(graph.nodes, timeout_s=120)
 
 
-def test_a_training_is_exported_and_names_what_it_needs(host, folder):
+def test_a_training_is_exported_and_runs_on_the_command_line(host, folder):
     graph = TrainingGraph(folder)
     prompts = graph.add("PixArtTextEncode", clip=graph.clip, text="a picture of noise")
-    graph.add(
-        "PixArtExportTrainingConfig",
-        kind="LoRA",
-        model=graph.model,
-        features=graph.features,
-        name=folder.name,
-        steps=5,
-        batch_size=1,
-        learning_rate=1e-4,
-        seed=3,
-        rank=4,
-        targets="blocks",
-        sample_every=2,
-        validation=prompts,
-    )
+    settings = {"steps": 4, "batch_size": 1, "learning_rate": 1e-4, "seed": 3, "rank": 4, "targets": "blocks"}
+    export = graph.add(
+        "PixArtExportTrainingConfig", kind="LoRA", model=graph.model, features=graph.features, name=folder.name,
+        sample_every=2, sample_steps=2, validation=prompts, **settings,
+    )  # fmt: skip
+    with pytest.raises(PromptError, match="No VAE for the validation pictures"):
+        host.run(graph.nodes, timeout_s=120)
+    graph.nodes[export[0]]["inputs"]["vae"] = graph.vae
     host.run(graph.nodes, timeout_s=120)
-    config = read_config(host.output / "pixart_training" / f"{folder.name}.yaml")
+    file = host.output / "pixart_training" / f"{folder.name}.yaml"
+    config = read_config(file)
     assert config.model.endswith(MODEL) and config.settings.targets == "blocks" and config.settings.seed == 3
     assert config.features.endswith("features.json") and config.validation.endswith(".prompts.safetensors")
+    process = processes.start("pixart.training", "run", file, "--device", "cpu")
+    _, errors = processes.finish(process)
+    assert process.returncode == 0, errors
+    run = file.parent / f"{folder.name}_001"
+    assert not read_lora(run / f"{run.name}.safetensors").unmatched
+    pictures = [np.asarray(Image.open(path)) for path in sorted((run / "samples").glob("*.png"))]
+    assert [picture.shape for picture in pictures] == [(64, 64, 3)] * 3 and pictures[0].std() > 5
+    # As the same training within the graph has them
+    trained = TrainingGraph(folder)
+    prompts = trained.add("PixArtTextEncode", clip=trained.clip, text="a picture of noise")
+    trained.train(sample_every=2, sample_steps=2, vae=trained.vae, validation=prompts, resume=False, **settings)
+    host.run(trained.nodes, timeout_s=300)
+    for number, path in enumerate(sorted((file.parent / f"{folder.name}_002" / "samples").glob("*.png"))):
+        assert np.abs(np.asarray(Image.open(path), np.int16) - pictures[number]).max() <= 2
