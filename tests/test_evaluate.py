@@ -133,7 +133,6 @@ def test_processes_share_the_pictures(run, tmp_path, monkeypatch):
         (["--batch", "0"], "Numbers out of range"),
         (["--count", "0"], "Numbers out of range"),
         (["--clip", "/nowhere"], "Not found: got '/nowhere', expected a file or folder. Download a model with 'hf"),
-        (["--clip", "."], "Not a CLIP model: got"),
         (["--real", "/nowhere"], "No weights for FID"),
         (["--real", "/nowhere", "--inception", "."], "Not found: got '/nowhere'"),
         (
@@ -146,6 +145,13 @@ def test_processes_share_the_pictures(run, tmp_path, monkeypatch):
 def test_bad_input_is_told_before_pictures_are_made(run, arguments, message):
     code, seeds, said = run(*arguments)
     assert (code, seeds) == (1, []) and message in said
+
+
+def test_a_folder_without_clip_is_told_before_pictures_are_made(run, tmp_path):
+    pytest.importorskip("torchmetrics")
+    code, seeds, said = run("--clip", tmp_path)
+    assert (code, seeds) == (1, []) and said.startswith(f"error: Not a CLIP model: got '{tmp_path}' (")
+    assert said.count("\n") == 1 and "hf download openai/clip-vit-large-patch14" in said
 
 
 def test_a_workflow_needs_the_places_of_prompt_and_seed(tmp_path, capsys):
