@@ -121,6 +121,7 @@ class ControlFeatures:
             ]
         self.states = _encode_captions(self.captions, tokenizer, encoder)
         self.bins = [tuple(latent.shape[-2:]) for latent in self.latents]
+        self.is_prior = [False] * len(self.bins)
 
     def __len__(self) -> int:
         return len(self.captions)

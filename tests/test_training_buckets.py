@@ -31,6 +31,22 @@ def test_a_picture_is_repeated_only_to_fill_its_bins_last_batch():
     assert max(map(seen.count, seen)) == 2
 
 
+@pytest.mark.parametrize("priors", [{3}, {0, 5, 18}, set(range(17))])
+def test_pictures_of_the_class_and_others_are_shown_equally_often(priors):
+    is_prior = [index in priors for index in range(len(BINS))]
+    sampler = BucketSampler(BINS, 1, is_prior=is_prior)
+    epochs = [list(chain(*epoch_of(sampler))) for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+    assert set(epochs[0]) == set(range(len(BINS)))
+    shown = sum(is_prior[index] for index in epochs[0])
+    assert shown == max(len(priors), len(BINS) - len(priors)) == len(epochs[0]) - shown
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_pictures_of_one_kind_alone_are_shown_once(same):
+    assert epoch_of(BucketSampler(BINS, 2, is_prior=[same] * len(BINS))) == epoch_of(BucketSampler(BINS, 2))
+
+
 def test_drop_last_gives_no_picture_twice():
     batches = epoch_of(BucketSampler(BINS, 4, drop_last=True))
     assert len(batches) == 2 + 0 + 1

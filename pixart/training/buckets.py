@@ -12,6 +12,8 @@ class BucketSampler:
     A bin's last batch is filled up with further pictures of the same bin, the first of its order, so every batch is
     full: a mean over it, and over equal parts of it in several processes, weighs as one over the rest alone would.
     With drop_last such a batch is left out instead, as in PixArt's own training.
+    is_prior: which pictures DreamBooth is to keep. With them, the smaller group is repeated until it has as many
+    pictures as the other in an epoch, so that a few pictures of a subject are not lost among many of its class.
     world_size, rank: all processes together see what one process with world_size times the batch size would see.
     `epoch` and `position` (global batches of this epoch that were given out) tell where the iterator is.
     Raises ValueError for no pictures, for a batch size below 1, and when drop_last leaves nothing.
@@ -25,6 +27,7 @@ class BucketSampler:
         drop_last: bool = False,
         world_size: int = 1,
         rank: int = 0,
+        is_prior: Sequence[bool] = (),
     ):
         if batch_size < 1:
             raise ValueError(f"Batch size out of range: got {batch_size}, expected at least 1. Enter 1 or more.")
@@ -32,6 +35,7 @@ class BucketSampler:
             raise ValueError("Empty dataset: got no pictures, expected at least one. Connect a dataset with pictures.")
         self.bins, self.batch_size, self.seed, self.drop_last = list(bins), batch_size, seed, drop_last
         self.world_size, self.rank = world_size, rank
+        self._shown = _balanced(is_prior or [False] * len(bins))
         self.epoch, self.position = 0, 0
         self._order = self._shuffle(0)
         if not self._order:
@@ -82,14 +86,14 @@ class BucketSampler:
 
     def _identity(self) -> dict:
         counts: dict[str, int] = defaultdict(int)
-        for height, width in self.bins:
+        for height, width in (self.bins[index] for index in self._shown):
             counts[f"{height}x{width}"] += 1
         return {"bins": dict(sorted(counts.items())), "global_batch": self._global_size, "drop_last": self.drop_last}
 
     def _shuffle(self, epoch: int) -> list[list[int]]:
         rng = Random(f"{self.seed} {epoch}")  # of a text: its hash does not depend on the process
         buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index in rng.sample(range(len(self.bins)), len(self.bins)):
+        for index in rng.sample(self._shown, len(self._shown)):
             buckets[tuple(self.bins[index])].append(index)
         batches = [batch for bucket in buckets.values() for batch in self._cut(bucket)]
         rng.shuffle(batches)
@@ -101,3 +105,12 @@ class BucketSampler:
             return [bucket[start : start + size] for start in range(0, len(bucket) - size + 1, size)]
         filled = bucket + [bucket[i % len(bucket)] for i in range(-len(bucket) % size)]
         return [filled[start : start + size] for start in range(0, len(filled), size)]
+
+
+def _balanced(is_prior: Sequence[bool]) -> list[int]:
+    """The pictures that an epoch shows: each group as often as the larger one, where there are both."""
+    groups = [[index for index, prior in enumerate(is_prior) if prior == kind] for kind in (False, True)]
+    if not all(groups):
+        return list(range(len(is_prior)))
+    most = max(map(len, groups))
+    return [group[number % len(group)] for group in groups for number in range(most)]

@@ -303,6 +303,7 @@ class CachedFeatures:
                 f"expected all. Let the other processes finish, or encode the dataset again; only those are encoded."
             )
         self.bins = [self.shards.shape_of(item["picture"], "mean")[-2:] for item in self.items]
+        self.is_prior = [item["is_prior"] for item in self.items]
 
     @property
     def null_caption(self) -> torch.Tensor:

@@ -104,11 +104,12 @@ def _check_equal(what: str, found: set) -> None:
 class FeatureSet(Protocol):
     """Encoded pictures by number.
 
-    bins: (h_latent, w_latent) of each, without reading it. null_caption: (L, D) T5 states of the empty caption, which
+    bins: (h_latent, w_latent) of each, without reading it; is_prior: see Example, of each. null_caption: (L, D) T5 states of the empty caption, which
     stands in for dropped captions where a model has no learned one; None when nobody encoded it.
     """
 
     bins: list[tuple[int, int]]
+    is_prior: list[bool]
     null_caption: torch.Tensor | None
 
     def __len__(self) -> int: ...
@@ -122,6 +123,7 @@ class ListFeatures:
     def __init__(self, examples: Sequence[Example], null_caption: torch.Tensor | None = None):
         self.examples = list(examples)
         self.bins = [tuple(example.latent.shape[-2:]) for example in self.examples]
+        self.is_prior = [example.is_prior for example in self.examples]
         self.null_caption = null_caption
 
     def __len__(self) -> int:

@@ -85,6 +85,7 @@ class Trainer:
             seed=settings.seed,
             world_size=self.processes.world_size,
             rank=self.processes.rank,
+            is_prior=features.is_prior,
         )
         self.prepared, self.optimizer = self.processes.prepare(
             objective, lambda: make_optimizer(settings, _trained(objective).values())

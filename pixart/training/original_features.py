@@ -47,6 +47,7 @@ class OriginalFeatures:
     def __init__(self, entries: Sequence[OriginalEntry], null_caption: torch.Tensor | None = None):
         self.entries, self.null_caption = list(entries), null_caption
         self.bins = [tuple(np.load(entry.latent, mmap_mode="r").shape[-2:]) for entry in self.entries]
+        self.is_prior = [False] * len(self.bins)
 
     def __len__(self) -> int:
         return len(self.entries)
