@@ -104,8 +104,9 @@ def _check_equal(what: str, found: set) -> None:
 class FeatureSet(Protocol):
     """Encoded pictures by number.
 
-    bins: (h_latent, w_latent) of each, without reading it; is_prior: see Example, of each. null_caption: (L, D) T5 states of the empty caption, which
-    stands in for dropped captions where a model has no learned one; None when nobody encoded it.
+    bins: (h_latent, w_latent) of each, without reading it. is_prior: of each, see Example. null_caption: (L, D) T5
+    states of the empty caption, which stands in for dropped captions where a model has no learned one; None when
+    nobody encoded it.
     """
 
     bins: list[tuple[int, int]]
