@@ -1,6 +1,6 @@
 """PixArt for ComfyUI. Importing this folder imports nothing else; see `comfy_entrypoint`."""
 
-WEB_DIRECTORY = "./web"  # the nodes' help pages: web/docs/<node_id>.md
+WEB_DIRECTORY = "./web"  # help pages, web/docs/<node_id>.md, and what the editor runs
 
 
 async def comfy_entrypoint():

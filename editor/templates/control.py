@@ -80,7 +80,7 @@ def convert_a_checkpoint(workflow: Workflow) -> None:
         "well. The files are written below ComfyUI's `output` folder."
     )
     loaded = load(workflow, note, files.ALPHA_1024, files.ALPHA_VAE)
-    workflow.node("PixArtModelInfo", model=loaded.model, height_px=200)
+    workflow.node("PixArtModelInfo", model=loaded.model, height_px=260)
     workflow.group("Files", "result")
     for title, layout in (("For ComfyUI", "original (.safetensors)"), ("For diffusers", "diffusers (.safetensors)")):
         workflow.node("PixArtSaveCheckpoint", title, model=loaded.model, layout=layout, dtype="fp16")
