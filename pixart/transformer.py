@@ -186,14 +186,16 @@ class PixArt(nn.Module):
 
     def positions(self, grid, dtype, device):
         """The position grid of (rows, columns) tokens: (1, N, D), computed once per size, dtype and device."""
-        key = (grid, dtype, device)
-        if key not in self._positions:
+        key, config = (grid, dtype, device), self.config
+        if key in self._positions:
+            return self._positions[key]
+        table = position_grid(*grid, config.hidden_size, config.base_size, config.pe_scale)
+        table = table.to(device=device, dtype=dtype)
+        if not torch.compiler.is_compiling():  # a graph that changes what it depends on is compiled twice
             if len(self._positions) >= POSITION_CACHE_SIZE:
                 self._positions.pop(next(iter(self._positions)))
-            config = self.config
-            table = position_grid(*grid, config.hidden_size, config.base_size, config.pe_scale)
-            self._positions[key] = table.to(device=device, dtype=dtype)
-        return self._positions[key]
+            self._positions[key] = table
+        return table
 
     def embed_condition(self, latent, timestep, resolution=None, aspect_ratio=None):
         """Timestep, and the picture's size when config.micro_condition, in the latent's dtype.

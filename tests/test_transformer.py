@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from pixart_pack.pixart.config import CONFIGS, PixArtConfig
@@ -366,3 +367,13 @@ def test_attention_over_long_sequences_is_laid_out_anew_and_the_same(tokens):
     assert gather_heads(heads[1]).is_contiguous() == (tokens >= LONG_SEQUENCE)
     expected = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attend(q, k, v, 4), expected, atol=1e-6, rtol=0)
+
+
+def test_a_compiled_model_is_compiled_once():
+    model, counter = PixArt(TINY).eval(), CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    given = torch.randn(2, 4, 6, 8), torch.tensor([500.0]), torch.randn(2, 5, TINY.caption_channels)
+    with torch.inference_mode():
+        found = [compiled(*given) for _ in range(3)]
+        torch.testing.assert_close(found[2], model(*given))
+    assert counter.frame_count == 1

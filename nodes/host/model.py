@@ -272,6 +272,9 @@ class PixArtModel(comfy.model_base.PixArt):
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         options = {} if transformer_options is None else transformer_options
+        net = self.diffusion_model
+        grid = tuple(-(-side // net.config.patch_size) for side in x.shape[2:])
+        net.positions(grid, self.get_dtype_inference(), x.device)  # a compiled net does not keep what it computes
         remembered = self._remember(c_crossattn)
         if remembered is not None:
             kwargs["remembered_caption"] = remembered

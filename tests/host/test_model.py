@@ -70,6 +70,16 @@ def test_long_sequences_are_laid_out_anew_and_the_same(comfy, patcher, host_mode
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
 
 
+def test_a_compiled_model_is_compiled_once(comfy, patcher):
+    testing = importlib.import_module("torch._dynamo.testing")
+    helpers = importlib.import_module("comfy_api.torch_helpers")
+    counter, model, prompts = testing.CompileCounter(), patcher.clone(), (caption(7, 1), caption(3, 2))
+    helpers.set_torch_compile_wrapper(model=model, backend=counter)
+    found = sample(comfy, model, *prompts, size=(10, 14), steps=4)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(found, sample(comfy, patcher, *prompts, size=(10, 14), steps=4), atol=2e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (1, 2)])
 def test_equals_the_plain_model(patcher, size):
     generator = torch.Generator().manual_seed(1)
