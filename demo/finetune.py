@@ -33,7 +33,7 @@ from .autoencoder import VAE_SCALE, average_latents
 from .decoder_stage import to_tensor
 from .evaluate import contact_sheet, held_out_scenes, load_model
 from .generate import DemoModel, generate
-from .scenes import TRAINED_SHAPES, Scene, caption, describe, draw_scene, random_scene
+from .scenes import POSITIONS, TRAINED_SHAPES, Item, Scene, caption, describe, draw_scene, random_scene
 from .scorer import ATTRIBUTES, add_scores, score
 from .text import encode_text, make_text_batch
 
@@ -105,20 +105,41 @@ class Bar(Events):
         self.bar.set_postfix({"loss": f"{progress.smoothed:.4g}"}, refresh=False)
 
 
-def new_scenes(seed: str, count: int, apart_from: Sequence[Scene] = (), *, beside: bool = False) -> list[Scene]:
-    """Scenes of one large SHAPE each; of (colour, position) pairs that `apart_from` does not show.
-
-    beside: another shape, which the model knows, is next to it.
-    """
-    rng, scenes = Random(seed), []
-    known = {(item.colour, item.position) for scene in apart_from for item in scene.items if item.shape == SHAPE}
-    while len(scenes) < count:
-        scene = random_scene(rng, 1 + beside, SIDE_PX, SIDE_PX, shapes=(*TRAINED_SHAPES, SHAPE))
-        of_shape = [item for item in scene.items if item.shape == SHAPE]
+def scene_of_shape(rng: Random, count: int) -> Scene:
+    """`count` shapes, one of which is a large SHAPE."""
+    while True:
+        scene = random_scene(rng, count, SIDE_PX, SIDE_PX, shapes=(*TRAINED_SHAPES, SHAPE))
         # Of a small one, too little is left in a latent of 8x8 pixels a cell.
-        if len(of_shape) == 1 and of_shape[0].size == "large":
-            if (of_shape[0].colour, of_shape[0].position) not in known:
-                scenes.append(scene)
+        if [item.size for item in scene.items if item.shape == SHAPE] == ["large"]:
+            return scene
+
+
+def shape_of(scene: Scene) -> Item:
+    """The scene's SHAPE."""
+    return next(item for item in scene.items if item.shape == SHAPE)
+
+
+def lesson_scenes(count: int) -> list[Scene]:
+    """Scenes that show SHAPE in every place in turn: alone at first, then beside a shape that the model knows."""
+    rng, scenes = Random("lessons"), []
+    for number in range(count):
+        place = list(POSITIONS)[number % len(POSITIONS)]
+        is_alone = number < len(POSITIONS) or place == "center"  # which leaves no room for another
+        scene = scene_of_shape(rng, 1 if is_alone else 2)
+        while shape_of(scene).position != place:
+            scene = scene_of_shape(rng, 1 if is_alone else 2)
+        scenes.append(scene)
+    return scenes
+
+
+def new_scenes(seed: str, count: int, apart_from: Sequence[Scene] = ()) -> list[Scene]:
+    """Scenes of SHAPE alone, of (colour, position) pairs that `apart_from` does not show."""
+    rng, scenes = Random(seed), []
+    known = {(shape_of(scene).colour, shape_of(scene).position) for scene in apart_from}
+    while len(scenes) < count:
+        scene = scene_of_shape(rng, 1)
+        if (shape_of(scene).colour, shape_of(scene).position) not in known:
+            scenes.append(scene)
     return scenes
 
 
@@ -208,7 +229,7 @@ def named(scene: Scene, name: str) -> str:
 
 def teach_lora(model: DemoModel, settings: TrainingSettings, options: argparse.Namespace) -> str:
     """The table of a LoRA that teaches SHAPE as WORD, and what it did to the shapes that were known."""
-    lessons = new_scenes("lessons", LESSONS, beside=True)  # so that the old shapes are seen with the new one
+    lessons = lesson_scenes(LESSONS)
     tests = new_scenes("tests", options.count or TEST_PICTURES, lessons)
     old = held_out_scenes(options.count or OLD_PICTURES, SIDE_PX, SIDE_PX)
 

@@ -6,8 +6,20 @@ import pytest
 from safetensors import safe_open
 
 from pixart_pack.demo import finetune
-from pixart_pack.demo.finetune import SHAPE, WORD, Sampling, draw, make_features, make_table, measure, named, new_scenes
-from pixart_pack.demo.scenes import TRAINED_SHAPES, caption, draw_scene
+from pixart_pack.demo.finetune import (
+    SHAPE,
+    WORD,
+    Sampling,
+    draw,
+    lesson_scenes,
+    make_features,
+    make_table,
+    measure,
+    named,
+    new_scenes,
+    shape_of,
+)
+from pixart_pack.demo.scenes import POSITIONS, TRAINED_SHAPES, caption, draw_scene
 
 
 @pytest.fixture(scope="module")
@@ -16,13 +28,14 @@ def tokenizer_folder(comfyui) -> Path:
 
 
 def test_lessons_show_the_new_shape_once_and_tests_show_it_elsewhere():
-    lessons = new_scenes("lessons", 20, beside=True)
+    lessons = lesson_scenes(20)
     tests = new_scenes("tests", 50, lessons)
-    for scene in lessons:
-        assert sorted(item.shape in TRAINED_SHAPES for item in scene.items) == [False, True]
-    taught = {(item.colour, item.position) for scene in lessons for item in scene.items if item.shape == SHAPE}
-    assert not taught & {(scene.items[0].colour, scene.items[0].position) for scene in tests}
-    assert all(len(scene.items) == 1 for scene in tests)
+    for scene in lessons + tests:
+        assert [item.shape for item in scene.items if item.shape not in TRAINED_SHAPES] == [SHAPE]
+    assert {shape_of(scene).position for scene in lessons[:9]} == set(POSITIONS)
+    assert {len(scene.items) for scene in lessons} == {1, 2} and {len(scene.items) for scene in tests} == {1}
+    taught = {(shape_of(scene).colour, shape_of(scene).position) for scene in lessons}
+    assert not taught & {(shape_of(scene).colour, shape_of(scene).position) for scene in tests}
 
 
 def test_the_new_shape_is_never_named_by_its_name():
