@@ -94,6 +94,7 @@ class TrainingDataset(io.ComfyNode):
             ],
             outputs=_dataset_outputs(),
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -153,6 +154,7 @@ class DatasetFromImages(io.ComfyNode):
             ],
             outputs=_dataset_outputs(),
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod

@@ -52,6 +52,7 @@ class DatasetFromLatents(io.ComfyNode):
             ],
             outputs=_features_outputs(),
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -118,6 +119,7 @@ class EncodeDataset(io.ComfyNode):
             ],
             outputs=_features_outputs(),
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -248,6 +250,7 @@ class LoadFeatures(io.ComfyNode):
             ],
             outputs=_features_outputs(),
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod

@@ -99,6 +99,7 @@ class Resolution(io.ComfyNode):
                 io.Latent.Output(display_name="latent", tooltip="An empty latent of this size."),
                 io.Float.Output(display_name="ratio", tooltip="The nominal height / width of the table."),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod

@@ -83,13 +83,14 @@ class LoadLoRA(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
     def execute(cls, model, lora, strength=1.0, alpha=0.0):
         patched, text = load_lora(model, lora, strength, alpha)
         show_text(cls.hidden, text)
-        return io.NodeOutput(patched, text)
+        return io.NodeOutput(patched, text, ui=ui.PreviewText(text))
 
 
 class ConvertLoRA(io.ComfyNode):

@@ -326,6 +326,7 @@ class Scheduler(io.ComfyNode):
                 node_input(io.Model, "model", optional=True, tooltip="The model, to check that the levels fit it."),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip=SAMPLER_TIP)],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -371,6 +372,7 @@ class SamplingPreset(io.ComfyNode):
                 io.Float.Output(display_name="guidance", tooltip="The cfg for SamplerCustom or CFGGuider."),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod

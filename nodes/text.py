@@ -166,6 +166,7 @@ class TextEncode(io.ComfyNode):
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The encoded caption.")],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -253,6 +254,7 @@ class Negative(io.ComfyNode):
             ],
             outputs=[io.Conditioning.Output(display_name="negative", tooltip="The negative conditioning.")],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod

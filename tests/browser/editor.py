@@ -7,8 +7,8 @@ PACK = "pixart_pack"
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 TIMEOUT_MS = 120_000
 READY = (
-    "window.app?.graph && app.extensionManager && window.LiteGraph?.registered_node_types.PixArtLoadCheckpoint"
-    " && !document.querySelector('.p-progressspinner')"
+    "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
+    " && window.LiteGraph?.registered_node_types.PixArtLoadCheckpoint && !document.querySelector('.p-progressspinner')"
 )
 LISTEN = """() => {
     window.previews = []; window.ends = [];

@@ -23,6 +23,17 @@ CHANGED = {
     "PixArtTextEncode": {"text": "two\nlines", "caption_length": "custom", "custom_length": 77, "aspect_ratio": 0.5}
 }
 
+SAYS = """([type, text]) => app.graph.nodes.some(
+    node => node.type === type && node.widgets?.some(widget => String(widget.value).includes(text)))"""
+ADD_INFO = """() => {
+    app.graph.clear();
+    const add = (type, x) => {
+        const node = LiteGraph.createNode(type);
+        node.pos = [x, 80]; app.graph.add(node); return node;
+    };
+    add('PixArtLoadCheckpoint', 50).connect(0, add('PixArtModelInfo', 400), 0);
+}"""
+
 REARRANGE = """() => {
     const graph = app.graph, byType = type => graph.nodes.find(node => node.type === type);
     const add = type => { const node = LiteGraph.createNode(type); graph.add(node); return node; };
@@ -101,6 +112,24 @@ def test_what_nodes_show_stays_in_their_places(editor, name):
     for node in editor.export()["workflow"]["nodes"]:
         assert node["size"][1] <= shipped[node["id"]]["size"][1] + 1, node["type"]
     editor.shoot(f"ran_{name}")
+
+
+def test_nodes_tell_of_results_from_the_cache_too(editor):
+    for _ in range(2):
+        editor.load(read(ROOT / "workflows" / "demo.json"))
+        end, report = editor.run()
+        assert end == "execution_success", report
+        editor.page.wait_for_function(SAYS, arg=["PixArtTextEncode", " tokens"])
+
+
+def test_model_info_has_room_for_its_text(editor):
+    editor.page.evaluate(ADD_INFO)
+    end, report = editor.run()
+    assert end == "execution_success", report
+    editor.page.wait_for_function(SAYS, arg=["PixArtModelInfo", "PixArt-alpha"])
+    editor.shoot("model_info")
+    width, height = editor.page.evaluate("app.graph.nodes.find(node => node.type === 'PixArtModelInfo').size")
+    assert width >= 360 and height >= 300
 
 
 def test_help_shows_the_nodes_page(editor):
