@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser, *, dtypes: list[str], batches: tuple[int, ...] | None = None) -> None:
-    """The options that choose cases, and how they are measured. batches: those that can be measured, None for any."""
+    """The options that choose cases. batches: those that can be measured, None for any."""
     parser.add_argument("--sides-px", type=int, nargs="+", default=[512])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2], choices=batches)
     parser.add_argument(
@@ -44,9 +44,17 @@ def add_options(parser: argparse.ArgumentParser, *, dtypes: list[str], batches: 
     )
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=dtypes)
     parser.add_argument("--depth", type=int, default=0, help="blocks (default: all)")
-    parser.add_argument("--rounds", type=int, default=3)
+
+
+def parse_run(parser: argparse.ArgumentParser, arguments: list[str] | None, rounds: int = 3) -> argparse.Namespace:
+    """Parse the arguments, among them how often, on how many threads and by which clock, and set the threads."""
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
 
 
 def _length(text: str) -> int | str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import DTYPES, add_options, list_cases
+from .cases import DTYPES, add_options, list_cases, parse_run
 from .loop import WARM_UP_SIDE
 from .peers import DIFFUSERS, HOST, OURS, DiffusersLoop, HostLoop, OurLoop, make_captions, make_config, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
@@ -31,9 +31,7 @@ def main(arguments):
     parser.add_argument("--family", choices=("alpha", "sigma"), default="alpha")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse_run(parser, arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made, loops, text = None, {}, ""
     for case in list_cases(options):

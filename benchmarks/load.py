@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 
 from ..pixart.saving import save_checkpoint
+from .cases import parse_run
 from .host import import_host
 from .peaks import PeakMemory, read_status
 from .peers import DIFFUSERS, HOST, OURS, make_config, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
-from .timing import CLOCKS, compare, read_clock
+from .timing import compare, read_clock
 
 VARIANT = "alpha-1024"
 NAME = "PixArt-XL-2-1024-MS"
@@ -38,13 +39,8 @@ def main(arguments):
     parser = argparse.ArgumentParser(prog="benchmarks load", description=__doc__)
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS))
     parser.add_argument("--depth", type=int, default=0, help="blocks (default: all)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse_run(parser, arguments)
     import_all()
     depth = make_config(VARIANT, options.depth).depth
     for kind in options.formats:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from .cases import DTYPES
+from .cases import DTYPES, parse_run
 from .peers import DIFFUSERS, HOST, OURS, DiffusersLoop, HostLoop, OurLoop, make_captions, make_config, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
-from .timing import CLOCKS, compare, count_work, measure_roofline, take_turns
+from .timing import compare, count_work, measure_roofline, take_turns
 
 WARM_UP_SIDE = 36  # of the latent, at most; ComfyUI's own divides by zero at 32
 
@@ -27,15 +27,10 @@ def main(arguments):
     parser.add_argument("--variants", nargs="+", default=["alpha-256", "alpha-512", "sigma-256", "sigma-512"])
     parser.add_argument("--depth", type=int, default=0, help="blocks (default: all)")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--captions", type=int, nargs=2, default=[40, 1], help="tokens of positive and negative")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse_run(parser, arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.inference_mode():
         best = measure_roofline(device, DTYPES[options.dtype], options.clock)

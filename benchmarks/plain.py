@@ -89,10 +89,8 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=20, help="of a guided loop of the first case; 0 for none")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--out", type=Path, help="a JSON file")
-    options = parser.parse_args(arguments)
+    options = cases.parse_run(parser, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     with torch.inference_mode():
         results = [result for dtype in options.dtypes for result in measure(dtype, options)]
     if options.out:

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from transformers import T5Config, T5EncoderModel
 
 from ..pixart.text import PAD_ID
+from .cases import parse_run
 from .host import import_host
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
-from .timing import CLOCKS, compare, take_turns
+from .timing import compare, take_turns
 
 # Source: the published configurations of google/t5-v1_1-*.
 SIZES = {
@@ -39,13 +40,8 @@ def main(arguments):
     parser = argparse.ArgumentParser(prog="benchmarks text", description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="xxl")
     parser.add_argument("--layers", type=int, default=2, help="0: all")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse_run(parser, arguments, rounds=5)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fields = SIZES[options.size]
     fields = {**fields, "num_layers": options.layers or fields["num_layers"]}

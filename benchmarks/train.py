@@ -21,11 +21,12 @@ from ..pixart.training.draws import draw_batch
 from ..pixart.training.examples import Batch
 from ..pixart.training.settings import TrainingSettings
 from ..pixart.transformer import PixArt
+from .cases import parse_run
 from .host import import_host
 from .peaks import measure_peak
 from .peers import OURS, make_config, make_transformer, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
-from .timing import CLOCKS, compare, take_turns
+from .timing import compare, take_turns
 
 VARIANT = "alpha-256"
 PEFT = "diffusers + PEFT"
@@ -157,16 +158,11 @@ def main(arguments):
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--targets", choices=list(PEFT_TARGETS), nargs="+", default=["attention"])
     parser.add_argument("--caption", type=int, default=20, help="true tokens of a caption")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
+    options = parse_run(parser, arguments, rounds=5)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     for depth in options.depths:
         for batch in options.batches:
             for targets in options.targets:

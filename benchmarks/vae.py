@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from ..pixart.autoencoder import KL_CONFIG, LATENT_CHANNELS
-from .cases import DTYPES
+from .cases import DTYPES, parse_run
 from .host import import_host
 from .peaks import measure_peak
 from .peers import DIFFUSERS, OURS
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
-from .timing import CLOCKS, compare, read_clock
+from .timing import compare, read_clock
 
 TILE, OVERLAP = 64, 16  # in latent pixels, what diffusers has for a VAE of this sample size
 WARM_UP_SIDE = 16
@@ -30,13 +30,8 @@ def main(arguments):
     parser = argparse.ArgumentParser(prog="benchmarks vae", description=__doc__)
     parser.add_argument("--sides-px", type=int, nargs="*", default=[512, 1024], help="decoded in one piece")
     parser.add_argument("--tiled-px", type=int, nargs="*", default=[2048], help="decoded in tiles")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse_run(parser, arguments)
     ours, theirs = make_pair(KL_CONFIG)
     text = ""
     for sides, is_tiled in ((options.sides_px, False), (options.tiled_px, True)):
