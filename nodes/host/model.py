@@ -14,14 +14,12 @@ import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
 import torch
-from comfy.cli_args import args
-from comfy.ldm.modules import attention as host_backends
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...pixart.checkpoint import CONFIG_KEY, config_to_tensor
 from ...pixart.config import PixArtConfig
-from ...pixart.layers import LONG_SEQUENCE, gather_heads, split_heads
 from ...pixart.transformer import PixArt, ProjectedCaption, add_control
+from .attention import block_replacement, host_attention, replaced_attention
 from .block_cache import BLOCK_CACHE
 from .captions import CaptionCond
 from .kv_compression import compress_keys
@@ -57,45 +55,6 @@ class Table(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 def with_table(operations):
     """The host's operations, and Table among them."""
     return type("PixArtOperations", (operations,), {"Table": Table})
-
-
-def block_replacement(transformer_options, kind, index, depth):
-    """The patch that replaces block `index`, or its self-attention: patches_replace[kind][("double_block", index)].
-
-    UNet-minded patches of "attn1" name the middle block as ("middle", 0): here block depth // 2.
-    """
-    replaced = transformer_options.get("patches_replace", {}).get(kind, {})
-    found = replaced.get(("double_block", index))
-    if found is None and kind == "attn1" and index == depth // 2:
-        found = replaced.get(("middle", 0))
-    return found
-
-
-def host_attention(transformer_options):
-    """The host's attention, in whatever backend it runs, as a function like `pixart.layers.attend`."""
-    return functools.partial(_host_attend, transformer_options)
-
-
-def _host_attend(transformer_options, q, k, v, num_heads, mask=None):
-    attend, layout = _backend(q.device.type), {}
-    if q.device.type == "cpu" and attend is host_backends.attention_pytorch and k.shape[1] >= LONG_SEQUENCE:
-        q, k, v = (split_heads(t, num_heads) for t in (q, k, v))
-        k, v, layout = gather_heads(k), gather_heads(v), {"skip_reshape": True}
-    return attend(q, k, v, num_heads, mask=mask, transformer_options=transformer_options, **layout)
-
-
-def _backend(device_type):
-    """The host's choice of attention; on the CPU, where it chooses by memory alone, PyTorch's unless told otherwise."""
-    chosen = host_backends.optimized_attention
-    told = args.use_quad_cross_attention or args.force_upcast_attention
-    if device_type == "cpu" and chosen is host_backends.attention_sub_quad and not told:
-        return host_backends.attention_pytorch  # less than half the time on two cores, and no more memory
-    return chosen
-
-
-def _replaced_attention(replacement, transformer_options, q, k, v, num_heads, mask=None):
-    options = {**transformer_options, "n_heads": num_heads, "dim_head": q.shape[2] // num_heads}
-    return replacement(q, k, v, options)
 
 
 class RememberedCaption(NamedTuple):
@@ -180,7 +139,7 @@ class PixArtNet(PixArt):
         if attention is None:
             here = compress_keys(inputs, index, len(self.blocks), options)
         else:  # a replacement may count on as many values as there are tokens
-            here = inputs._replace(self_attention=functools.partial(_replaced_attention, attention, options))
+            here = inputs._replace(self_attention=functools.partial(replaced_attention, attention, options))
         replacement = block_replacement(options, "dit", index, len(self.blocks))
         if replacement is None:
             return block(tokens, here, here.keys_values_of(index)), inputs

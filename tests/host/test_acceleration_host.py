@@ -18,6 +18,11 @@ def host_model(pack):
 
 
 @pytest.fixture(scope="module")
+def host_attention(pack):
+    return importlib.import_module("pixart_pack.nodes.host.attention")
+
+
+@pytest.fixture(scope="module")
 def acceleration(pack):
     return importlib.import_module("pixart_pack.nodes.host.acceleration")
 
@@ -123,11 +128,11 @@ def test_a_patch_may_change_the_projected_caption(comfy, patcher, monkeypatch):
     torch.testing.assert_close(halved, sample(comfy, model, **PROMPTS), **FLOAT_NOISE)
 
 
-def test_attention_on_the_cpu_is_exact_and_can_be_chosen(comfy, patcher, host_model, monkeypatch):
+def test_attention_on_the_cpu_is_exact_and_can_be_chosen(comfy, patcher, host_attention, monkeypatch):
     fast = sample(comfy, patcher, **PROMPTS)
-    assert host_model._backend("cpu") is host_model.host_backends.attention_pytorch
-    monkeypatch.setattr(host_model.args, "use_quad_cross_attention", True)
-    assert host_model._backend("cpu") is host_model.host_backends.optimized_attention
+    assert host_attention._backend("cpu") is host_attention.host_backends.attention_pytorch
+    monkeypatch.setattr(host_attention.args, "use_quad_cross_attention", True)
+    assert host_attention._backend("cpu") is host_attention.host_backends.optimized_attention
     torch.testing.assert_close(fast, sample(comfy, patcher, **PROMPTS), **FLOAT_NOISE)
 
 
@@ -291,16 +296,16 @@ def sigma(host_model):
 
 
 @pytest.fixture
-def attended(comfy, monkeypatch, host_model):
+def attended(comfy, monkeypatch, host_attention):
     """A list that grows by (queries, keys) with each attention."""
-    seen, attend = [], host_model._host_attend
+    seen, attend = [], host_attention._host_attend
 
     def note(options, q, k, v, num_heads, mask=None):
         assert k.shape == v.shape
         seen.append((q.shape[1], k.shape[1]))
         return attend(options, q, k, v, num_heads, mask)
 
-    monkeypatch.setattr(host_model, "_host_attend", note)
+    monkeypatch.setattr(host_attention, "_host_attend", note)
     return seen
 
 
@@ -349,7 +354,7 @@ def test_compression_leaves_trained_compression_and_replacements_alone(comfy, si
     assert [keys for queries, keys in attended if keys != 9] == [4, 4]
 
 
-def test_compression_equals_attention_over_means(comfy, patcher, acceleration, host_model, attended, monkeypatch):
+def test_compression_equals_attention_over_means(comfy, patcher, acceleration, attended):
     """As an attention override of the host sees it, which is given the fewer keys."""
     model = compressed(acceleration, patcher)
     expected = sample(comfy, model, **PROMPTS, size=(8, 6), steps=1)

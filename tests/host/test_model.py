@@ -53,7 +53,9 @@ def count_forwards(model):
     return clone, seen
 
 
-def test_long_sequences_are_laid_out_anew_and_the_same(comfy, patcher, host_model, monkeypatch):
+def test_long_sequences_are_laid_out_anew_and_the_same(comfy, patcher, monkeypatch):
+    from pixart_pack.nodes.host import attention
+
     seen, model, prompts = [], patcher.clone(), (caption(7, 1), caption(3, 2))
 
     def override(attend, *args, **kwargs):
@@ -61,7 +63,7 @@ def test_long_sequences_are_laid_out_anew_and_the_same(comfy, patcher, host_mode
         return attend(*args, **kwargs)
 
     model.model_options["transformer_options"]["optimized_attention_override"] = override
-    monkeypatch.setattr(host_model, "LONG_SEQUENCE", 40)
+    monkeypatch.setattr(attention, "LONG_SEQUENCE", 40)
     found = sample(comfy, model, *prompts, size=(14, 14), steps=1)  # 49 tokens
     assert seen == [True, False] * CONFIG.depth  # self-attention, and the short caption's
     monkeypatch.undo()
