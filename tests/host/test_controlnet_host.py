@@ -164,15 +164,17 @@ def test_other_weights_and_patches_are_read_anew(comfy, adapter, patcher, vae, m
     assert (halved - weighty).abs().max() > 0.1
 
 
-def test_copies_compress_where_their_blocks_do(comfy, adapter, patcher, vae, make_control, host_model, monkeypatch):
-    acceleration = importlib.import_module("pixart_pack.nodes.host.acceleration")
-    keys, attend = [], host_model._host_attend
+def test_copies_compress_where_their_blocks_do(comfy, adapter, patcher, vae, make_control, monkeypatch):
+    acceleration, attention = (
+        importlib.import_module(f"pixart_pack.nodes.host.{n}") for n in ("acceleration", "attention")
+    )
+    keys, attend = [], attention._host_attend
 
     def note(options, q, k, *rest, **named):
         keys.append(k.shape[1])
         return attend(options, q, k, *rest, **named)
 
-    monkeypatch.setattr(host_model, "_host_attend", note)
+    monkeypatch.setattr(attention, "_host_attend", note)
     model = acceleration.compress_attention(patcher, 2, "every other", 0.0, 1.0)
     sample(comfy, model, *apply(adapter, make_control(), vae, picture(size=(8, 8))), size=(8, 8), steps=1)
     assert keys[::2] == [16, 16, 4, 4, 16, 4]  # two blocks, each before its copy, and two more
