@@ -150,14 +150,15 @@ def test_prior_pictures_weigh_as_much_as_is_said():
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_lora_may_be_held_to_what_the_model_made_of_prior_pictures(dropout):
     features = make_features(count=4, sizes=((8, 8),), prior=(1, 3))
-    settings = tiny_settings(prior_target="model", caption_dropout=0.3, dropout=dropout)
+    settings = tiny_settings(prior_target="model", prior_weight=100.0, caption_dropout=0.3, dropout=dropout)
     objective = make_objective(tiny_model(), settings)
     batch, draws = collate([features[index] for index in range(4)]), draw_batch(settings, 0, range(4), (4, 8, 8))
     untouched = objective(batch, draws)  # the LoRA adds nothing yet
     noise = make_objective(tiny_model(), tiny_settings(prior_weight=0.0, caption_dropout=0.3))(batch, draws)
     assert untouched.total.item() == pytest.approx(noise.total.item(), rel=1e-5)
+    generator = torch.Generator().manual_seed(0)
     for adapter in objective.adapters.values():
-        nn.init.normal_(adapter.lora_up, std=0.1)
+        nn.init.normal_(adapter.lora_up, std=0.1, generator=generator)
     changed = objective(batch, draws)
     changed.total.backward()
     assert changed.total > untouched.total and all(a.lora_up.grad.any() for a in objective.adapters.values())

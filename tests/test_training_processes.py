@@ -1,6 +1,7 @@
 """Training on several processes, really launched: the same losses as one process with the same global batch."""
 
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def place(tmp_path_factory):
         noise = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(noise).save(pictures / f"{number}.png")
         (pictures / f"{number}.txt").write_text("a word " * (number % 4 + 1))
-    records = read_dataset(pictures)
+    records = [replace(each, is_prior=number % 4 == 1) for number, each in enumerate(read_dataset(pictures))]
     encoder = DatasetEncoder(records, folder / "features", EncodeSettings(base_px=64), "text", "image")
     encoder.encode_captions(encode_text)
     encoder.encode_pictures(encode_image)
@@ -69,6 +70,8 @@ def begin(place, name, launcher, **fields):
     """Start a configuration, which the test's place gets, with validation pictures."""
     usual = {"steps": STEPS, "batch_size": 4, "checkpoint_every": 2, "ema_decay": 0.9, "accumulation": 2,
              "dropout": 0.1}  # fmt: skip
+    if fields.get("kind", "lora") == "lora":
+        usual["prior_target"] = "model"  # which asks the frozen model in some batches and not in others
     settings = tiny_settings(**{**usual, "sample_every": 2, "sample_steps": 2, **fields})
     more = {"output": "runs", "name": name, "validation": "prompts.safetensors", "vae": str(VAE)}
     write_config(place / f"{name}.yaml", RunConfig("model.safetensors", "features", settings, **more))

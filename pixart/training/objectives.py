@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..diffusion import TRAIN_STEPS, Diffusion
 from ..transformer import PixArt
@@ -152,12 +152,13 @@ class PreservingPrediction(NoisePrediction):
     @torch.no_grad()
     def target(self, noisy, timestep, conditions, batch, draws):
         rows = batch.is_prior.nonzero()[:, 0]
-        if not len(rows):
+        if not len(rows) and not (distributed.is_available() and distributed.is_initialized()):
             return draws.noise
-        conditions = {name: None if value is None else value[rows] for name, value in conditions.items()}
+        asked = rows if len(rows) else rows.new_zeros(1)  # all processes gather sharded weights, or none may
+        conditions = {name: None if value is None else value[asked] for name, value in conditions.items()}
         with adapters_disabled(self.adapters):
-            own = self.model(noisy[rows], timestep[rows], **conditions)
-        return draws.noise.index_copy(0, rows, own[:, : noisy.shape[1]].float())
+            own = self.model(noisy[asked], timestep[asked], **conditions)
+        return draws.noise.index_copy(0, rows, own[: len(rows), : noisy.shape[1]].float())
 
 
 class ControlPrediction(NoisePrediction):
