@@ -111,7 +111,15 @@ class Editor:
         self.page.wait_for_function("app.graph.nodes.length > 2")
 
     def load(self, workflow: dict) -> None:
-        self.page.evaluate("async workflow => { await app.loadGraphData(workflow, true, true, null) }", workflow)
+        """Load a workflow, again where the editor then puts the one of its last session in its place."""
+        ends = time.monotonic() + TIMEOUT_MS / 1000
+        settled = False
+        while not settled:
+            if time.monotonic() > ends:
+                raise TimeoutError("the workflow does not stay in the editor")
+            self.page.evaluate("async workflow => { await app.loadGraphData(workflow, true, true, null) }", workflow)
+            self.page.wait_for_timeout(500)
+            settled = self.page.evaluate("app.graph.nodes.length") == len(workflow["nodes"])
 
     def export(self) -> dict:
         """workflow and output as the editor saves and sends them; what sizes its nodes ask for; unknown node types."""
