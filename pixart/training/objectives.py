@@ -142,7 +142,7 @@ class NoisePrediction(Objective):
 class PreservingPrediction(NoisePrediction):
     """Noise prediction in which the adapters may not change what the model predicts for prior pictures.
 
-    The frozen model's own prediction has no chance in it, as the noise has: it holds the model in far fewer steps.
+    The frozen model's own prediction has no chance in it, as the noise has, and is met exactly at the start.
     """
 
     def __init__(self, model, settings, dtype, null_caption, adapters: dict[str, AdaptedLinear]):
