@@ -234,6 +234,7 @@ class _HostEvents(Events):
         self.losses: list[tuple[int, float]] = []
         self.pictures: Image.Image | None = None
         self.shown_at = self.told_at = 0.0
+        self.is_interrupted = False
 
     def stepped(self, progress: Progress) -> None:
         now = time.monotonic()
@@ -242,13 +243,16 @@ class _HostEvents(Events):
         preview = None
         if now - self.shown_at >= _PREVIEW_EVERY_S or is_last:
             preview, self.shown_at = ("JPEG", self._picture(), _PREVIEW_PX), now
-        self.bar.update_absolute(progress.step, progress.steps, preview)
+        try:
+            self.bar.update_absolute(progress.step, progress.steps, preview)
+        except comfy.model_management.InterruptProcessingException:  # the bar met it first, and took it back
+            self.is_interrupted = True
         if now - self.told_at >= _TEXT_EVERY_S or is_last:
             self.told_at = now
             show_text(self.hidden, describe_progress(progress))
 
     def should_stop(self) -> bool:
-        return comfy.model_management.processing_interrupted()
+        return self.is_interrupted or comfy.model_management.processing_interrupted()
 
     def show_pictures(self, pictures: Image.Image) -> None:
         """Validation pictures, under the curve from now on."""

@@ -150,6 +150,25 @@ def test_an_interruption_saves_and_gives_what_is_there(run_node, make_model, fea
     assert not same(weights_of(again), weights_of(trained))
 
 
+def test_an_interruption_that_the_progress_bar_meets_ends_the_training_alone(
+    run_node, make_model, features, management, monkeypatch, output
+):
+    """During a step, which is most of the time: the server's hook of the bar raises it, as `main.py` sets it up."""
+    steps = []
+
+    def hook(value, total, preview, node_id=None):
+        steps.append(value)
+        if value == 1:
+            management.interrupt_current_processing(True)
+        management.throw_exception_if_processing_interrupted()
+
+    monkeypatch.setattr(importlib.import_module("comfy.utils"), "PROGRESS_BAR_HOOK", hook)
+    trained, file, *_ = run_node("PixArtTrainLoRA", model=make_model(), features=features, name="met", rank=2,
+                                 targets="attention", **{**USUAL, "steps": 50})  # fmt: skip
+    assert steps == [1] and trained.patches and Path(file).is_file() and not management.processing_interrupted()
+    assert len((output / "pixart_training" / "met_001" / "log.jsonl").read_text().splitlines()) == 1
+
+
 def test_interrupted_before_the_first_step_the_prompt_ends(run_node, make_model, features, management):
     management.interrupt_current_processing(True)
     with pytest.raises(management.InterruptProcessingException):
