@@ -150,18 +150,21 @@ def test_a_killed_process_loses_the_steps_since_the_checkpoint_alone(tmp_path, m
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_without_resume_it_begins_anew_and_has_a_log(tmp_path):
+def test_without_resume_it_begins_anew_and_takes_the_place_of_the_one_before(tmp_path):
     trained(tmp_path, tiny_settings(steps=3))
-    made = trainer(tmp_path, tiny_settings(steps=2))
+    made = trainer(tmp_path, tiny_settings(steps=2, seed=1))
     assert made.run(resume=False) == 2 and sorted(losses(tmp_path)) == [1, 2]
+    assert [path.name for path in made.checkpoints.all()] == ["step-00000002.pt"]
 
 
 def test_a_broken_checkpoint_is_passed_over(tmp_path):
     settings = tiny_settings(checkpoint_every=2)
     whole = trained(tmp_path, settings)
     newest = tmp_path / "checkpoints" / "step-00000006.pt"
-    newest.write_bytes(newest.read_bytes()[:1000])
-    assert_same(trained(tmp_path, settings), whole)
+    content = newest.read_bytes()
+    for broken in (content[:1000], b"", bytes(3000), b"\xff" * 100, b"a" * 50, b"not a checkpoint"):
+        newest.write_bytes(broken)
+        assert_same(trained(tmp_path, settings), whole)
 
 
 def test_the_last_checkpoints_are_kept(tmp_path):

@@ -104,6 +104,7 @@ class Trainer:
     def run(self, resume: bool = True) -> int:
         """Train until the last step, or until stopped. Returns the steps that are done; everything is saved.
 
+        resume: go on from the newest checkpoint in the folder; False takes the place of the training that is there.
         Raises TrainingDiverged when the loss is not a number or explodes; the weights are then those before the
         step, and of an exploded training those of the last checkpoint are the good ones.
         """
@@ -112,6 +113,8 @@ class Trainer:
             self.report.start(0)
         if self.processes.rank == 0:
             check_space(self.folder, self._checkpoint_bytes() * (1 + (settings.keep_last > 1)))
+            if not resume:  # or the next run would go on with those of the training before
+                self.checkpoints.clear()
         self.objective.train()
         with contextlib.ExitStack() as ends:
             ends.callback(self.report.close)

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"  # folder of a run
 _NAME = "step-{:08d}.pt"
 _PATTERN = re.compile(r"step-(\d{8,})\.pt")
+# What torch.load raises for files that were cut off, overwritten or never a checkpoint.
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError)
 # Settings that a continued training may change; with any other the optimiser's state or the data would not fit.
 _FREE = {
     "steps", "learning_rate", "weight_decay", "schedule", "warmup_steps", "floor", "clip_norm", "checkpointing",
@@ -70,9 +73,13 @@ class Checkpoints:
         for path in reversed(self.all()):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            except _UNREADABLE as error:
                 logger.warning("Checkpoint %s cannot be read and is passed over: %s", path.name, error)
         return None
+
+    def clear(self) -> None:
+        """Remove all of them."""
+        _remove(self.all())
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
