@@ -6,7 +6,7 @@ from torch import nn
 
 from pixart_pack.pixart.checkpoint import to_diffusers
 from pixart_pack.pixart.lora import merge, read_lora
-from pixart_pack.pixart.training.adapters import AdaptedLinear, adapters_disabled, add_adapters
+from pixart_pack.pixart.training.adapters import AdaptedConv, AdaptedLinear, adapters_disabled, add_adapters
 from pixart_pack.pixart.training.build import make_objective
 from pixart_pack.pixart.training.draws import draw_batch
 from pixart_pack.pixart.training.dropout import Chances
@@ -56,6 +56,8 @@ PEFT_CASES = {
     "every linear layer": ({"targets": "all-linear"}, 3 * 10 + 10),
     "every linear layer with DoRA": ({"targets": "all-linear", "dora": True}, 3 * 10 + 10),
     "recomputed blocks": ({"targets": "blocks", "checkpointing": True}, 3 * 10),
+    "every layer": ({"targets": "custom", "target_pattern": ".*"}, 3 * 10 + 11),
+    "patch embedding with DoRA": ({"targets": "custom", "target_pattern": r"x_embedder\.proj", "dora": True}, 1),
 }
 
 
@@ -133,9 +135,9 @@ def peft_loss(objective, other, batch, draws):
 
 
 @pytest.mark.parametrize("fields", [{}, {"dora": True}, {"rslora": True, "alpha": 3.0}], ids=["lora", "dora", "rslora"])
-@pytest.mark.parametrize("targets", ["attention", "blocks", "all-linear"])
+@pytest.mark.parametrize("targets", ["attention", "blocks", "all-linear", "custom"])
 def test_the_saved_file_merged_into_the_weights_is_the_trained_model(fields, targets, tmp_path):
-    settings = tiny_settings(targets=targets, **fields)
+    settings = tiny_settings(targets=targets, target_pattern=".*", **fields)
     objective = make_objective(tiny_model(), settings)
     randomize(objective)
     weights = {n: p.detach().clone() for n, p in objective.named_parameters() if p.requires_grad}
@@ -187,6 +189,38 @@ def test_dropout_is_told_by_the_picture_and_not_by_its_batch():
     assert kept.mean() == pytest.approx(1, abs=0.03) and not torch.equal(kept[0], kept[1])
     layer.eval()
     torch.testing.assert_close(layer(x), layer.base(x) + x @ layer.delta().T)
+
+
+def test_dropout_of_the_patch_embedding_is_told_by_the_picture():
+    conv = freeze_linear(nn.Conv2d(4, 6, 2, 2))
+    layer = AdaptedConv(conv, tiny_settings(dropout=0.4), 1, number=3)
+    nn.init.normal_(layer.lora_up)
+    x = torch.randn(4, 4, 8, 10)
+
+    def output(x, positions):
+        layer.chances = Chances("0 7", positions)
+        return layer(x)
+
+    whole = output(x, range(4))
+    torch.testing.assert_close(torch.cat([output(x[:1], range(1)), output(x[1:], range(1, 4))]), whole)
+    assert not torch.allclose(output(x, range(4, 8)), whole, atol=1e-2)
+    layer.eval()
+    expected = nn.functional.conv2d(x, conv.weight + layer.delta().view_as(conv.weight), conv.bias, 2)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_convolutions_are_adapted_where_a_custom_pattern_asks_for_them():
+    """And never those of single channels, which compress keys and values."""
+
+    def adapted(targets, pattern=""):
+        model = tiny_model(kv_compress_ratio=2, kv_compress_layers=(1,))
+        return add_adapters(model, tiny_settings(targets=targets, target_pattern=pattern))
+
+    assert "x_embedder.proj" not in adapted("all-linear")
+    found = adapted("custom", ".*")
+    assert isinstance(found["x_embedder.proj"], AdaptedConv) and "blocks.1.attn.sr" not in found
+    with pytest.raises(ValueError, match=r"No layer for the LoRA: .* such as x_embedder\.proj, "):
+        adapted("custom", r"blocks\.1\.attn\.sr")
 
 
 def test_frozen_weights_get_no_gradients_and_early_layers_no_backward():

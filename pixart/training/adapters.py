@@ -1,4 +1,4 @@
-"""LoRA, DoRA and rsLoRA on the linear layers of a PixArt.
+"""LoRA, DoRA and rsLoRA on the linear layers of a PixArt, and on the convolution that embeds its patches.
 
 Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353; rsLoRA, arXiv 2312.03732.
 """
@@ -75,47 +75,55 @@ def _parts(parts, out, reduced, up):
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and its adapter, whose weights are fp32 whatever the maths is in.
 
+    base: Linear or Fp8Linear. parts: of a packed projection, 1 of any other.
     lora_down: (parts * rank, in). lora_up: (out, rank). dora_scale: (out, 1) lengths of the weight's rows, or None.
     enabled: False computes the frozen layer alone. activated: the input goes through GELU first. number: of the layer
     in its model. chances: what tells the dropout of a forward pass; without it PyTorch draws.
     """
 
-    def __init__(
-        self, base: nn.Linear | Fp8Linear, settings: TrainingSettings, parts: int, generator=None, number: int = 0
-    ):
+    def __init__(self, base: nn.Module, settings: TrainingSettings, parts: int, generator=None, number: int = 0):
         super().__init__()
         rank, root = settings.rank, math.sqrt(settings.rank)
-        device = base.weight.device
+        device, (channels, *inner) = base.weight.device, base.weight.shape
         self.base, self.parts, self.rank = base, parts, rank
         self.scale = settings.adapter_alpha / (root if settings.rslora else rank)
         self.dropout, self.number, self.chances = settings.dropout, number, None
         self.enabled, self.activated = True, False
-        bound = base.in_features**-0.5  # kaiming uniform with a = sqrt(5)
-        down = torch.empty(parts * rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        bound = math.prod(inner) ** -0.5  # kaiming uniform with a = sqrt(5)
+        down = torch.empty(parts * rank, *inner).uniform_(-bound, bound, generator=generator)
         self.lora_down = nn.Parameter(down.to(device))
-        self.lora_up = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.lora_up = nn.Parameter(torch.zeros(channels, rank, *[1] * len(inner[1:]), device=device))
         self.dora_scale = None
         if settings.dora:
-            lengths = stored_weight(base, torch.float32).detach().float().norm(dim=1, keepdim=True)
-            self.dora_scale = nn.Parameter(lengths)
+            self.dora_scale = nn.Parameter(self._frozen_matrix().norm(dim=1, keepdim=True))
 
     def forward(self, x):
         """(..., in) -> (..., out)."""
         if not self.enabled:
             return self.base(_activate(x, self.activated))
-        down, up = self.lora_down.to(x.dtype), self.lora_up.to(x.dtype)
-        drops = self.dropout and self.training
-        if not drops and self.dora_scale is None:
+        if self.dora_scale is None and not (self.dropout and self.training):
+            down, up = self.lora_down.to(x.dtype), self.lora_up.to(x.dtype)
             return _AdaptedLinear.apply(x, down, up, self.base, self.scale, self.parts, self.activated)
-        x = _activate(x, self.activated)
-        reduced = F.linear(self._drop(x) if drops else x, down).chunk(self.parts, -1)
-        added = torch.cat([F.linear(low, part) for low, part in zip(reduced, up.chunk(self.parts), strict=True)], -1)
+        return self._adapt(_activate(x, self.activated))
+
+    def _adapt(self, x):
+        """The layer with its adapter by autograd, dropout and DoRA included."""
+        drops = self.dropout and self.training
+        added = self.scale * self._change(self._drop(x) if drops else x)
         if self.dora_scale is None:
-            return self.base(x) + self.scale * added
-        bias = self.base.bias
-        plain = self.base(x) if bias is None else self.base(x) - bias
-        out = self._dora_factor().to(x.dtype) * (plain + self.scale * added)
-        return out if bias is None else out + bias
+            return self.base(x) + added
+        shape = [-1, *[1] * (self.base.weight.ndim - 2)]  # behind a convolution's channels are rows and columns
+        factor, bias = self._dora_factor().to(x.dtype).view(shape), self.base.bias
+        if bias is None:
+            return factor * (self.base(x) + added)
+        bias = bias.view(shape)
+        return factor * (self.base(x) - bias + added) + bias
+
+    def _change(self, x):
+        """What the adapter adds to the output, without the scale."""
+        reduced = F.linear(x, self.lora_down.to(x.dtype)).chunk(self.parts, -1)
+        up = self.lora_up.to(x.dtype).chunk(self.parts)
+        return torch.cat([F.linear(low, part) for low, part in zip(reduced, up, strict=True)], -1)
 
     def _drop(self, x):
         return self.chances.drop(x, self.dropout, self.number) if self.chances else F.dropout(x, self.dropout)
@@ -123,14 +131,36 @@ class AdaptedLinear(nn.Module):
     def _dora_factor(self) -> Tensor:
         """What each output channel is multiplied by: (out,). The lengths in its denominator are not trained."""
         with torch.no_grad():
-            adapted = stored_weight(self.base, torch.float32).float() + self.delta()
-            lengths = adapted.norm(dim=1)
+            lengths = (self._frozen_matrix() + self.delta()).norm(dim=1)
         return self.dora_scale[:, 0] / lengths
 
+    def _frozen_matrix(self) -> Tensor:
+        """The frozen weight: (out, in) float32, of a convolution (out, in * kernel)."""
+        return stored_weight(self.base, torch.float32).detach().float().flatten(1)
+
     def delta(self) -> Tensor:
-        """What the adapter adds to the weight, before DoRA's scale: (out, in) float32."""
+        """What the adapter adds to the weight, before DoRA's scale: (out, in) float32, as _frozen_matrix has it."""
         pairs = zip(self.lora_up.chunk(self.parts), self.lora_down.chunk(self.parts), strict=True)
-        return self.scale * torch.cat([up @ down for up, down in pairs])
+        return self.scale * torch.cat([up.flatten(1) @ down.flatten(1) for up, down in pairs])
+
+
+class AdaptedConv(AdaptedLinear):
+    """A frozen convolution and its adapter: one with the same kernel to `rank` channels, and one of a pixel from them.
+
+    lora_down: (rank, in, kernel, kernel). lora_up: (out, rank, 1, 1).
+    """
+
+    def forward(self, x):
+        """(B, in, H, W) -> (B, out, H', W')."""
+        return self._adapt(x) if self.enabled else self.base(x)
+
+    def _change(self, x):
+        base = self.base
+        reduced = F.conv2d(x, self.lora_down.to(x.dtype), None, base.stride, base.padding, base.dilation)
+        return F.conv2d(reduced, self.lora_up.to(x.dtype))
+
+    def _drop(self, x):
+        return super()._drop(x.flatten(1, 2)).view_as(x)  # each picture as (rows, columns)
 
 
 class AdaptedMlp(nn.Module):
@@ -149,21 +179,24 @@ class AdaptedMlp(nn.Module):
 def add_adapters(model: nn.Module, settings: TrainingSettings) -> dict[str, AdaptedLinear]:
     """Put an adapter on every linear layer whose name in the original layout matches; returns them by name.
 
+    A custom pattern may match the patch embedding's convolution, too, `x_embedder.proj`.
     The model is frozen already. Raises ValueError when no layer matches.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     named = dict(model.named_modules())
-    linear = [name for name, module in named.items() if isinstance(module, nn.Linear | Fp8Linear)]
-    chosen = [name for name in linear if re.fullmatch(settings.pattern, name)]
+    kinds = (nn.Linear, Fp8Linear, nn.Conv2d) if settings.targets == "custom" else (nn.Linear, Fp8Linear)
+    known = [name for name, module in named.items() if isinstance(module, kinds) and not _is_grouped(module)]
+    chosen = [name for name in known if re.fullmatch(settings.pattern, name)]
     if not chosen:
         raise ValueError(
-            f"No layer for the LoRA: got pattern {settings.pattern!r}, expected one that matches layers such as "
-            f"{', '.join(linear[:1] + linear[-1:])}. Correct the target pattern, or choose a preset."
+            f"No layer for the LoRA: got pattern {settings.pattern!r}, expected one that matches whole names of layers "
+            f"such as {', '.join(known[:1] + known[-1:])}. Correct the target pattern, or choose a preset."
         )
     adapters = {}
     for number, name in enumerate(chosen):
         parent, _, attribute = name.rpartition(".")
-        adapter = AdaptedLinear(named[name], settings, PACKED.get(attribute, 1), generator, number)
+        kind = AdaptedConv if isinstance(named[name], nn.Conv2d) else AdaptedLinear
+        adapter = kind(named[name], settings, PACKED.get(attribute, 1), generator, number)
         setattr(named[parent], attribute, adapter)
         adapters[name] = adapter
     for name, module in named.items():
@@ -171,6 +204,11 @@ def add_adapters(model: nn.Module, settings: TrainingSettings) -> dict[str, Adap
             parent, _, attribute = name.rpartition(".")
             setattr(named[parent], attribute, AdaptedMlp(module))
     return adapters
+
+
+def _is_grouped(layer: nn.Module) -> bool:
+    """Whether it convolves each channel alone, as the compression of keys and values does: there is no low rank."""
+    return getattr(layer, "groups", 1) > 1
 
 
 def tell_chances(model: nn.Module, chances: Chances) -> None:
