@@ -192,6 +192,18 @@ def test_timesteps_are_drawn_as_asked():
     assert late.float().mean() > 750 and late.max() <= 999
 
 
+def test_the_steps_of_a_distillation_are_drawn_as_asked():
+    def draw(**fields):
+        settings = tiny_settings(kind="lcm_lora", lcm_steps=10, **fields)
+        grid = make_objective(tiny_model(), settings).grid
+        drawn = draw_batch(settings, 1, range(500), (1, 1, 1), grid).timestep
+        assert set(drawn.tolist()) == set(grid.tolist())
+        return drawn.float().mean()
+
+    assert abs(draw() - 549) < 50 and draw(timesteps="log_normal", timestep_mean=1.5) > 700
+    assert draw(timestep_max=600) < 400
+
+
 def test_draws_are_told_by_the_picture_and_not_by_its_process():
     settings = tiny_settings(caption_dropout=0.5)
     whole = draw_batch(settings, 7, range(6), (4, 8, 8))

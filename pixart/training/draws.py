@@ -50,14 +50,14 @@ def _draw_one(settings, forward, position, shape, grid):
     noise, posterior_noise = torch.randn(2, *shape, generator=generator)
     if settings.noise_offset:
         noise = noise + settings.noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
-    timestep = draw_timestep(settings, rng) if grid is None else int(grid[rng.randrange(len(grid))])
-    return noise, posterior_noise, timestep, rng.random() < settings.caption_dropout
+    timesteps = range(settings.timestep_min, settings.timestep_max + 1) if grid is None else grid.tolist()
+    return noise, posterior_noise, draw_timestep(settings, rng, timesteps), rng.random() < settings.caption_dropout
 
 
-def draw_timestep(settings: TrainingSettings, rng: Random) -> int:
-    """A timestep within [timestep_min, timestep_max]; log-normal: SD3's logit-normal. Source: arXiv 2403.03206."""
-    low, high = settings.timestep_min, settings.timestep_max
+def draw_timestep(settings: TrainingSettings, rng: Random, timesteps: Sequence[int]) -> int:
+    """One of ascending timesteps; log-normal: SD3's logit-normal over them. Source: arXiv 2403.03206."""
+    count = len(timesteps)
     if settings.timesteps == "uniform":
-        return rng.randint(low, high)
+        return timesteps[rng.randrange(count)]
     share = 1 / (1 + math.exp(-rng.gauss(settings.timestep_mean, settings.timestep_std)))
-    return min(low + int(share * (high - low + 1)), high)
+    return timesteps[min(int(share * count), count - 1)]
