@@ -197,7 +197,7 @@ def test_the_steps_of_a_distillation_are_drawn_as_asked():
         settings = tiny_settings(kind="lcm_lora", lcm_steps=10, **fields)
         grid = make_objective(tiny_model(), settings).grid
         drawn = draw_batch(settings, 1, range(500), (1, 1, 1), grid).timestep
-        assert set(drawn.tolist()) == set(grid.tolist())
+        assert set(drawn.tolist()) <= set(grid.tolist())
         return drawn.float().mean()
 
     assert abs(draw() - 549) < 50 and draw(timesteps="log_normal", timestep_mean=1.5) > 700
