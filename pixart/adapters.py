@@ -82,8 +82,9 @@ class Factor:
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether this can change a weight of `shape`."""
         product = self.product_shape
-        lengths = self.magnitude is None or _is_of_rows(self.magnitude, shape[0]) or self.magnitude.numel() == shape[1]
-        return bool(product) and product[0] == shape[0] and math.prod(product) == math.prod(shape) and lengths
+        lengths = self.magnitude
+        fitting = lengths is None or _is_of_rows(lengths, shape[0]) or (lengths.numel(),) == tuple(shape[1:2])
+        return bool(product) and product[0] == shape[0] and math.prod(product) == math.prod(shape) and fitting
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,7 +64,7 @@ def _convert_controlnet(options, layout, dtype):
 
 def _convert_lora(options, layout, dtype):
     lora = read_lora(options.source)
-    save_lora(options.target, lora.factors, layout=layout, dtype=dtype)
+    save_lora(options.target, lora.factors, layout=layout, metadata=lora.metadata, dtype=dtype)
     return f"a LoRA of {len(lora.factors)} layers"
 
 

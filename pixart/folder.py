@@ -103,7 +103,7 @@ def find_weights(
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises ValueError naming the file when it holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"Unreadable '{path.name}': got no JSON ({error}), expected a configuration. Download '{path}' again."

@@ -1,5 +1,6 @@
 """Finds the LoRA that turns one model into another: the largest singular directions of their difference."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -24,7 +25,7 @@ def extract_lora(
     rank: the highest of any factor. energy: of each weight, as many directions as hold this share of its energy.
     keep_small: biases, norms and tables are kept as whole differences; otherwise they are left out.
     report: is called with (done, all) before each weight; what it raises ends the work.
-    Raises ValueError when the models are the same, or for a rank or energy that keeps nothing.
+    Raises ValueError when the models are the same or broken, or for a rank or energy that keeps nothing.
     """
     if rank < 1 or not 0 < energy <= 1:
         raise ValueError(
@@ -38,6 +39,11 @@ def extract_lora(
         tuned, base = read(name)
         difference = tuned.float() - base.float()
         total = float(difference.double().square().sum())
+        if not math.isfinite(total):
+            raise ValueError(
+                f"Broken weights: got infinite values or no numbers in '{name}' of one of the models, expected finite "
+                f"ones. Choose an earlier checkpoint of it."
+            )
         is_small = difference.ndim < 2 or Target(name).module == name
         if not total or is_small and not keep_small:
             continue

@@ -139,10 +139,12 @@ def _module_table(names: Mapping[str, tuple[str, ...]], of_original: bool) -> di
 
 
 _BLOCK_TABLES = {"blocks": _module_table(BLOCK_NAMES, True), "transformer_blocks": _module_table(BLOCK_NAMES, False)}
-for _attention in ("attn1", "attn2"):  # the first attention processors had no `.0`
-    _BLOCK_TABLES["transformer_blocks"][f"{_attention}_to_out"] = _BLOCK_TABLES["transformer_blocks"][
-        f"{_attention}_to_out_0"
-    ]
+_BLOCK_TABLES["transformer_blocks"] |= {
+    "attn1_to_out": Target("attn.proj.weight"),  # the first attention processors had no `.0`
+    "attn2_to_out": Target("cross_attn.proj.weight"),
+    "attn1_to_qkv": Target("attn.qkv.weight"),  # diffusers' fuse_qkv_projections
+    "attn2_to_kv": Target("cross_attn.kv_linear.weight"),
+}
 _GLOBAL_TABLE = _module_table(GLOBAL_NAMES, False) | _module_table(GLOBAL_NAMES, True)
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ PEFT_WEIGHTS = (
     "pytorch_lora_weights.bin",
 )
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration in a file's header
+# PEFT's initialisations that take the adapter's first product out of the base, which is then another model.
+_BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _LARGEST = 1e9  # no alpha or rank comes near it; NaN is not below it either
 
 
@@ -38,6 +40,7 @@ class LoRA:
     factors: rows of a weight -> their change. matched: how many of the file's keys went into them.
     unmatched, text_encoder: keys that mean nothing in this model, and those of a text encoder.
     layouts: whose names the file has; alpha_sources: where its alphas are from; both in words.
+    metadata: the texts of the file's header.
     """
 
     factors: dict[Target, Factor]
@@ -46,6 +49,7 @@ class LoRA:
     text_encoder: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
     alpha_sources: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_lora(path: str | os.PathLike, config: PixArtConfig | None = None, alpha: float | None = None) -> LoRA:
@@ -86,7 +90,8 @@ def load_lora(
     config: of the model that the LoRA must fit; None takes every PixArt. alpha: in place of what the file says.
     The alpha of a key is the file's; else the configuration's with its patterns and use_rslora; else 8 under PEFT's
     names, whose files never hold one; else the rank.
-    Raises ValueError when no key is a PixArt's, or when factors do not fit each other, the model or use_dora.
+    Raises ValueError when no key is a PixArt's, when factors do not fit each other, the model or use_dora, and for
+    PEFT's ways of training that change the base as well.
     """
     settings = _Settings(adapter_config or _stored_config(metadata), alpha)
     shapes = None if config is None else expected_shapes(config)
@@ -109,7 +114,8 @@ def load_lora(
                 sources[source] += 1
             matched += len(spent)
             layouts[describe_prefix(prefix)] += 1
-    lora = LoRA(factors, matched, tuple(unmatched), tuple(text_encoder), tuple(layouts), tuple(sources))
+    texts = dict(metadata or {})
+    lora = LoRA(factors, matched, tuple(unmatched), tuple(text_encoder), tuple(layouts), tuple(sources), texts)
     _require_match(lora, state_dict)
     _check_factors(lora, shapes, settings)
     return lora
@@ -122,8 +128,6 @@ class _Settings:
         self.peft = peft
         self.chosen = chosen
         self.use_dora = peft.get("use_dora") is True
-        patterns = peft.get("alpha_pattern")
-        self.patterns = patterns if isinstance(patterns, Mapping) else {}
 
     def with_alpha(self, factor: Factor, prefix: str, module: str) -> tuple[Factor, str]:
         """The factor with its alpha, and where that is from, in words. module: its name without `prefix`."""
@@ -134,20 +138,27 @@ class _Settings:
         if factor.alpha is not None:
             return factor, "stored in the file"
         if self.peft:
-            return self._from_peft(factor, module), PEFT_CONFIG
+            rooted = ", times the root of the rank by use_rslora" if self.peft.get("use_rslora") is True else ""
+            return self._from_peft(factor, module), PEFT_CONFIG + rooted
         if "base_model.model." in prefix:
             return replace(factor, alpha=PEFT_ALPHA), "PEFT's default, since the file has none"
         return replace(factor, alpha=factor.rank), "the rank, since the file has none"
 
     def _from_peft(self, factor: Factor, module: str) -> Factor:
-        usual = _number(self.peft.get("lora_alpha", self.peft.get("alpha")), PEFT_ALPHA)
-        alpha = next((_number(self.patterns[key], usual) for key in self.patterns if _matches(key, module)), usual)
-        rank = factor.rank or int(_number(self.peft.get("r"), alpha))
+        alpha = _number(self.peft.get("lora_alpha", self.peft.get("alpha")), PEFT_ALPHA)
+        alpha = self._pattern("alpha_pattern", module, alpha)
+        rank = factor.rank or int(self._pattern("rank_pattern", module, _number(self.peft.get("r"), alpha)))
         if self.peft.get("use_rslora") is True:
             alpha *= math.sqrt(rank)  # rsLoRA, arXiv 2312.03732: the scale is alpha / sqrt(rank)
         if factor.rank is None and isinstance(factor, Kronecker):
             return replace(factor, w1=factor.w1 * (alpha / rank))  # PEFT scales whole matrices as well, by its r
         return replace(factor, alpha=alpha)
+
+    def _pattern(self, name: str, module: str, usual: float) -> float:
+        """The number that one of PEFT's patterns has for a module."""
+        patterns = self.peft.get(name)
+        patterns = patterns if isinstance(patterns, Mapping) else {}
+        return next((_number(value, usual) for key, value in patterns.items() if _matches(key, module)), usual)
 
 
 def _matches(pattern: str, module: str) -> bool:
@@ -167,7 +178,8 @@ def _stored_config(metadata: Mapping[str, str] | None) -> dict:
     """PEFT's configuration from a header, whose keys name the pipeline's part first, `transformer.lora_alpha`."""
     try:
         stored = json.loads((metadata or {}).get(HEADER_KEY, "{}"))
-        return {key.partition(".")[2] or key: value for key, value in stored.items()}
+        own = {key: value for key, value in stored.items() if not key.startswith(TEXT_ENCODER_PREFIXES)}
+        return {key.partition(".")[2] or key: value for key, value in own.items()}
     except (ValueError, AttributeError, RecursionError):
         return {}  # a header is no more than a note: the tensors say the rest
 
@@ -190,7 +202,7 @@ def _group_keys(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict, list[str]
 def _usable(role: str, tensor: torch.Tensor) -> bool:
     if role == "alpha":
         return tensor.numel() == 1 and abs(float(tensor)) < _LARGEST
-    return tensor.dtype.is_floating_point and tensor.ndim > 0
+    return tensor.dtype.is_floating_point and tensor.ndim > 0 and tensor.numel() > 0
 
 
 def _make_factors(target: Target, grouped: Mapping[str, tuple[str, torch.Tensor]]) -> dict[Target, Factor]:
@@ -248,7 +260,7 @@ def _roles_of(factor: Factor, tensors: Mapping) -> set[str]:
     if isinstance(factor, Difference):
         return {role for role in ("diff", "diff_b") if role in tensors and tensors[role][1] is factor.values}
     start = {Hadamard: "hada_", Kronecker: "lokr_"}.get(type(factor), "")
-    own = {f"{start}{field.name}" for field in fields(factor)} | {"alpha", "magnitude", "dora_scale"}
+    own = {f"{start}{part.name}" for part in fields(factor)} | {"alpha", "magnitude", "dora_scale"}
     return own & set(tensors)
 
 
@@ -282,6 +294,12 @@ def _check_factors(lora: LoRA, shapes: Mapping[str, tuple[int, ...]] | None, set
                 f"Broken LoRA at '{target.name}': got infinite values or no numbers, expected finite ones. Its "
                 f"training went wrong: choose an earlier checkpoint of it."
             )
+    start = settings.peft.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_BASE_CHANGING):
+        raise ValueError(
+            f"LoRA of a changed base: got init_lora_weights '{start}' in {PEFT_CONFIG}, expected an adapter for the "
+            f"model as it is. Save it with PEFT's path_initial_model_for_weight_conversion."
+        )
     if settings.use_dora and not any(factor.magnitude is not None for factor in lora.factors.values()):
         raise ValueError(
             f"DoRA without its magnitudes: got use_dora in {PEFT_CONFIG} and no 'lora_magnitude_vector', expected one "

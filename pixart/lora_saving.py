@@ -30,14 +30,15 @@ def save_lora(
     """Write a LoRA: one `.safetensors` file, or with the layout "peft" a folder that PEFT loads.
 
     factors: rows of a weight, or the original name of a module, `blocks.0.attn.qkv` -> its change.
-    metadata: texts for the file's header. dtype: of the tensors; None keeps each.
+    metadata: texts for the file's header; PEFT's configuration of another file is left out.
+    dtype: of the tensors; None keeps each.
     The file or folder appears complete or not at all; a file is replaced, a folder with content is not.
     Raises ValueError for what the layout cannot hold.
     """
     path = Path(path)
     tensors, adapter_config = export_lora(factors, layout)
     tensors = {name: _ready(name, tensor, dtype) for name, tensor in tensors.items()}
-    texts = {str(key): str(value) for key, value in (metadata or {}).items()} | {"format": "pt"}
+    texts = {str(key): str(value) for key, value in (metadata or {}).items() if key != HEADER_KEY} | {"format": "pt"}
     if adapter_config is None:
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=texts))
         return
@@ -128,13 +129,18 @@ def _join(shares: Mapping[int, LowRank], parts: int) -> LowRank:
     shares = {part: shares[part].without_mid() for part in sorted(shares)}
     first = next(iter(shares.values()))
     rows, rank = first.up.shape[0], sum(share.down.shape[0] for share in shares.values())
-    up = first.up.new_zeros(parts * rows, rank)
+    # A multiplication would round numbers of few bits: there is none where all scales are one.
+    is_equal = all(share.scale == first.scale for share in shares.values())
+    scale, dtype = (first.scale, first.up.dtype) if is_equal else (1.0, torch.float32)
+    up = first.up.new_zeros(parts * rows, rank, dtype=dtype)
     column = 0
     for part, share in shares.items():
         width = share.down.shape[0]
-        up[part * rows : (part + 1) * rows, column : column + width] = share.up.flatten(1) * share.scale
+        values = share.up.flatten(1)
+        place = slice(part * rows, (part + 1) * rows), slice(column, column + width)
+        up[place] = values if is_equal else values.to(dtype) * share.scale
         column += width
-    return LowRank(torch.cat([share.down for share in shares.values()]), up, alpha=float(rank))
+    return LowRank(torch.cat([share.down for share in shares.values()]), up, alpha=scale * rank)
 
 
 def _named_tensors(name: str, target: Target, factor: Factor) -> dict[str, torch.Tensor]:

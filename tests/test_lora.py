@@ -143,6 +143,13 @@ def test_the_names_of_the_first_attention_processors():
     assert list(lora.factors) == [Target("blocks.1.cross_attn.proj.weight")]
 
 
+@pytest.mark.parametrize(("module", "rows"), [("attn1.to_qkv", "attn.qkv"), ("attn2.to_kv", "cross_attn.kv_linear")])
+def test_the_names_of_fused_projections(module, rows):
+    """As diffusers' fuse_qkv_projections leaves them."""
+    lora = load_lora(one_lora("transformer.", f"transformer_blocks.1.{module}"))
+    assert list(lora.factors) == [Target(f"blocks.1.{rows}.weight")]
+
+
 # -- alpha ------------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +164,7 @@ def one_lora(prefix="base_model.model.", module="transformer_blocks.0.ff.net.2",
 
 
 HEADER = {"lora_adapter_metadata": '{"transformer.lora_alpha": 2}'}  # as diffusers writes it
+BOTH = {"lora_adapter_metadata": '{"transformer.lora_alpha": 2, "text_encoder.lora_alpha": 64}'}
 
 
 @pytest.mark.parametrize(
@@ -167,12 +175,13 @@ HEADER = {"lora_adapter_metadata": '{"transformer.lora_alpha": 2}'}  # as diffus
         (one_lora("transformer.", rank=16), {}, 1.0, "the rank"),
         (one_lora("transformer.", rank=16, alpha=torch.tensor(4)), {}, 0.25, "stored in the file"),
         (one_lora(rank=16), {"adapter_config": {"lora_alpha": 32}}, 2.0, "adapter_config.json"),
-        (one_lora(rank=16), {"adapter_config": {"lora_alpha": 32, "use_rslora": True}}, 8.0, "adapter_config.json"),
+        (one_lora(rank=16), {"adapter_config": {"lora_alpha": 32, "use_rslora": True}}, 8.0, "by use_rslora"),
         (one_lora(rank=4), {"adapter_config": {"lora_alpha": 32, "alpha_pattern": {"net.2": 2}}}, 0.5, "config.json"),
         (one_lora(rank=4), {"adapter_config": {"lora_alpha": 32, "alpha_pattern": {"(": 2}}}, 8.0, "adapter_config"),
         (one_lora(rank=4), {"adapter_config": {"lora_alpha": "much", "r": None}}, 2.0, "adapter_config"),
         (one_lora(rank=16), {"alpha": 4.0}, 0.25, "chosen by you"),
         (one_lora("transformer."), {"metadata": HEADER}, 0.5, "adapter_config.json"),
+        (one_lora("transformer."), {"metadata": BOTH}, 0.5, "adapter_config.json"),
         (one_lora("transformer."), {"metadata": {"lora_adapter_metadata": "["}}, 1.0, "the rank"),
         (one_lora("transformer.", alpha=torch.tensor(math.nan)), {}, 1.0, "the rank"),
     ],
@@ -232,6 +241,16 @@ PEFT_CASES = {
     "lokr": ("LoKrConfig", {"r": 3, "alpha": 5, "target_modules": EVERYTHING, "use_effective_conv2d": True}),
     "lokr, both in factors": ("LoKrConfig", {"r": 2, "target_modules": EVERYTHING, "decompose_both": True}),
     "lokr, whole matrices": ("LoKrConfig", {"r": 64, "alpha": 32, "target_modules": ATTENTION}),
+    "lokr, whole matrices and patterns": (
+        "LoKrConfig",
+        {
+            "r": 64,
+            "alpha": 32,
+            "target_modules": ATTENTION,
+            "rank_pattern": {"to_q": 128},
+            "alpha_pattern": {"attn2.to_k": 5},
+        },
+    ),
 }
 
 
@@ -349,8 +368,9 @@ def test_what_is_told_of_a_lora():
         ({"blocks.0.attn.proj.lokr_w1": torch.ones(5, 5), "blocks.0.attn.proj.lokr_w2": torch.ones(9, 9)}, "mismatch"),
         ({key: value.int() for key, value in one_lora().items()}, "No key"),
         ({key: value / 0 for key, value in one_lora().items()}, "Broken LoRA at 'blocks"),
+        ({key: value[:0] if "lora_A" in key else value[:, :0] for key, value in one_lora().items()}, "No key"),
     ],
-    ids=["empty", "another model", "text encoder", "widths", "ranks", "magnitudes", "kronecker", "integers", "NaN"],
+    ids="empty|other model|text encoder|widths|ranks|magnitudes|kronecker|integers|NaN|rank 0".split("|"),
 )  # fmt: skip
 def test_wrong_files_are_refused(tensors, message):
     with pytest.raises(ValueError, match=message):
@@ -360,6 +380,24 @@ def test_wrong_files_are_refused(tensors, message):
 def test_dora_without_magnitudes_is_refused():
     with pytest.raises(ValueError, match="DoRA without its magnitudes"):
         load_lora(one_lora(), {"use_dora": True}, config=CONFIG)
+
+
+def test_magnitudes_that_do_not_fit_a_vector_are_refused():
+    config = tiny_config(qk_norm=True)
+    tensors = {
+        "blocks.0.attn.q_norm.lora_A.weight": torch.ones(2, 1),
+        "blocks.0.attn.q_norm.lora_B.weight": torch.ones(config.hidden_size // config.num_heads, 2),
+        "blocks.0.attn.q_norm.lora_magnitude_vector": torch.ones(7),
+    }
+    with pytest.raises(ValueError, match="width mismatch"):
+        load_lora(tensors, config=config)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "olora", "corda", "lora_ga", "loftq"])
+def test_adapters_that_belong_to_a_changed_base_are_refused(start):
+    with pytest.raises(ValueError, match=f"LoRA of a changed base: got init_lora_weights '{start}'"):
+        load_lora(one_lora(), {"init_lora_weights": start}, config=CONFIG)
+    assert load_lora(one_lora(), {"init_lora_weights": "gaussian"}, config=CONFIG).factors
 
 
 def test_a_lora_of_another_model_does_not_merge():
@@ -375,6 +413,9 @@ def test_folders_and_files(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2}), encoding="utf-8")
     for path in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
         assert read_lora(path).alpha_sources == ("adapter_config.json",)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3}), encoding="utf-8-sig")
+    torch.save(one_lora(rank=3), tmp_path / "adapter_model.bin")
+    assert next(iter(read_lora(tmp_path).factors.values())).scale == 1.0  # before the diffusers form beside it
     torch.save(one_lora(), tmp_path / "another.bin")
     assert "PEFT's default" in read_lora(tmp_path / "another.bin").alpha_sources[0]  # that configuration is not its
     (tmp_path / "adapter_config.json").write_text("[]", encoding="utf-8")

@@ -97,3 +97,10 @@ def test_progress_is_told_before_each_weight_and_may_end_the_work():
 def test_nothing_to_extract(settings, message):
     with pytest.raises(ValueError, match=message):
         run(weights(), weights(), **settings)
+
+
+def test_a_broken_model_is_named():
+    broken = weights(3)
+    broken["blocks.0.attn.qkv.weight"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"Broken weights: got infinite values or no numbers in 'blocks\.0\.attn\.qkv"):
+        run(broken, weights())

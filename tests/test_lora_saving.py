@@ -137,6 +137,28 @@ def test_other_kinds_read_back(tmp_path, layout):
     same_weights(merge(make_weights(CONFIG), reread(tmp_path / "some.safetensors")), merged(factors), **NOISE)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("alphas", [(8.0, 4.0), (7.0, 0.3)], ids=["one scale", "two scales"])
+def test_joined_rows_lose_no_digits(dtype, alphas):
+    factors = {
+        SHARES[0]: low_rank(WIDTH, rank=4, alpha=alphas[0]).to(dtype),
+        SHARES[2]: low_rank(WIDTH, rank=2, alpha=alphas[1], seed=1).to(dtype),
+    }
+    tensors, _ = export_lora(factors, "kohya")
+    if alphas == (8.0, 4.0):
+        assert {tensor.dtype for name, tensor in tensors.items() if not name.endswith("alpha")} == {dtype}
+    found = merge(make_weights(CONFIG), load_lora(tensors, config=CONFIG))
+    same_weights(found, merged(factors), **NOISE)
+
+
+def test_what_a_file_says_of_itself_is_kept_but_not_anothers_alphas(tmp_path):
+    save_lora(tmp_path / "adapter", packed(), layout="peft", metadata={"trigger": "Ünïcode"})
+    lora = read_lora(tmp_path / "adapter")
+    assert lora.metadata["trigger"] == "Ünïcode"
+    save_lora(tmp_path / "some.safetensors", lora.factors, metadata=lora.metadata)
+    assert read_lora(tmp_path / "some.safetensors").metadata == {"trigger": "Ünïcode", "format": "pt"}
+
+
 @pytest.mark.parametrize(
     ("factors", "layout", "message"),
     [

@@ -103,7 +103,7 @@ def convert_lora(name: str, layout: str, prefix: str, dtype: str) -> str:
     prefix: see `folders.next_output`. Returns where it is and what it holds, in lines of text.
     """
     lora = read_lora(_find(name))
-    path = _save(lora.factors, layout, prefix, dtype, {"pixart_converted_from": name})
+    path = _save(lora.factors, layout, prefix, dtype, {**lora.metadata, "pixart_converted_from": name})
     has_magnitudes = any(factor.magnitude is not None for factor in lora.factors.values())
     note = f"\n{DORA_NOTE}" if has_magnitudes and layout != "peft" else ""
     return f"saved: {path}\n{describe_lora(lora)}{note}"
