@@ -2,6 +2,7 @@
 
 import io
 import json
+from random import Random
 
 import numpy as np
 import pytest
@@ -267,6 +268,60 @@ def test_a_picture_beyond_what_pil_decodes_is_named_and_left_out(tmp_path):
     dataset = check_records(read_dataset(tmp_path))
     assert [record.name for record in dataset.records] == ["good.png"]
     assert "unreadable: 1" in dataset.report and "Image size (400000000 pixels) exceeds limit" in dataset.report
+
+
+def damaged(kind, seed):
+    """A small picture with EXIF, with some bytes overwritten, cut off or put in."""
+    rng, buffer, exif = Random(f"{kind} {seed}"), io.BytesIO(), Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "a camera", 72.0
+    noise = np.random.default_rng(0).integers(0, 255, (10, 12, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, kind, exif=exif)
+    data = bytearray(buffer.getvalue())
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(min(len(data), rng.choice([200, 10**6])))
+        data[place : place + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 2))
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")  # PIL's, of damaged files
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"])
+def test_a_damaged_picture_is_named_or_can_be_read(tmp_path, kind):
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    for seed in range(60):
+        (tmp_path / f"{seed}.png").write_bytes(damaged(kind, seed))
+    for record in check_records(read_dataset(tmp_path), fallback_caption="x").records:
+        assert read_picture(record.picture, (4, 4)).isfinite().all()
+
+
+def test_a_broken_tag_beside_the_rotation_does_no_harm(tmp_path):
+    exif, path = Image.Exif(), tmp_path / "a.jpg"
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    draw(path, exif=exif)
+    data = path.read_bytes()
+    resolution = next(tag for tag in (b"\x1a\x01\x05\x00", b"\x01\x1a\x00\x05") if tag in data)
+    path.write_bytes(data.replace(resolution, resolution.replace(b"\x05", b"\x02")))  # a fraction turned into text
+    (record,) = check_records(read_dataset(tmp_path), fallback_caption="x").records
+    assert read_picture(record.picture).shape == (40, 30, 3)
+
+
+def test_what_is_wrong_with_a_picture_is_told_in_words(tmp_path):
+    draw(tmp_path / "good.png")
+    draw(tmp_path / "hinted.png", seed=1)
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "edges").mkdir()
+    (tmp_path / "edges" / "hinted.png").write_text("<html>")
+    dataset = check_records(read_dataset(tmp_path, control_folder=tmp_path / "edges"), fallback_caption="x")
+    lines = dataset.report.splitlines()
+    assert "unreadable  hinted.png  control picture: no format that can be read here" in lines
+    assert "unreadable  phone.HEIC  no format that can be read here" in lines
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_of_a_moving_picture_the_first_frame_counts(tmp_path, kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    path = tmp_path / f"a.{kind.lower()}"
+    frames[0].save(path, kind, save_all=True, append_images=frames[1:], lossless=True)
+    assert read_picture(FilePicture(path))[3, 3].tolist() == [1, 0, 0]
 
 
 def test_a_picture_that_changes_meanwhile_is_noticed(tmp_path):

@@ -22,7 +22,7 @@ from ..captioner import (
 from ..command import DTYPES, add_device, describe, own_device, process_rank
 from ..saving import write_atomically
 from . import sources
-from .pictures import FilePicture, measure_picture
+from .pictures import FilePicture, decode_picture, measure_picture
 from .records import Record
 
 log = logging.getLogger(__name__)
@@ -144,13 +144,11 @@ def _caption(captioner: Captioner, records, prompt: str, settings: CaptionSettin
 
 
 def _open(records: Sequence[Record]) -> Iterator[tuple]:
-    from PIL import Image, ImageOps
-
     for record in records:
         try:
-            picture = ImageOps.exif_transpose(record.picture.open(record.picture.content()))
+            picture = decode_picture(record.picture, record.picture.content())
             yield record, picture.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
+        except (OSError, ValueError) as error:
             log.warning("%s cannot be read: %s", record.name, error)
 
 

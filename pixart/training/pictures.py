@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,21 @@ import torch
 from .identity import digest
 
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# What cameras and the web give as well: read where PIL can do it, else named in the check and not passed over.
+PICTURE_SUFFIXES |= {".heic", ".heif", ".jp2", ".jxl", ".tga"}
+# EXIF's orientation -> PIL's transposition. PIL's own exif_transpose writes the EXIF anew, which broken tags defeat.
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+# What PIL's decoders raise for broken files, each its own.
+_BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError)
+_BROKEN += (TypeError, ValueError, struct.error)
 _HUGE_PIXELS = 2**24  # from here on a picture is first halved in steps, so that it never stands in memory as floats
 _REDUCIBLE = frozenset({"L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"})  # PIL's modes that its reduce can average
 _SHRINK_GAP = 2  # and keeps at least this many times the wanted size, so that the fit decides how it looks
@@ -86,7 +102,7 @@ def read_picture(picture: Picture, least_px: tuple[int, int] = (0, 0), expected:
 
     least_px: (height, width) that the caller will fit it into. A picture of more than 16 megapixels is shrunk by a
     whole number while it stays twice as large. expected: the digest of its content when it was listed.
-    Raises ValueError when the content has changed since, OSError and what PIL raises for what cannot be decoded.
+    Raises ValueError when the content has changed since or cannot be decoded, OSError when it cannot be read.
     """
     content = picture.content()
     if expected is not None and digest(content) != expected:
@@ -94,12 +110,27 @@ def read_picture(picture: Picture, least_px: tuple[int, int] = (0, 0), expected:
             f"Picture has changed while it was encoded: got another content in {picture}, expected that of the check. "
             f"Run it again."
         )
-    opened = picture.open(content)
-    if isinstance(opened, torch.Tensor):
-        return _to_rgb(opened.detach().float().cpu())
-    from PIL import ImageOps
+    decoded = decode_picture(picture, content)
+    if isinstance(decoded, torch.Tensor):
+        return _to_rgb(decoded.detach().float().cpu())
+    return _to_rgb(_to_tensor(_shrink(decoded, least_px)))
 
-    return _to_rgb(_to_tensor(_shrink(ImageOps.exif_transpose(opened), least_px)))
+
+def decode_picture(picture: Picture, content: bytes):
+    """What a content shows, decoded to its end: a PIL picture, upright, or a tensor. Raises ValueError in words."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        opened = picture.open(content)
+        if isinstance(opened, torch.Tensor):
+            return opened
+        opened.load()
+        turn = _TURNS.get(_orientation(opened))
+        return opened if turn is None else opened.transpose(Image.Transpose[turn])
+    except UnidentifiedImageError as error:
+        raise ValueError("no format that can be read here") from error
+    except (*_BROKEN, Image.DecompressionBombError) as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def measure_picture(picture: Picture, content: bytes) -> tuple[int, int]:
@@ -110,8 +141,12 @@ def measure_picture(picture: Picture, content: bytes) -> tuple[int, int]:
 
 def upright_size(image) -> tuple[int, int]:
     """(height, width) of a PIL picture after the rotation that its EXIF asks for."""
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    turned = _orientation(image) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _orientation(image) -> int:
+    return image.getexif().get(0x0112, 1)
 
 
 def _shrink(image, least_px: tuple[int, int]):

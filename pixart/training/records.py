@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from .identity import digest
-from .pictures import Picture, measure_picture
+from .pictures import Picture, decode_picture, measure_picture
 
 EXTREME_RATIO = 4.5  # PixArt's bins end at 4; PixArt-Sigma's own training left out what is wider than this
 POLICIES = ("skip", "error")
@@ -129,27 +129,17 @@ def _read(record: Record) -> _Seen:
     """Decode the whole picture, since a cut file shows itself only so, and the control picture."""
     if record.problem or record.picture is None:
         return _Seen(error=record.problem or "no picture")
+    whose = ""
     try:
-        content, size = _decode(record.picture)
+        content = record.picture.content()
+        decode_picture(record.picture, content)
+        size_px = measure_picture(record.picture, content)
         if record.control is not None:
-            _decode(record.control)  # its content counts for nothing here, but it must be readable
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, _bomb_error()) as error:  # what PIL raises
-        return _Seen(error=" ".join(str(error).split()) or type(error).__name__)
-    return _Seen(digest(content), size)
-
-
-def _decode(picture: Picture) -> tuple[bytes, tuple[int, int]]:
-    content = picture.content()
-    opened = picture.open(content)
-    if hasattr(opened, "load"):
-        opened.load()
-    return content, measure_picture(picture, content)
-
-
-def _bomb_error() -> type[Exception]:
-    from PIL import Image
-
-    return Image.DecompressionBombError
+            whose = "control picture: "
+            decode_picture(record.control, record.control.content())
+    except (OSError, ValueError) as error:
+        return _Seen(error=f"{whose}{error}")
+    return _Seen(digest(content), size_px)
 
 
 def _judge(record: Record, sight: _Seen, smallest_px: int, contents: dict[str, Record]) -> list[Finding]:
