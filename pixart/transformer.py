@@ -27,7 +27,9 @@ from .layers import (
 
 RECOMPUTED_KEYS = ("pos_embed",)  # in original files; depends on the picture's size, so never loaded
 OPTIONAL_KEYS = ("y_embedder.y_embedding",)  # absent from diffusers files; see PixArt.has_null_caption
-POSITION_CACHE_SIZE = 8
+POSITION_CACHE_SIZE = 8  # pictures' sizes
+POSITION_CACHE_BYTES = 64 * 2**20  # a 2K picture's positions take 36 MiB in half precision
+MASK_ALIGNMENT = 8  # see `caption_bias`
 
 
 class ProjectedCaption(NamedTuple):
@@ -192,9 +194,13 @@ class PixArt(nn.Module):
         table = position_grid(*grid, config.hidden_size, config.base_size, config.pe_scale)
         table = table.to(device=device, dtype=dtype)
         if not torch.compiler.is_compiling():  # a graph that changes what it depends on is compiled twice
-            if len(self._positions) >= POSITION_CACHE_SIZE:
-                self._positions.pop(next(iter(self._positions)))
-            self._positions[key] = table
+            kept = self._positions
+            while kept and (
+                len(kept) >= POSITION_CACHE_SIZE
+                or table.nbytes + sum(other.nbytes for other in kept.values()) > POSITION_CACHE_BYTES
+            ):
+                kept.pop(next(iter(kept)))
+            kept[key] = table
         return table
 
     def embed_condition(self, latent, timestep, resolution=None, aspect_ratio=None):
@@ -203,15 +209,17 @@ class PixArt(nn.Module):
         (B, D), or (1, D) where all rows are alike: a timestep and a size that occur once are embedded once.
         """
         batch, dtype = latent.shape[0], latent.dtype
+        timestep = timestep if timestep.is_floating_point() else timestep.float()
         timestep = common_row(tile_rows(timestep, batch))
         condition = self.t_embedder(timestep, dtype)
         if not self.config.micro_condition:
             return condition
         height, width = latent.shape[2:]
         if resolution is None:
-            resolution = timestep.new_tensor([[height, width]]) * LATENT_DOWNSCALE
+            sides = (timestep.new_full((1, 1), side * LATENT_DOWNSCALE) for side in (height, width))
+            resolution = torch.cat(list(sides), dim=1)
         if aspect_ratio is None:
-            aspect_ratio = timestep.new_tensor([[height / width]])
+            aspect_ratio = timestep.new_full((1, 1), height / width)
         size = self.csize_embedder(common_row(tile_rows(resolution, batch)), dtype)
         ratio = self.ar_embedder(common_row(tile_rows(aspect_ratio, batch)), dtype)
         rows = max(len(size), len(ratio))
@@ -271,10 +279,12 @@ def caption_bias(caption_mask, dtype):
     """(B, L) with True = keep -> (B, 1, 1, L) to add to the attention's logits.
 
     The lowest finite number stands for minus infinity, so that a caption without tokens gives no NaN.
+    It lies in rows of a multiple of 8 numbers: out of others PyTorch's attention makes such rows on a GPU, every time.
     """
-    hidden = caption_mask == 0
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-    return bias.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
+    hidden = (caption_mask == 0)[:, None, None]
+    length = hidden.shape[3]
+    rows = torch.zeros(len(hidden), 1, 1, length + -length % MASK_ALIGNMENT, dtype=dtype, device=hidden.device)
+    return rows[..., :length].masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 def pad_to_patches(latent, patch_size):

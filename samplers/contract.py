@@ -1,9 +1,16 @@
 """What all solvers share: the checks on their sigmas, one evaluation of the model, and the progress bar."""
 
 import torch
-from tqdm.auto import trange
 
 from .schedules import sigmas as noise_levels
+
+try:
+    from tqdm.auto import trange
+except ImportError:  # the solvers need PyTorch alone; a progress bar is a comfort
+
+    def trange(count, disable=None):
+        return range(count)
+
 
 LAST_LEVEL = noise_levels(0.0).item() * (1.0 + 1e-3)  # the noise left at t = 0, and what a host rounds it to
 
@@ -13,7 +20,7 @@ def check_sigmas(sigmas):
 
     Raises ValueError unless there are at least two, all finite, strictly descending, and none is negative.
     """
-    levels = torch.as_tensor(sigmas).double().tolist()
+    levels = torch.as_tensor(sigmas).tolist()  # waits for the device once a run; Apple's has no float64
     if len(levels) < 2:
         raise ValueError(
             f"Too few sigmas: got {len(levels)}, expected at least 2. Connect a scheduler with 1 step or more."
@@ -61,5 +68,8 @@ class Denoiser:
 
 
 def steps(levels, disable=None):
-    """Iterate over the steps between the noise levels with a progress bar; disable=None hides it off a terminal."""
+    """Iterate over the steps between the noise levels, with a progress bar where there is tqdm.
+
+    disable: hide it; None hides it off a terminal.
+    """
     return trange(len(levels) - 1, disable=disable)

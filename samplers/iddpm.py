@@ -55,6 +55,5 @@ def _deviation(source, target, fraction):
     if fraction is None:
         return math.exp(0.5 * log_posterior)
     log_beta = math.log((source**2 - target**2) * (1.0 + target**2) / (1.0 + source**2))
-    return torch.exp(
-        0.5 * torch.lerp(fraction.new_tensor(log_posterior), fraction.new_tensor(log_beta), 0.5 * (fraction + 1.0))
-    )
+    # Numbers of Python's alone: to make a tensor of one is to wait for the device.
+    return torch.exp(0.5 * log_posterior + (fraction + 1.0) * (0.25 * (log_beta - log_posterior)))

@@ -20,8 +20,9 @@ def sample_lcm(model, x, sigmas, extra_args=None, callback=None, disable=None, n
     levels = check_sigmas(sigmas)
     draw = noise_source(x, noise_sampler, extra_args, noise_device)
     denoise = Denoiser(model, levels, extra_args, callback)
+    times = timesteps_from_sigmas(levels).tolist()
     for i in steps(levels, disable):
-        c_skip, c_out = boundary_scalings(timesteps_from_sigmas(levels[i]).item())
+        c_skip, c_out = boundary_scalings(times[i])
         skip = c_skip / math.sqrt(1.0 + levels[i] ** 2)
         x = c_out * denoise(x, i) + skip * x
         if levels[i + 1] > 0.0:

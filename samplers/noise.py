@@ -23,7 +23,8 @@ class SampleNoise:
         """Noise for the step between two noise levels, of x's shape. Drawn in float32 whatever x's dtype is."""
         shape = self.like.shape[1:]
         drawn = [torch.randn(shape, generator=g, device=self.device, dtype=torch.float32) for g in self.generators]
-        return torch.stack(drawn).to(self.like)
+        # Without waiting for what the GPU has yet to do; it has read memory that is not pinned when this returns.
+        return torch.stack(drawn).to(self.like, non_blocking=self.like.is_cuda)
 
 
 def batch_seeds(seed, count):

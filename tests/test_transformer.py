@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pixart_pack.pixart.config import CONFIGS, PixArtConfig
 from pixart_pack.pixart.layers import LONG_SEQUENCE, attend, gather_heads, position_grid, split_heads
-from pixart_pack.pixart.transformer import PixArt, initialize_weights
+from pixart_pack.pixart.transformer import PixArt, caption_bias, initialize_weights
 from pixart_pack.tests.goldens import load_golden, take
 
 CASES = [
@@ -129,6 +129,33 @@ def test_positions_are_exact_in_half_precision_and_computed_once():
     for size in range(1, 40):
         model.positions((size, 1), torch.float32, exact.device)
     assert len(model._positions) <= 8
+
+
+def test_memory_for_positions_is_bounded(monkeypatch):
+    model, one = tiny_model(), 8 * 6 * 48 * 4
+    monkeypatch.setattr("pixart_pack.pixart.transformer.POSITION_CACHE_BYTES", 2 * one)
+    tables = [model.positions((8, 6), torch.float32, torch.device("cpu"))]
+    tables.append(model.positions((6, 8), torch.float32, torch.device("cpu")))
+    assert [*model._positions.values()] == tables
+    large = model.positions((16, 16), torch.float32, torch.device("cpu"))
+    assert [*model._positions.values()] == [large]  # the size at hand is always kept
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 120])
+def test_masks_lie_as_the_attention_of_a_gpu_wants_them(length):
+    keep = torch.rand(3, length, generator=torch.Generator().manual_seed(length)) < 0.5
+    bias = caption_bias(keep, torch.bfloat16)
+    assert bias.shape == (3, 1, 1, length) and bias.stride(3) == 1
+    assert all(bias.stride(axis) % 8 == 0 for axis in range(3))
+    assert torch.equal(bias[:, 0, 0], torch.where(keep, 0.0, torch.finfo(torch.bfloat16).min).bfloat16())
+
+
+@torch.no_grad()
+def test_whole_timesteps_are_the_same_in_any_type():
+    model = tiny_model()
+    latent, _, caption, mask = tiny_inputs(2, 10, 7, [5, 2])
+    whole = model(latent, torch.tensor([999, 20]), caption, mask)
+    assert torch.equal(whole, model(latent, torch.tensor([999.0, 20.0]), caption, mask))
 
 
 @pytest.mark.parametrize(("height", "width"), list(itertools.product((1, 2, 7, 8), (1, 6, 9))))
