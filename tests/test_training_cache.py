@@ -1,6 +1,7 @@
 """The cache of encoded datasets: nothing twice, nothing stale, nothing lost to a kill."""
 
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -126,6 +127,20 @@ def test_official_cleaning(tmp_path):
     assert features[0].text == "a cat" and "a cat" in encoders.texts
 
 
+def test_names_and_captions_that_are_no_unicode(tmp_path):
+    """A file's name in another code page, and half an emoji, as scraped tables have them."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in (b"caf\xe9.png", b"b.png"):
+        Image.new("RGB", (64, 64)).save(folder / os.fsdecode(name))
+    rows = [{"file_name": os.fsdecode(b"caf\xe9.png"), "text": "a"}, {"file_name": "b.png", "text": "wow \ud83d"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    records = check_records(read_dataset(folder)).records
+    features, _ = encode(records, tmp_path / "cache", replace(SETTINGS, caption_dtype="fp32"))
+    assert [item["name"] for item in features.items] == ["caf\ufffd.png", "b.png"]
+    assert features[1].text == open_features(tmp_path / "cache")[1].text == "wow \ufffd"
+
+
 def test_mirrored_pictures(tmp_path):
     pixels = torch.rand(64, 96, 3)
     records = [Record("a", TensorPicture(pixels), "a", control=TensorPicture(1 - pixels))]
@@ -192,6 +207,10 @@ def test_bad_settings_and_lists(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(ValueError, match="Not an encoded dataset: got 'a.json'"):
         open_features(tmp_path)
+    for text in ('{"version": 1, "items": [1]}', '{"version": 1, "items": [{}], "settings": {}, "null_caption": "x"}'):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match="Not an encoded dataset: got 'a.json'"):
+            open_features(tmp_path)
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(ValueError, match="got a.json, b.json"):
         open_features(tmp_path)

@@ -345,12 +345,11 @@ def open_cached(path: str | Path) -> CachedFeatures:
         )
     try:
         content = json.loads(lists[0].read_text(encoding="utf-8"))
-        complete = content["version"] == VERSION and bool(content["items"])
+        if content["version"] == VERSION and content["items"]:
+            return CachedFeatures(ShardFolder(lists[0].parent), content, lists[0])
     except (ValueError, KeyError, TypeError) as error:
         raise _wrong_list(lists[0]) from error
-    if not complete:
-        raise _wrong_list(lists[0])
-    return CachedFeatures(ShardFolder(lists[0].parent), content, lists[0])
+    raise _wrong_list(lists[0])
 
 
 def _wrong_list(path: Path) -> ValueError:

@@ -109,8 +109,13 @@ def check_records(
 
 
 def _settle(record: Record, fallback_caption: str, is_prior: bool) -> Record:
-    caption = (record.caption or "").strip() or fallback_caption.strip() or None
-    return replace(record, caption=caption, is_prior=record.is_prior or is_prior)
+    caption = _mend_text((record.caption or "").strip()) or fallback_caption.strip() or None
+    return replace(record, name=_mend_text(record.name), caption=caption, is_prior=record.is_prior or is_prior)
+
+
+def _mend_text(text: str) -> str:
+    """Text that can be written: halves of letters, as JSON and names of files may hold them, become a sign."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_all(records: Sequence[Record], progress: Callable | None) -> list[_Seen]:
