@@ -3,6 +3,7 @@
 import io
 import json
 from random import Random
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -30,13 +31,20 @@ def test_folder(tmp_path):
     draw(tmp_path / "sub" / "Ünïcode 猫.JPG", seed=1)
     draw(tmp_path / ".hidden" / "no.png")
     draw(tmp_path / "bare.webp", seed=2)
+    draw(tmp_path / "DSC_1.JPG", seed=3)
+    (tmp_path / "DSC_1.TXT").write_text("loud")
     (tmp_path / "a.txt").write_text("a cat\n", encoding="utf-8")
     (tmp_path / "sub" / "Ünïcode 猫.txt").write_text("ein Kätzchen", encoding="utf-16")
     (tmp_path / "bare.caption").write_bytes("café".encode("cp1252"))
     records = read_dataset(tmp_path)
-    assert captions(records) == {"a.png": "a cat\n", "bare.webp": "café", "sub/Ünïcode 猫.JPG": "ein Kätzchen"}
+    assert captions(records) == {
+        "DSC_1.JPG": "loud",
+        "a.png": "a cat\n",
+        "bare.webp": "café",
+        "sub/Ünïcode 猫.JPG": "ein Kätzchen",
+    }
     dataset = check_records(records)
-    assert len(dataset) == 3 and dataset.records[0].caption == "a cat"
+    assert len(dataset) == 4 and dataset.records[1].caption == "a cat"
 
 
 def test_folder_with_control_pictures_inside(tmp_path):
@@ -71,6 +79,48 @@ def test_csv_with_chosen_columns_and_control(tmp_path):
         read_dataset(table)
     with pytest.raises(ValueError, match="No caption column in t.tsv: .* expected words"):
         read_dataset(table, columns=Columns("Bild", "words"))
+
+
+def test_csv_of_an_old_mac_with_headings_of_its_own(tmp_path):
+    draw(tmp_path / "x.png")
+    (tmp_path / "t.csv").write_bytes(b"Image, Caption\rx.png, a cat\r")
+    (tmp_path / "README.txt").write_text("about this dataset")
+    assert captions(check_records(read_dataset(tmp_path)).records) == {"x.png": "a cat"}
+
+
+def test_csv_that_is_damaged_is_told(tmp_path):
+    draw(tmp_path / "x.png")
+    (tmp_path / "t.csv").write_text('dir,text\nx.png,"' + "a" * 200_000, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"Dataset cannot be read: got line 2 .*field larger than .* in t\.csv"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_letters_that_are_written_in_two_ways(tmp_path, forms):
+    """An accent within its letter, or behind it as macOS has it in names of files."""
+    on_disk, in_table = (normalize(form, "Süße.png") for form in forms)
+    draw(tmp_path / on_disk)
+    edges = draw(tmp_path / "edges" / in_table)
+    (tmp_path / "t.csv").write_text(f"dir,text\n{in_table},a\n", encoding="utf-8")
+    (record,) = check_records(read_dataset(tmp_path, control_folder=tmp_path / "edges")).records
+    assert record.control == FilePicture(edges)
+    sam = tmp_path / "sam"
+    draw(sam / "images" / on_disk)
+    for place in ("captions", "partition"):
+        (sam / place).mkdir()
+    (sam / "captions" / in_table).with_suffix(".txt").write_text("b")
+    (sam / "partition" / "part0.txt").write_text(on_disk.removesuffix(".png"), encoding="utf-8")
+    (record,) = check_records(read_dataset(sam)).records
+    assert record.caption == "b"
+
+
+def test_links_that_lead_in_a_circle(tmp_path):
+    draw(tmp_path / "set" / "inner" / "a.png")
+    (tmp_path / "set" / "inner" / "back").symlink_to(tmp_path / "set", target_is_directory=True)
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "set", target_is_directory=True)
+    draw(tmp_path / "elsewhere" / "b.png", seed=1)
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert list(captions(read_dataset(tmp_path / "set"))) == ["inner/a.png", "linked/b.png"]
 
 
 def test_jsonl(tmp_path):

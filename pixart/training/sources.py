@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PureWindowsPath
 
 from .pictures import PICTURE_SUFFIXES, FilePicture, RowPicture
@@ -13,7 +15,7 @@ from .records import Record
 
 AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE = "auto", "folder", "csv", "jsonl", "pixart json", "sam", "datasets"
 KINDS = (AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE)
-_CAPTION_SUFFIXES = (".txt", ".caption")
+_CAPTION_SUFFIXES = (".txt", ".caption", ".TXT")
 # Column names in use, best first: MindOne's dir,text; Hugging Face's file_name,text; PixArt's path,prompt.
 PICTURE_COLUMNS = ("dir", "file_name", "path", "image", "file", "filename", "picture")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
@@ -71,7 +73,8 @@ def detect_kind(path: Path) -> str:
     if (path / "images").is_dir() and (path / "captions").is_dir():
         return SAM
     tables = _tables_in(path)
-    if any(path.glob("*.txt")):  # captions beside the pictures; a table among them is about something else
+    pictures = {entry.stem for entry in path.iterdir() if entry.suffix.lower() in PICTURE_SUFFIXES}
+    if any(text.stem in pictures for text in path.glob("*.txt")):  # then a table is about something else
         return FOLDER
     return (CSV if tables[0].suffix.lower() != ".jsonl" else JSONL) if len(tables) == 1 else FOLDER
 
@@ -95,7 +98,8 @@ class _Place:
         """(the file, None) or (None, what is wrong); bases are searched after the root."""
         if not name:
             return None, "the table names no picture"
-        spellings = dict.fromkeys((name, PureWindowsPath(name).as_posix()))
+        slashes = (name, PureWindowsPath(name).as_posix())
+        spellings = dict.fromkeys(spelling for each in slashes for spelling in (each, _composed(each), _apart(each)))
         paths = [Path(os.path.normpath(base / spelling)) for base in (self.root, *bases) for spelling in spellings]
         if self.confined:
             root = os.path.normpath(self.root)
@@ -120,22 +124,33 @@ class _Stems:
         self.paths = {_stem(path.relative_to(folder)): path for path in _walk_pictures(folder)}
 
     def find(self, name: Path) -> FilePicture | None:
-        path = self.paths.get(_stem(name)) or self.paths.get(name.stem)
+        path = self.paths.get(_stem(name)) or self.paths.get(_composed(name.stem))
         return None if path is None else FilePicture(path)
 
 
 def _stem(name: Path) -> str:
-    return name.with_suffix("").as_posix()
+    return _composed(name.with_suffix("").as_posix())
+
+
+# Unicode's two ways to write an accent: within its letter, and behind it as macOS does in names of files.
+_composed, _apart = (partial(unicodedata.normalize, form) for form in ("NFC", "NFD"))
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """The files below a folder in order, but for hidden ones; links are followed, to each folder once."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(root)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _walk_pictures(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (
-            Path(root, name)
-            for name in sorted(names)
-            if Path(name).suffix.lower() in PICTURE_SUFFIXES and not name.startswith(".")
-        )
+    return (path for path in walk_files(folder) if path.suffix.lower() in PICTURE_SUFFIXES)
 
 
 def read_text(path: Path) -> str:
@@ -163,9 +178,14 @@ def _read_folder(path: Path, place: _Place, columns: Columns, control: _Stems | 
 
 def _read_csv(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
     table = _only_table(path, (".csv", ".tsv"))
-    text = read_text(table)
+    text = read_text(table).replace("\r\n", "\n").replace("\r", "\n")
     separator = "\t" if table.suffix.lower() == ".tsv" else _separator(text)
-    rows = list(csv.DictReader(io.StringIO(text), delimiter=separator))
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        got = f"line {reader.line_num} that is no table's ({error})"
+        raise _wrong_table(table, got, "columns, and texts with separators in quotes") from error
     yield from _read_rows(rows, table, place, columns, control)
 
 
@@ -239,7 +259,7 @@ def _find_control(row, column, control: _Stems | None, name: str, place: _Place,
 
 
 def _column(wanted: str, usual: tuple[str, ...], found: list[str], what: str, table: Path) -> str | None:
-    name = wanted or next((name for name in usual if name in found), None)
+    name = wanted or next((name for known in usual for name in found if name.strip().lower() == known), None)
     if name in found or (name is None and what == "control") or not found:
         return name
     raise ValueError(
@@ -257,16 +277,17 @@ def _read_sam(path: Path, place: _Place, columns: Columns, control: _Stems | Non
             f"Choose the folder above them."
         )
     pictures = {_stem(picture.relative_to(images)): picture for picture in _walk_pictures(images)}
+    texts = {_stem(text.relative_to(captions)): text for text in walk_files(captions) if text.suffix == ".txt"}
     parts = sorted((path / "partition").glob("*.txt")) if (path / "partition").is_dir() else []
     lines = [line.strip() for part in parts for line in read_text(part).splitlines() if line.strip()]
-    listed = [_stem(Path(line)) if Path(line).suffix.lower() in PICTURE_SUFFIXES else line for line in lines]
+    is_file = [Path(line).suffix.lower() in PICTURE_SUFFIXES for line in lines]
+    listed = [_stem(Path(line)) if named else _composed(line) for line, named in zip(lines, is_file, strict=True)]
     for stem in listed or pictures:
-        picture, text = pictures.get(stem), Path(os.path.normpath(captions / f"{stem}.txt"))
-        has_text = text.is_relative_to(os.path.normpath(captions)) and text.is_file()
+        picture, text = pictures.get(stem), texts.get(stem)
         yield Record(
             stem,
             None if picture is None else FilePicture(picture),
-            read_text(text) if has_text else None,
+            None if text is None else read_text(text),
             control.find(Path(stem)) if control else None,
             problem=None if picture else f"no picture images/{stem}",
         )
