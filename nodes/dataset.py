@@ -78,7 +78,7 @@ class TrainingDataset(io.ComfyNode):
                     default=KINDS[0],
                     tooltip="auto tells it by what is there. folder: pictures with .txt of the same name. csv (also "
                     "dir,text), jsonl. pixart json: data_info.json. sam: images, captions, partition. datasets: "
-                    "what Hugging Face's save_to_disk wrote.",
+                    "what Hugging Face's save_to_disk wrote, or .parquet files.",
                 ),
                 _text_input("caption", "The caption of pictures that have none, such as: a photo of sks dog"),
                 _text_input("picture_column", "For tables; empty: by its usual names.", advanced=True),

@@ -164,16 +164,26 @@ def test_sam_layout(tmp_path):
     assert len(check_records(records)) == 2
 
 
-def test_hugging_face_dataset(tmp_path):
+def test_hugging_face_dataset(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     files = [draw(tmp_path / f"{number}.png", seed=number) for number in range(2)]
     columns = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files], "text": ["one", "two"]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(columns, features).save_to_disk(str(tmp_path / "set"))
-    records = read_dataset(tmp_path / "set")
-    assert captions(records) == {"row 1": "one", "row 2": "two"}
-    assert torch.equal(read_picture(records[1].picture), read_picture(FilePicture(files[1])))
-    with pytest.raises(ValueError, match="expected one that save_to_disk wrote"):
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for split, number in (("train", 2), ("test", 1)):
+        rows = datasets.Dataset.from_dict({name: cells[:number] for name, cells in columns.items()}, features)
+        rows.to_parquet(str(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet"))
+    (tmp_path / "hub" / "README.md").write_text("as downloaded from the hub")
+    for place in ("set", "hub", "hub/data/train-00000-of-00001.parquet"):
+        records = read_dataset(tmp_path / place)
+        assert captions(records) == {"row 1": "one", "row 2": "two"}
+        assert torch.equal(read_picture(records[1].picture), read_picture(FilePicture(files[1])))
+    (tmp_path / "hub" / "data" / "train-00000-of-00001.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="Dataset cannot be read: got another content"):
+        read_dataset(tmp_path / "hub")
+    with pytest.raises(ValueError, match="expected one that save_to_disk wrote, or .parquet files"):
         read_dataset(tmp_path, "datasets")
 
 

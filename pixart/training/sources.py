@@ -59,14 +59,15 @@ def read_dataset(
 def detect_kind(path: Path) -> str:
     """The kind of what lies at path: by the suffix of a file, by the names in a folder."""
     if path.is_file():
-        kinds = {".csv": CSV, ".tsv": CSV, ".jsonl": JSONL, ".json": PIXART}
+        kinds = {".csv": CSV, ".tsv": CSV, ".jsonl": JSONL, ".json": PIXART, ".parquet": HUGGING_FACE}
         if path.suffix.lower() not in kinds:
             raise ValueError(
-                f"Unknown dataset file: got '{path.name}', expected .csv, .tsv, .jsonl or .json. Choose such a file, "
-                f"or a folder of pictures."
+                f"Unknown dataset file: got '{path.name}', expected {', '.join(kinds)}. Choose such a file, or a "
+                f"folder of pictures."
             )
         return kinds[path.suffix.lower()]
-    if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+    saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
+    if saved or _parquet_files(path):
         return HUGGING_FACE
     if _find_json(path):
         return PIXART
@@ -294,19 +295,9 @@ def _read_sam(path: Path, place: _Place, columns: Columns, control: _Stems | Non
 
 
 def _read_hugging_face(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
-    try:
-        from datasets import DatasetDict, Image, concatenate_datasets, load_from_disk
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "Package missing: got no 'datasets', expected it for a Hugging Face dataset on disk. Install it with: "
-            "pip install datasets"
-        ) from error
-    try:
-        rows = load_from_disk(str(path))
-    except (FileNotFoundError, ValueError) as error:
-        raise _wrong_table(path, f"another folder ({error})", "one that save_to_disk wrote") from error
-    if isinstance(rows, DatasetDict):
-        rows = rows["train"] if "train" in rows else concatenate_datasets(list(rows.values()))
+    rows = _open_hugging_face(path)
+    from datasets import Image
+
     found = rows.column_names
     picture = _column(columns.picture, ("image", *PICTURE_COLUMNS), found, "picture", path)
     caption = _column(columns.caption, CAPTION_COLUMNS, found, "caption", path)
@@ -319,6 +310,37 @@ def _read_hugging_face(path: Path, place: _Place, columns: Columns, control: _St
         hint_picture = RowPicture(rows, index, hint, place.root, place.confined) if hint else None
         own = RowPicture(rows, index, picture, place.root, place.confined)
         yield Record(f"row {index + 1}", own, _caption_of(text), hint_picture)
+
+
+def _open_hugging_face(path: Path):
+    """The rows of what save_to_disk wrote or of .parquet files; those of the split train where there is one."""
+    try:
+        from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+        from datasets.exceptions import DatasetGenerationError
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "Package missing: got no 'datasets', expected it for a Hugging Face dataset on disk. Install it with: "
+            "pip install datasets"
+        ) from error
+    files = _parquet_files(path)
+    try:
+        if files:
+            return Dataset.from_parquet([str(file) for file in files])
+        rows = load_from_disk(str(path))
+    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
+        got = f"another content ({error.__cause__ or error})"
+        raise _wrong_table(path, got, "one that save_to_disk wrote, or .parquet files") from error
+    if isinstance(rows, DatasetDict):
+        rows = rows["train"] if "train" in rows else concatenate_datasets(list(rows.values()))
+    return rows
+
+
+def _parquet_files(path: Path) -> list[Path]:
+    """Those of a dataset in the form of the hub, in the folder or its folder data; of the split train if any is."""
+    if path.is_file():
+        return [path] if path.suffix.lower() == ".parquet" else []
+    files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    return [file for file in files if file.name.startswith("train")] or files
 
 
 def _only_table(path: Path, suffixes: tuple[str, ...]) -> Path:
