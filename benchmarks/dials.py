@@ -8,9 +8,8 @@ latents, and there is nothing to read back. Blocks that ran are counted too.
 import argparse
 import json
 import logging
-import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,10 @@ from ..demo.train import DENOISER_FILE, TEXT_FILE, VAE_FILE
 from .host import import_host
 from .peers import make_captions, make_config, make_weights
 from .report import RESULTS, markdown_table
-from .timing import CLOCKS, read_clock
+from .timing import CLOCKS, compare, read_clock
 
 SIDE_PX, LARGE_PX, STEPS, GUIDANCE = 128, 256, 20, 4.0
+EXACT = "exact"
 CACHES = ((0.15, 3), (0.3, 3), (0.5, 2), (0.5, 3), (0.8, 4))  # threshold, most reuses
 INTERVALS = ((0.0, 0.5), (0.0, 0.7), (0.2, 1.0), (0.3, 1.0), (0.4, 1.0), (0.3, 0.7))
 COMPRESSIONS = (
@@ -127,34 +127,35 @@ def large_settings(model):
 
 
 def measure(studio, settings, rounds, clock):
-    """A row of figures for every setting, each drawn in turns with the exact loop, which is the first row."""
+    """A row of figures for every setting. In each round all take turns with the exact loop, which is the first row."""
     ran = []
     for block in studio.model.model.diffusion_model.blocks:
         block.register_forward_hook(lambda _, given, __: ran.append(given[0].shape[0]))
-    studio.draw(studio.model, clock)
-    whole = sum(ran)
-    _, exact = studio.draw(studio.model, clock)
-    rows = [{"setting": "exact", "time": 1.0, "blocks": 1.0, "psnr_db": None, "accuracy": studio.accuracy(exact)}]
-    for label, model in settings:
-        ratios = []
-        for _ in range(rounds):
-            plain, _ = studio.draw(studio.model, clock)
+    rivals = {EXACT: studio.model, **dict(settings)}
+    replace(studio, steps=2).draw(studio.model, clock)  # warms up
+    seconds, pictures, blocks = {name: [] for name in rivals}, {}, {}
+    for _ in range(rounds):
+        for name, model in rivals.items():
             ran.clear()
-            seconds, found = studio.draw(model, clock)
-            ratios.append(seconds / plain)
-        psnr = compare_pictures(found, exact)
+            taken_s, pictures[name] = studio.draw(model, clock)
+            seconds[name].append(taken_s)
+            blocks[name] = sum(ran)
+            logger.info("%s: %.1f s", name, taken_s)
+    exact = pictures.pop(EXACT)
+    rows = [{"setting": EXACT, "time": 1.0, "blocks": 1.0, "psnr_db": None, "accuracy": studio.accuracy(exact)}]
+    for name, found in pictures.items():
+        psnr, times = compare_pictures(found, exact), compare(seconds, name, EXACT)
         rows.append(
             {
-                "setting": label,
-                "time": statistics.median(ratios),
-                "time_range": [min(ratios), max(ratios)],
-                "blocks": sum(ran) / whole,
+                "setting": name,
+                "time": times["ratio"],
+                "time_range": [times["least"], times["greatest"]],
+                "blocks": blocks[name] / blocks[EXACT],
                 "psnr_db": psnr.median().item(),
                 "psnr_low_db": psnr.quantile(0.1).item(),
                 "accuracy": studio.accuracy(found),
             }
         )
-        logger.info("%s", rows[-1])
     return rows
 
 
