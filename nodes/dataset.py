@@ -3,8 +3,8 @@
 from comfy_api.latest import io, ui
 
 from ..pixart.training.records import POLICIES
-from ..pixart.training.sources import KINDS, Columns
-from .host.dataset import dataset_of_images, fingerprint_paths, load_dataset
+from ..pixart.training.sources import AUTO, KINDS, Columns
+from .host.dataset import dataset_of_images, fingerprint_dataset, load_dataset
 from .host.schema import choice_input, node_input, schema
 from .host.text import show_text
 from .host.types import REPORT_TIP, DatasetType
@@ -98,8 +98,12 @@ class TrainingDataset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, path="", control_folder="", **_):
-        return fingerprint_paths(path, control_folder)
+    def fingerprint_inputs(
+        cls, path="", kind=AUTO, picture_column="", caption_column="", control_column="", control_folder="", **_
+    ):
+        # What is connected comes as None: then the node before this one tells of changes.
+        columns = Columns(*((name or "").strip() for name in (picture_column, caption_column, control_column)))
+        return fingerprint_dataset(path or "", kind or AUTO, columns, control_folder or "")
 
     @classmethod
     def execute(

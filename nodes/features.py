@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..pixart.training.cache import DTYPES, SIZE_CONDITIONS
-from .host.dataset import describe_features, features_of_latents, load_features
+from .host.dataset import describe_features, features_of_latents, fingerprint_features, load_features
 from .host.edges import AUTO, list_hed_models
 from .host.encoding import CACHE_FOLDER, CONTROL_FILES, CONTROL_METHODS, encode_dataset, settings_for
 from .host.schema import choice_input, node_input, schema
@@ -252,6 +252,10 @@ class LoadFeatures(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, path):
+        return fingerprint_features(path or "")
 
     @classmethod
     def execute(cls, path):

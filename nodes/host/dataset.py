@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import folder_paths
@@ -12,9 +12,9 @@ from ...pixart.config import LATENT_DOWNSCALE
 from ...pixart.resolution import nearest_ratio
 from ...pixart.training.examples import Example, FeatureSet, ListFeatures
 from ...pixart.training.features import open_features
-from ...pixart.training.pictures import TensorPicture
+from ...pixart.training.pictures import FilePicture, RowPicture, TensorPicture
 from ...pixart.training.records import Dataset, Record, check_records
-from ...pixart.training.sources import Columns, read_dataset
+from ...pixart.training.sources import Columns, read_dataset, walk_files
 from .latent import CHANNELS
 from .progress import show_progress
 
@@ -45,31 +45,52 @@ def find_below(path: str, root: str, what: str) -> tuple[Path, bool]:
 
 def load_dataset(path: str, kind: str, columns: Columns, control_folder: str = "", **checks) -> Dataset:
     """Read and check the dataset at a typed path. checks: options of records.check_records."""
-    root = folder_paths.get_input_directory()
-    found, is_relative = find_below(path, root, "Dataset")
-    control = find_below(control_folder, root, "Control folder")[0] if control_folder.strip() else None
-    records = read_dataset(found, kind, columns, control_folder=control, confined=is_relative)
+    records = _read(path, kind, columns, control_folder)
     return check_records(records, progress=show_progress(len(records)), **checks)
 
 
-def fingerprint_paths(*paths: str) -> str:
-    """A hash of the names, sizes and times of all files at typed paths; what is not there counts for nothing."""
-    state = hashlib.blake2b(digest_size=16)
-    for path in filter(None, paths):
+def _read(path: str, kind: str, columns: Columns, control_folder: str) -> list[Record]:
+    root = folder_paths.get_input_directory()
+    found, is_relative = find_below(path, root, "Dataset")
+    control = find_below(control_folder, root, "Control folder")[0] if control_folder.strip() else None
+    return read_dataset(found, kind, columns, control_folder=control, confined=is_relative)
+
+
+def fingerprint_dataset(path: str, kind: str, columns: Columns, control_folder: str = "") -> str:
+    """A hash of what load_dataset would read: captions, and the names, sizes and times of files.
+
+    A dataset that is not there or cannot be read counts for nothing.
+    """
+    try:
+        records = _read(path, kind, columns, control_folder)
+    except (OSError, ValueError, ImportError):
+        return ""
+    pictures = [picture for record in records for picture in (record.picture, record.control)]
+    files = [picture.path for picture in pictures if isinstance(picture, FilePicture)]
+    if any(isinstance(picture, RowPicture) for picture in pictures):
+        found = find_below(path, folder_paths.get_input_directory(), "Dataset")[0]
+        files += walk_files(found) if found.is_dir() else [found]
+    return _hash_files(files, repr([(record.name, record.caption, record.problem) for record in records]))
+
+
+def fingerprint_features(path: str) -> str:
+    """A hash of the names, sizes and times of all files of the encoded dataset at a typed path."""
+    try:
+        found = find_below(path, folder_paths.get_output_directory(), "Encoded dataset")[0]
+    except (OSError, ValueError):
+        return ""
+    return _hash_files(walk_files(found if found.is_dir() else found.parent))
+
+
+def _hash_files(files: Iterable[Path], text: str = "") -> str:
+    state = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16)
+    for file in files:
         try:
-            found = find_below(path, folder_paths.get_input_directory(), "Dataset")[0]
-        except (OSError, ValueError):
-            continue
-        for file in _files(found if found.is_dir() else found.parent):
             stat = file.stat()
-            state.update(f"{file}|{stat.st_size}|{stat.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
+        except OSError:  # gone meanwhile
+            continue
+        state.update(f"{file}|{stat.st_size}|{stat.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
     return state.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        yield from (file for name in sorted(names) if (file := Path(root, name)).is_file())
 
 
 def dataset_of_images(images: Sequence, captions: Sequence[str], controls: Sequence = (), **checks) -> Dataset:

@@ -194,6 +194,29 @@ def test_a_changed_file_changes_the_nodes_fingerprint(pack, folder):
     (folder / "0.txt").write_text("another caption")
     assert node.fingerprint_inputs(path="set", kind="auto") != before
     assert node.fingerprint_inputs(path="nowhere") == node.fingerprint_inputs(path="../..")
+    assert node.fingerprint_inputs(path=None, kind=None, caption=None) == node.fingerprint_inputs()  # all connected
+
+
+def test_a_changed_picture_elsewhere_changes_the_nodes_fingerprint(pack, folder, tmp_path):
+    node = next(each for each in pack if each.GET_SCHEMA().node_id == "PixArtDataset")
+    (tmp_path / "t.csv").write_text(f"bild,text\n{folder / '1.png'},a\n", encoding="utf-8")
+    inputs = {"path": str(tmp_path / "t.csv"), "kind": "csv", "picture_column": "bild"}
+    before = node.fingerprint_inputs(**inputs)
+    (tmp_path / "other.txt").write_text("no part of the table")
+    assert node.fingerprint_inputs(**inputs) == before
+    shutil.copy(folder / "0.png", folder / "1.png")
+    assert node.fingerprint_inputs(**inputs) != before
+
+
+def test_features_are_opened_again_when_they_were_encoded_again(run_node, pack, encoders, folder):
+    node = next(each for each in pack if each.GET_SCHEMA().node_id == "PixArtLoadFeatures")
+    encode(run_node, encoders)
+    before = node.fingerprint_inputs(path="pixart_cache/dataset")
+    assert before == node.fingerprint_inputs(path="pixart_cache/dataset") != node.fingerprint_inputs(path="nowhere")
+    (folder / "0.txt").write_text("another caption")
+    encode(run_node, encoders)
+    after = node.fingerprint_inputs(path="pixart_cache/dataset/features.json")
+    assert after == node.fingerprint_inputs(path="pixart_cache/dataset") != before
 
 
 def test_wrong_encoders_end_before_anything_is_encoded(run_node, encoders, folder):
