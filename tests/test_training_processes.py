@@ -2,15 +2,18 @@
 
 import signal
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from pixart_pack.pixart.lora import read_lora
 from pixart_pack.pixart.saving import save_checkpoint
 from pixart_pack.pixart.training.cache import DatasetEncoder, EncodeSettings
+from pixart_pack.pixart.training.processes import _check_sharded
 from pixart_pack.pixart.training.report import read_log
 from pixart_pack.pixart.training.settings import RunConfig, write_config
 from pixart_pack.pixart.training.sources import read_dataset
@@ -24,6 +27,7 @@ pytest.importorskip("accelerate")
 STEPS = 4
 VAE = processes.ROOT / "demo" / "models" / "vae" / "pixart_demo_vae.safetensors"
 FSDP = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"  # as the README has it
+SHARDED = "the weights are shared out (FSDP)"
 LAUNCHERS = {
     "one": processes.ALONE,
     "ddp": processes.accelerate(),
@@ -55,13 +59,20 @@ def place(tmp_path_factory):
         noise = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(noise).save(pictures / f"{number}.png")
         (pictures / f"{number}.txt").write_text("a word " * (number % 4 + 1))
-    records = [replace(each, is_prior=number % 4 == 1) for number, each in enumerate(read_dataset(pictures))]
+    records = [
+        replace(each, is_prior=number % 4 == 1, control=each.picture)
+        for number, each in enumerate(read_dataset(pictures))
+    ]
     encoder = DatasetEncoder(records, folder / "features", EncodeSettings(base_px=64), "text", "image")
     encoder.encode_captions(encode_text)
     encoder.encode_pictures(encode_image)
     encoder.features()
     generator = torch.Generator().manual_seed(0)
-    prompts = [ValidationPrompt(torch.randn(3, WIDTH, generator=generator), (8, width)) for width in (8, 10)]
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    prompts = [ValidationPrompt(random(3, WIDTH), (8, width), random(4, 8, width)) for width in (8, 10)]
     write_prompts(folder / "prompts.safetensors", prompts)
     return folder
 
@@ -95,15 +106,24 @@ def assert_like_one(folder, alone):
     # float32: the mean over four pictures, or of two means over two
     assert losses(folder) == pytest.approx(losses(alone), rel=1e-5)
     given, expected = (Checkpoints(each / "checkpoints", 1).load() for each in (folder, alone))
-    for part in ("parameters", "average"):
+    for part in ("parameters", "average", "extra"):
         ours, theirs = (each[part]["shadow"] if part == "average" else each[part] for each in (given, expected))
         for key in ours:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-5)  # Adam divides by small numbers
+    for path in sorted((alone / "samples").iterdir()):
+        one, other = (np.asarray(Image.open(each / "samples" / path.name), np.int16) for each in (folder, alone))
+        assert np.abs(one - other).max() <= 1 and one.std() > 1
 
 
 @pytest.fixture(scope="module")
 def alone(place):
-    return {kind: launch(place, f"alone_{kind}", "one", kind=kind)[0] for kind in ("lora", "full")}
+    """A function: kind -> the folder of that training in one process, each made once."""
+
+    @cache
+    def folder(kind):
+        return launch(place, f"alone_{kind}", "one", kind=kind)[0]
+
+    return folder
 
 
 @pytest.mark.slow
@@ -111,13 +131,36 @@ def alone(place):
 def test_two_processes_train_as_one_does(place, alone, launcher, kind):
     folder, text = launch(place, f"{launcher}_{kind}", launcher, kind=kind, batch_size=2)
     assert len(losses(folder)) == STEPS and len(list((folder / "samples").iterdir())) == 3
-    assert_like_one(folder, alone[kind])
-    for path in sorted((alone[kind] / "samples").iterdir()):
-        one, other = (np.asarray(Image.open(each / "samples" / path.name), np.int16) for each in (folder, alone[kind]))
-        assert np.abs(one - other).max() <= 1 and one.std() > 1
-    assert text.count("steps are done") == 1
+    assert_like_one(folder, alone(kind))
+    assert text.count("steps are done") == 1 and text.count(SHARDED) == (launcher == "fsdp")
     if kind == "lora":
         assert not read_lora(folder / f"{folder.name}.safetensors").unmatched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lcm", "lcm_lora", "controlnet"])
+def test_sharded_teachers_averages_and_copied_blocks_train_and_go_on_as_one_process_does(place, alone, kind):
+    fields = {"kind": kind, "batch_size": 2}
+    launch(place, f"shared_{kind}", "fsdp", **fields, steps=2)
+    folder, text = launch(place, f"shared_{kind}", "fsdp", **fields)
+    assert SHARDED in text and "goes on after step 2" in text
+    assert_like_one(folder, alone(kind))
+    results = [load_file(each / f"{each.name}.safetensors") for each in (folder, alone(kind))]
+    for name, expected in results[1].items():
+        torch.testing.assert_close(results[0][name], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, is_second, match",
+    [
+        ({}, False, "FSDP of the first version: got fsdp_version 1, expected 2. Launch with --fsdp_version 2"),
+        ({"optimizer": "came"}, True, "Optimiser cannot be sharded: got 'came', expected adamw or lion"),
+        ({"dtype": "fp16"}, True, "fp16 cannot be sharded: got dtype fp16 .* Set dtype to bf16"),
+    ],
+)
+def test_what_cannot_be_sharded_is_told_before_any_work(fields, is_second, match):
+    with pytest.raises(ValueError, match=match):
+        _check_sharded(tiny_settings(**fields), is_second)
 
 
 @pytest.mark.slow
@@ -152,5 +195,6 @@ def test_sharded_weights_of_several_precisions(place):
     """A base in bf16 and 8 bits under adapters in fp32, as a large model is trained."""
     fields = {"kind": "lora", "dtype": "bf16", "base_dtype": "fp8", "targets": "all-linear", "checkpointing": True}
     alone, _ = launch(place, "narrow_alone", "one", **fields)
-    folder, _ = launch(place, "narrow_fsdp", "fsdp", **fields, batch_size=2)
+    folder, text = launch(place, "narrow_fsdp", "fsdp", **fields, batch_size=2)
+    assert SHARDED in text
     assert losses(folder) == pytest.approx(losses(alone), rel=1e-2)  # bfloat16 has 8 bits

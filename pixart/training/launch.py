@@ -58,6 +58,9 @@ def run_config(config: RunConfig, device: str | None = None):
     model = load_model(config.model)
     features = open_features(config.features)
     prompts = read_prompts(Path(config.validation)) if config.validation else ()
+    if processes.world_size > 1 and processes.rank == 0:
+        kind = "the weights are shared out (FSDP)" if processes.is_sharded else "each has all weights (DDP)"
+        logger.info("%d processes: %s", processes.world_size, kind)
     with tqdm(total=config.settings.steps, unit="step", disable=processes.rank > 0 or None) as bar:
         result = train(
             model,

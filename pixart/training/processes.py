@@ -52,11 +52,14 @@ class AcceleratedProcesses(SingleProcess):
         # Buffers never change, and gradients need no second copy.
         options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[options])
+        _shard_on_cpu(self.accelerator.state)
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self.is_sharded:
             _check_sharded(settings, self.accelerator.is_fsdp2)
+            # Accelerate's loading in one process knows no buffers; here every process has loaded the weights.
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
 
     def prepare(self, objective, make):
         prepared, optimizer = self.accelerator.prepare(objective, make())
@@ -64,6 +67,8 @@ class AcceleratedProcesses(SingleProcess):
             from torch.distributed.fsdp import register_fsdp_forward_method
 
             register_fsdp_forward_method(prepared, "within")
+            # What is in no block would stay whole after a validation, and the next step compute with its averages.
+            prepared.set_reshard_after_forward(True, recurse=False)
         return prepared, optimizer.optimizer
 
     def accumulating(self, prepared, is_last):
@@ -74,6 +79,14 @@ class AcceleratedProcesses(SingleProcess):
 
     def wait(self):
         self.accelerator.wait_for_everyone()
+
+
+def _shard_on_cpu(state) -> None:
+    """Let an AcceleratorState shard on the CPU as on GPUs, where Accelerate would give each process a copy unasked."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+
+    if state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        state.fsdp_plugin, state.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
 
 
 def _check_sharded(settings: TrainingSettings, is_second: bool) -> None:
