@@ -11,24 +11,29 @@ from pixart_pack.samplers import contract
 ROOT = Path(__file__).resolve().parent.parent
 # Their results have a size or a value that Python asks for; `lift_fresh` brings numbers of Python's to a tensor.
 WAITING = frozenset(
-    {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "lift_fresh"}
+    ["item", "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim"]
+    + ["unique_consecutive", "lift_fresh"]
 )
 
 
 class Watch(TorchDispatchMode):
-    """Notes in `found` each operation of the pack's own code that has the device waited for: (name, file:line)."""
+    """Notes each operation that has the device waited for: the pack's own in `found`, and others' in `others`.
+
+    As (name, file:line). Operations of PyTorch's own code count as those of its caller.
+    """
 
     def __init__(self):
         super().__init__()
         self.found: list[tuple[str, str]] = []
+        self.others: list[tuple[str, str]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
         if name in WAITING or _reads_mask(name, args) or _crosses(name, args, kwargs):
-            place = _place()
-            if place is not None:
-                self.found.append((name, place))
+            path, line = _caller()
+            is_ours = path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests")
+            (self.found if is_ours else self.others).append((name, f"{path.relative_to(ROOT) if is_ours else path}:{line}"))
         return function(*args, **kwargs)
 
 
@@ -46,16 +51,12 @@ def _crosses(name, args, kwargs) -> bool:
     return name == "copy_" and args[0].device.type != args[1].device.type and not (args[2:] or [False])[0]
 
 
-def _place() -> str | None:
-    """Where the pack called this operation; None when another program did."""
+def _caller() -> tuple[Path, int]:
+    """The file and line that asked PyTorch for this operation."""
     frame = sys._getframe(1)
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if "torch" not in path.parts and path != Path(__file__):
-            inside = path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests")
-            return f"{path.relative_to(ROOT)}:{frame.f_lineno}" if inside else None
+    while "torch" in Path(frame.f_code.co_filename).parts or frame.f_code.co_filename == __file__:
         frame = frame.f_back
-    return None
+    return Path(frame.f_code.co_filename), frame.f_lineno
 
 
 def watch_steps(monkeypatch, *modes) -> Watch:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import comfy.model_patcher
 import comfy.patcher_extension
+import comfy.samplers
 
 from .block_cache import BLOCK_CACHE, BlockCache
 from .kv_compression import KV_COMPRESSION, KVCompression
@@ -96,16 +97,15 @@ def limit_guidance(model, start_percent, end_percent):
     patched = model.clone()
     active = _between(patched.get_model_object("model_sampling"), start_percent, end_percent)
 
-    def predict(executor, x, timestep, *args, **kwargs):
+    def predict(executor, x, timestep, model_options, seed=None):
         guider = executor.class_obj
-        scale = getattr(guider, "cfg", None)
-        if scale is None or active(timestep):
-            return executor(x, timestep, *args, **kwargs)
-        guider.cfg = 1.0  # at which the host leaves the negative prompt out
-        try:
-            return executor(x, timestep, *args, **kwargs)
-        finally:
-            guider.cfg = scale
+        positive, negative = guider.conds.get("positive"), guider.conds.get("negative")
+        if positive is None or active(timestep):
+            return executor(x, timestep, model_options, seed)
+        # At a scale of 1 the host leaves the negative prompt out. Guiders of three prompts would not.
+        return comfy.samplers.sampling_function(
+            guider.inner_model, x, timestep, negative, positive, 1.0, model_options, seed
+        )
 
     patched.remove_wrappers_with_key(WRAPPERS.PREDICT_NOISE, INTERVAL)
     patched.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, INTERVAL, predict)

@@ -64,8 +64,9 @@ class BlockCache:
     """The state of one sampling run.
 
     threshold: largest relative change of what the first blocks add at which the rest is reused.
-    first_block, last_block: the blocks that may be skipped, [first, last). active: whether the sigma (a float tensor)
-    is one to skip at. most_reuses: how often in a row.
+    first_block, last_block: the blocks that may be skipped, [first, last), and with a ControlNet those up to its last
+    copy, since each reads the one before. active: whether the sigma (a float tensor) is one to skip at. most_reuses:
+    how often in a row.
     """
 
     threshold: float
@@ -80,7 +81,7 @@ class BlockCache:
     def begin(self, options: dict, residuals, tokens, depth: int) -> "Evaluation | None":
         """One forward pass; None when it is not to be touched. tokens: (B, N, D) before the first block."""
         prompts = options.get("uuids")
-        first, last = self.first_block, min(self.last_block, depth)
+        first, last = self.first_block, min(max(self.last_block, 1 + len(_controlled(residuals))), depth)
         if not prompts or first >= last or tokens.shape[0] % len(prompts):
             return None
         self.evaluations += 1
@@ -91,16 +92,19 @@ class BlockCache:
             tokens.shape[0] // len(prompts),
         )
         keys = [(prompt, *situation) for prompt in prompts]
-        return Evaluation(self, keys, tokens, first, last, self.active(options.get("sigmas")))
+        return Evaluation(self, keys, tokens, first, last, options.get("sigmas"))
 
     def clear(self) -> None:
         """Let go of all tensors."""
         self.memories.clear()
 
-    def recall(self, keys: list[tuple], probe) -> torch.Tensor | None:
-        """What the cached blocks would add now, (B, N, D); None where too much has changed for one of the prompts."""
+    def recall(self, keys: list[tuple], probe, sigma) -> torch.Tensor | None:
+        """What the cached blocks would add now, (B, N, D); None where too much has changed for one of the prompts.
+
+        What waits for the device comes last: the sigma's number, then the change.
+        """
         known = [self.memories.get(key) for key in keys]
-        if any(memory is None or memory.reused >= self.most_reuses for memory in known):
+        if any(memory is None or memory.reused >= self.most_reuses for memory in known) or not self.active(sigma):
             return None
         pairs = list(zip(known, probe.chunk(len(keys)), strict=True))
         if not torch.stack([memory.change(now) for memory, now in pairs]).max() < self.threshold:
@@ -121,8 +125,8 @@ class BlockCache:
 class Evaluation:
     """One forward pass through the blocks: tells which to skip, and remembers what those that ran added."""
 
-    def __init__(self, cache: BlockCache, keys: list[tuple], tokens, first: int, last: int, may_skip: bool):
-        self.cache, self.keys, self.first, self.last, self.may_skip = cache, keys, first, last, may_skip
+    def __init__(self, cache: BlockCache, keys: list[tuple], tokens, first: int, last: int, sigma):
+        self.cache, self.keys, self.first, self.last, self.sigma = cache, keys, first, last, sigma
         self.start, self.probe, self.entered, self.settled = tokens, None, None, False
 
     def before(self, index: int, tokens) -> tuple[int, Any]:
@@ -133,7 +137,7 @@ class Evaluation:
             return index, tokens
         self.probe, self.entered = tokens - self.start, tokens
         self.start = None
-        recalled = self.cache.recall(self.keys, self.probe) if self.may_skip else None
+        recalled = self.cache.recall(self.keys, self.probe, self.sigma)
         if recalled is None:
             return index, tokens
         self.settled = True
@@ -156,5 +160,9 @@ def _patched(options: dict) -> tuple:
 
 
 def _controlled(residuals) -> tuple:
-    """Which blocks a ControlNet steers: when one begins or ends, nothing from before is reused."""
-    return tuple(residual is not None for residual in residuals or ())
+    """Whether a ControlNet steers each block after the first, up to the last that it does.
+
+    When one begins or ends, nothing from before is reused.
+    """
+    steered = [index for index, residual in enumerate(residuals or ()) if residual is not None]
+    return tuple(index in steered for index in range(max(steered, default=-1) + 1))

@@ -110,6 +110,8 @@ class PixArtControl(comfy.controlnet.ControlNet):
                 "PixArt ControlNet Apply, or to the vae input of Apply ControlNet."
             )
         super().pre_run(model, percent_to_timestep_function)
+        if tuple(self.timestep_percent_range) == (0.0, 1.0):
+            self.timestep_range = None  # or the host would wait for the device at each step, to look at the time
         self.latent_format = model.latent_format
         self.set_extra_arg("base_model", model.diffusion_model)
 

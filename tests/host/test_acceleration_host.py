@@ -6,6 +6,8 @@ import importlib
 import pytest
 import torch
 
+from pixart_pack.demo.train import VAE_FILE
+from pixart_pack.tests.host.test_controlnet_host import control_weights
 from pixart_pack.tests.host.test_model import CONFIG, caption, count_forwards, sample
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 
@@ -270,6 +272,31 @@ def test_a_control_that_ends_is_not_reused(patcher, acceleration):
     assert (cache.evaluations, cache.skipped) == (4, 2)
 
 
+@pytest.mark.parametrize(("first", "last"), [(1, 2), (2, 3), (1, 3), (1, 4), (3, 5), (4, 6), (1, 0)])
+def test_cache_beside_a_control(comfy, pack, acceleration, host_model, first, last):
+    """A control reads its copies one after another: none is left out that a later one needs."""
+    config, copies = tiny_config(depth=6), 3
+    checkpoint = importlib.import_module("pixart_pack.pixart.control_storage").ControlNetCheckpoint
+    controls, loading = (importlib.import_module(f"pixart_pack.nodes.host.{name}") for name in ("controlnet", "loading"))
+    control = controls.make_control(
+        checkpoint("edges", control_weights(config, copies=copies), config, copies, None, None), torch.float32
+    )
+    model = host_model.make_patcher(make_weights(config), config, dtype=torch.float32)
+    ran = []
+    for index, block in enumerate(model.model.diffusion_model.blocks):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    hint, vae = torch.rand(1, 72, 104, 3).round(), loading.read_vae(VAE_FILE)
+    positive, negative = controls.apply_control(
+        [PROMPTS["positive"]], [PROMPTS["negative"]], control, hint, vae, 1.0, 0.0, 1.0
+    )
+    exact = sample(comfy, model, positive[0], negative[0], steps=2)
+    ran.clear()
+    found = sample(comfy, cached(acceleration, model, 1e9, first_block=first, last_block=last), positive[0], negative[0])
+    behind = max(last, copies + 1) if last else 6
+    assert ran == [*range(6), *range(first), *range(behind, 6)]
+    assert found.isfinite().all() and not torch.equal(found, exact)
+
+
 def test_wrong_blocks_are_refused(patcher, acceleration):
     with pytest.raises(ValueError, match=r"Wrong blocks: got 2 to 9, expected 1 <= first_block < last_block <= 3"):
         cached(acceleration, patcher, first_block=2, last_block=9)
@@ -286,6 +313,45 @@ def test_guidance_in_an_interval(comfy, patcher, acceleration):
     assert torch.equal(sample(comfy, everywhere, **PROMPTS), sample(comfy, patcher, **PROMPTS))
     with pytest.raises(ValueError, match="Empty interval"):
         acceleration.limit_guidance(patcher, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["CFGGuider", "PerpNegGuider", "DualCFGGuider", "BasicGuider"])
+def test_interval_under_every_guider(comfy, core_nodes, patcher, acceleration, kind):
+    """Outside of it the positive prompt alone is computed, however many others the guider has."""
+    samplers, positive = importlib.import_module("comfy.samplers"), [PROMPTS["positive"]]
+    others = {
+        "CFGGuider": ([PROMPTS["negative"]], 4.5),
+        "PerpNegGuider": ([PROMPTS["negative"]], [caption(1, 7)], 4.5, 1.0),
+        "DualCFGGuider": ([caption(6, 8)], [PROMPTS["negative"]], 4.5, 3.0, "regular"),
+        "BasicGuider": (),
+    }
+
+    def run(model, *conds, kind=kind):
+        model, seen = count_forwards(model)
+        guider = core_nodes[kind].execute(model, *conds)[0]
+        noise = torch.randn(2, 4, 9, 13, generator=torch.Generator().manual_seed(5))
+        sampler, sigmas = samplers.sampler_object("euler"), acceleration_sigmas(patcher)
+        with torch.inference_mode():
+            latent = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=5)
+        return latent, [shape[0] for shape, _ in seen]
+
+    def acceleration_sigmas(model):
+        return samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+
+    exact, rows = run(patcher, positive, *others[kind])
+    everywhere, _ = run(acceleration.limit_guidance(patcher, 0.0, 1.0), positive, *others[kind])
+    assert torch.equal(everywhere, exact)
+    _, found = run(acceleration.limit_guidance(patcher, 0.0, 0.5), positive, *others[kind])
+    assert found == [*rows[:2], 2, 2]
+    unguided, _ = run(acceleration.limit_guidance(patcher, 0.999, 1.0), positive, *others[kind])
+    assert torch.equal(unguided, run(patcher, positive, kind="BasicGuider")[0])
+
+
+def test_interval_under_samplers_that_read_the_negative(comfy, patcher, acceleration):
+    """They ask for it where guidance is off, too."""
+    model, seen = count_forwards(acceleration.limit_guidance(patcher, 0.0, 0.5))
+    found = sample(comfy, model, **PROMPTS, steps=4, sampler_name="euler_cfg_pp", cfg=1.5)
+    assert [shape[0] for shape, _ in seen] == [2] * 4 and found.isfinite().all()
 
 
 @pytest.fixture(scope="module")
