@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 PAD_ID = 0
 EOS_ID = 1
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json")  # the first that is there counts
 
 _FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
@@ -178,19 +179,25 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     Raises FileNotFoundError when the folder has neither.
     """
-    folder = Path(folder)
-    if (folder / "spiece.model").is_file():
+    file = tokenizer_file(folder)
+    if file.name == "spiece.model":
         import sentencepiece
 
-        return sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
-    if (folder / "tokenizer.json").is_file():
-        from transformers import T5TokenizerFast
+        return sentencepiece.SentencePieceProcessor(model_file=str(file))
+    from transformers import T5TokenizerFast
 
-        return T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    raise FileNotFoundError(
-        f"No T5 tokenizer: got the folder {folder}, expected spiece.model or tokenizer.json in it. "
-        f"Choose the built-in tokenizer, or download the model's tokenizer folder."
-    )
+    return T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+
+
+def tokenizer_file(folder: str | Path) -> Path:
+    """The file that load_tokenizer reads in a folder. Raises FileNotFoundError when there is none."""
+    files = [Path(folder, name) for name in TOKENIZER_FILES if Path(folder, name).is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"No T5 tokenizer: got the folder {folder}, expected {' or '.join(TOKENIZER_FILES)} in it. "
+            f"Choose the built-in tokenizer, or download the model's tokenizer folder."
+        )
+    return files[0]
 
 
 def _encode(text: str, tokenizer: Any) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from .folder import TEXT_ENCODER_STEMS, find_weights
 from .storage import read_tensors
 from .t5 import detect_t5_config, encoder_weights
-from .text import load_tokenizer, tokenize
+from .text import TOKENIZER_FILES, load_tokenizer, tokenize
 
 
 class TextEncoder:
@@ -57,7 +57,7 @@ def load_text_encoder(
         network = T5EncoderModel(config)
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
     network.load_state_dict({name: tensor.to(device, dtype) for name, tensor in weights.items()}, assign=True)
-    return TextEncoder(network.eval().requires_grad_(False), load_tokenizer(tokenizer or _find_tokenizer(path)))
+    return TextEncoder(network.eval().requires_grad_(False), load_tokenizer(tokenizer or find_tokenizer(path)))
 
 
 def _names(sizes: dict) -> set[str]:
@@ -67,16 +67,19 @@ def _names(sizes: dict) -> set[str]:
         return set(T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")).state_dict())
 
 
-def _find_tokenizer(path: Path) -> Path:
-    """Beside the weights, in the pipeline's tokenizer folder, or in the ComfyUI of the environment."""
+def find_tokenizer(path: Path) -> Path:
+    """The folder of a text encoder's tokenizer: beside it, in its pipeline, or in the ComfyUI of the environment.
+
+    Raises FileNotFoundError when there is none.
+    """
     folder = path if path.is_dir() else path.parent
     places = [folder, folder.parent / "tokenizer"]
     if os.environ.get("COMFYUI_PATH"):
         places.append(Path(os.environ["COMFYUI_PATH"], "comfy", "text_encoders", "t5_tokenizer"))
     for place in places:
-        if any((place / name).is_file() for name in ("spiece.model", "tokenizer.json")):
+        if any((place / name).is_file() for name in TOKENIZER_FILES):
             return place
     raise FileNotFoundError(
-        f"No T5 tokenizer: got none beside '{path.name}', expected spiece.model or tokenizer.json. Name its folder "
+        f"No T5 tokenizer: got none beside '{path.name}', expected {' or '.join(TOKENIZER_FILES)}. Name its folder "
         f"with --tokenizer, or set COMFYUI_PATH to a ComfyUI, which holds one."
     )

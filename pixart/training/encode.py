@@ -14,7 +14,8 @@ from ..edges import canny_edges, soft_edges
 from ..folder import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS, find_weights
 from ..hed import detect_edges, make_hed
 from ..storage import read_tensors
-from ..text_encoder import load_text_encoder
+from ..text import tokenizer_file
+from ..text_encoder import find_tokenizer, load_text_encoder
 from . import cache, records, sources
 from .identity import digest, fingerprint
 from .original_features import write_original_features
@@ -98,7 +99,7 @@ def main(options: argparse.Namespace) -> None:
         dataset.records,
         options.output,
         settings,
-        text_identity=digest(_identify(options.text_encoder, TEXT_ENCODER_STEMS), options.dtype),
+        text_identity=_identify_text_encoder(options),
         image_identity=digest(_identify(options.vae, TRANSFORMER_STEMS), options.vae_dtype),
         hint_identity=hint_identity,
         rank=rank,
@@ -162,6 +163,13 @@ def _finish(encoder, options: argparse.Namespace, settings: cache.EncodeSettings
         write_original_features(
             features, options.original_layout, settings.base_px, settings.square, settings.caption_length
         )
+
+
+def _identify_text_encoder(options: argparse.Namespace) -> str:
+    """By its weights, their precision and the tokenizer. Raises FileNotFoundError."""
+    weights = _identify(options.text_encoder, TEXT_ENCODER_STEMS)
+    tokenizer = tokenizer_file(options.tokenizer or find_tokenizer(options.text_encoder))
+    return digest(weights, options.dtype, tokenizer.read_bytes())
 
 
 def _identify(path: Path, stems: tuple[str, ...]) -> str:

@@ -1,7 +1,9 @@
 """The command that encodes datasets outside ComfyUI, on the demo's T5 and autoencoder."""
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -92,6 +94,20 @@ def test_prior_pictures_and_bad_input(arguments, scenes, tmp_path):
         run([*arguments, "--vae", str(tmp_path / "none.safetensors")])
     with pytest.raises(ValueError, match="got 0 bytes|Wrong text encoder"):
         run([*arguments, "--text-encoder", str(VAE)])
+
+
+def test_captions_of_another_tokenizer_are_encoded_again(arguments, tmp_path, comfyui):
+    run(arguments)
+    shards = set((tmp_path / "cache").glob("*.safetensors"))
+    copy = tmp_path / "tokenizer"
+    shutil.copytree(comfyui / "comfy" / "text_encoders" / "t5_tokenizer", copy)
+    run([*arguments, "--tokenizer", str(copy)])
+    assert set((tmp_path / "cache").glob("*.safetensors")) == shards
+    vocabulary = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary["model"]["vocab"][1000][1] -= 1.0
+    (copy / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    run([*arguments, "--tokenizer", str(copy)])
+    assert len(set((tmp_path / "cache").glob("*.safetensors")) - shards) == 1  # captions, no pictures
 
 
 SCRIPT = """
