@@ -8,6 +8,7 @@ from PIL import Image
 
 from pixart_pack.demo.client import PromptError
 from pixart_pack.pixart.lora import read_lora
+from pixart_pack.pixart.training.report import read_log
 from pixart_pack.pixart.training.settings import read_config
 from pixart_pack.tests import processes
 from pixart_pack.tests.host.graph import VAE, Graph
@@ -19,13 +20,18 @@ MODEL, T5 = "pixart_demo.safetensors", "pixart_demo_t5.safetensors"
 def folder(host, request):
     """Pictures with captions in the server's input folder, named as the test."""
     folder = host.models.parent / "input" / request.node.originalname
+    write_pictures(folder)
+    return folder
+
+
+def write_pictures(folder, first=0):
+    """Three pictures of noise, from this number on, with their captions, and nothing else."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for number in range(3):
+    for number in range(first, first + 3):
         noise = np.random.default_rng(number).integers(0, 255, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a picture of noise number {number}", encoding="utf-8")
-    return folder
 
 
 class TrainingGraph(Graph):
@@ -36,23 +42,20 @@ class TrainingGraph(Graph):
         self.name = folder.name
         self.model = self.add("PixArtLoadCheckpoint", checkpoint=MODEL)
         self.clip, self.vae = self.add("PixArtLoadT5", text_encoder=T5), self.add("VAELoader", vae_name=VAE)
-        dataset = self.add("PixArtDataset", path=folder.name, kind="auto")
-        self.features = self.add(
-            "PixArtEncodeDataset",
-            dataset=dataset,
-            clip=self.clip,
-            vae=self.vae,
-            resolution=64,
-            caption_length=20,
-            name=folder.name,
-        )
+        self.dataset = self.add("PixArtDataset", path=folder.name, kind="auto")
+        self.features = self.encode(self.dataset, folder.name)
+
+    def encode(self, dataset, name):
+        """The encoded pictures of a dataset, kept under a name."""
+        usual = {"clip": self.clip, "vae": self.vae, "resolution": 64, "caption_length": 20}
+        return self.add("PixArtEncodeDataset", dataset=dataset, name=name, **usual)
 
     def train(self, node="PixArtTrainLoRA", **changes):
         """The training node; returns its first output."""
         usual = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "seed": 0, "name": self.name}
         if node == "PixArtTrainLoRA":
             usual |= {"rank": 4, "targets": "attention"}
-        return self.add(node, model=self.model, features=self.features, **{**usual, **changes})
+        return self.add(node, **{"model": self.model, "features": self.features, **usual, **changes})
 
     def sample(self, model):
         """A picture by the trained model."""
@@ -93,6 +96,26 @@ def test_a_lora_is_trained_and_sampled_in_one_prompt(host, folder):
     ours = host_graph.add("PixArtLoadLoRA", model=host_graph.model, lora=file.name, strength=1.0)
     pictures = [host_graph.sample(model) for model in (plain, ours)]
     assert len(pictures) == 2 and len(host.run(host_graph.nodes, timeout_s=120)) == 2
+
+
+def test_a_lora_keeps_to_what_the_model_made_of_prior_pictures(host, folder):
+    prior = folder.with_name(f"{folder.name}_prior")
+    write_pictures(prior, first=3)
+    graph = TrainingGraph(folder)
+    more = {"kind": "auto", "is_prior": True, "path": prior.name}
+    both = graph.encode(graph.add("PixArtDataset", **more, add_to=graph.dataset), f"{folder.name}_both")
+    alone = graph.encode(graph.add("PixArtDataset", **more), f"{folder.name}_alone")
+    for features in (both, alone):
+        name = graph.nodes[features[0]]["inputs"]["name"]
+        trained = graph.train(features=features, name=name, prior_target="model", prior_weight=2.0)
+        saved = graph.sample(trained)
+    messages = host.events(graph.nodes, 300)
+    assert saved[0] in {data["node"] for kind, data in messages if kind == "executed"}
+    runs = host.output / "pixart_training"
+    losses = [[entry["loss"] for entry in read_log(runs / f"{folder.name}_{name}_001" / "log.jsonl")]
+              for name in ("both", "alone")]  # fmt: skip
+    assert len(losses[0]) == 4 and min(losses[0]) > 0
+    assert losses[1] == [0.0] * 4  # a LoRA that adds nothing yet has nothing to learn from the model's own predictions
 
 
 def test_two_trainings_queued_at_once_work_one_after_the_other(host, folder):
