@@ -93,6 +93,49 @@ def test_what_is_missing_is_named(tmp_path):
         find_original_features(tmp_path, 256)
 
 
+@pytest.mark.parametrize("damage", ["cut", "no array", "empty", "object"])
+def test_damaged_files_are_named(tmp_path, damage):
+    for number in range(2):
+        write_caption(tmp_path / "caption_feature_wmask" / f"{number}.npz", 3)
+        write_latent(tmp_path / "img_vae_features_64resolution" / "noflip" / f"{number}.npy")
+    caption, latent = sorted(path for path in tmp_path.rglob("*1.np*"))
+    if damage == "object":
+        np.save(latent, np.array([{"a": 1}], dtype=object))
+        np.savez(caption, caption_feature=np.array([{"a": 1}], dtype=object))
+    else:
+        for path in (caption, latent):
+            whole = path.read_bytes()
+            path.write_bytes({"cut": whole[: len(whole) // 2], "no array": b"<html>", "empty": b""}[damage])
+    with pytest.raises(ValueError, match=r"Feature file cannot be read: got .* in 1\.npy"):
+        open_features(tmp_path)
+    write_latent(latent)
+    features = open_features(tmp_path)
+    with pytest.raises(ValueError, match=r"Feature file cannot be read: got .* in 1\.npz"):
+        features[1]
+
+
+def test_latents_and_captions_of_other_kinds_are_refused(tmp_path):
+    write_caption(tmp_path / "caption_feature_wmask" / "x.npz", 3)
+    latent = tmp_path / "img_vae_features_64resolution" / "noflip" / "x.npy"
+    latent.parent.mkdir(parents=True)
+    np.save(latent, np.zeros((16, 8, 8), np.float32))
+    with pytest.raises(ValueError, match=r"^Wrong latent: got the shape \(16, 8, 8\) in x\.npy, expected"):
+        open_features(tmp_path)
+    write_latent(latent)
+    np.savez(tmp_path / "caption_feature_wmask" / "x.npz", other=np.zeros(3))
+    with pytest.raises(ValueError, match=r"got 'caption_feature is not a file in the archive' in x\.npz"):
+        open_features(tmp_path)[0]
+
+
+@pytest.mark.parametrize("content", ['{"path": "x"}', '[{"name": "x"}]', "[1]", "nothing"])
+def test_a_list_of_another_kind_is_refused(tmp_path, content):
+    write_caption(tmp_path / "caption_feature_wmask" / "x.npz", 3)
+    write_latent(tmp_path / "img_vae_features_64resolution" / "noflip" / "x.npy")
+    (tmp_path / "data_info.json").write_text(content)
+    with pytest.raises(ValueError, match=r"Unreadable 'data_info\.json': got .*, expected a list of objects with path"):
+        open_features(tmp_path)
+
+
 def test_names_do_not_lead_out(tmp_path):
     root = tmp_path / "root"
     write_caption(tmp_path / "x.npz", 3)

@@ -5,9 +5,11 @@ Source: PixArt-alpha, tools/extract_features.py and diffusion/data/datasets/Inte
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -46,7 +48,7 @@ class OriginalFeatures:
 
     def __init__(self, entries: Sequence[OriginalEntry], null_caption: torch.Tensor | None = None):
         self.entries, self.null_caption = list(entries), null_caption
-        self.bins = [tuple(np.load(entry.latent, mmap_mode="r").shape[-2:]) for entry in self.entries]
+        self.bins = [_latent_size(entry.latent) for entry in self.entries]
         self.is_prior = [False] * len(self.bins)
 
     def __len__(self) -> int:
@@ -54,7 +56,8 @@ class OriginalFeatures:
 
     def __getitem__(self, index: int) -> Example:
         entry = self.entries[index]
-        moments = torch.from_numpy(np.load(entry.latent)).float()
+        with _reading(entry.latent):
+            moments = torch.from_numpy(np.load(entry.latent)).float()
         mean, deviation = moments.chunk(2) if len(moments) == 8 else (moments, None)
         return Example(
             latent=mean,
@@ -68,10 +71,34 @@ class OriginalFeatures:
 
 def _read_caption(path: Path) -> torch.Tensor:
     """(L, D), the rows that the mask keeps; all of them without a mask."""
-    with np.load(path) as file:
-        states = torch.from_numpy(file["caption_feature"]).reshape(-1, file["caption_feature"].shape[-1])
+    with _reading(path), np.load(path) as file:
+        states = torch.from_numpy(file["caption_feature"]).flatten(0, -2)
         mask = torch.from_numpy(file["attention_mask"]).reshape(-1) if "attention_mask" in file.files else None
     return states if mask is None else states[: int(mask.ne(0).sum())]
+
+
+def _latent_size(path: Path) -> tuple[int, int]:
+    """(h, w) of a picture's latent, of which only the header is read."""
+    with _reading(path):
+        shape = np.load(path, mmap_mode="r").shape
+    if len(shape) != 3 or shape[0] not in (4, 8):
+        raise ValueError(
+            f"Wrong latent: got the shape {shape} in {path.name}, expected (8, h, w), or (4, h, w) without deviation. "
+            f"Extract the features with the VAE of PixArt."
+        )
+    return shape[1:]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises ValueError naming the file when numpy cannot read it."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile) as error:
+        raise ValueError(
+            f"Feature file cannot be read: got {error} in {path.name}, expected an array that numpy wrote. Extract the "
+            f"features of this picture again, or remove '{path}'."
+        ) from error
 
 
 def is_original(root: Path) -> bool:
@@ -95,7 +122,7 @@ def find_original_features(root: str | Path, base_px: int | None = None) -> Orig
         )
     latents, found_px = _find_latents(root, base_px)
     listed = next((root / name for name in _LISTS if (root / name).is_file()), None)
-    rows = json.loads(listed.read_text(encoding="utf-8")) if listed else _rows_by_name(latents)
+    rows = _read_list(listed) if listed else _rows_by_name(latents)
     several = "multiscale" in latents.as_posix() or latents.name.endswith("_ms_new")
     entries = [entry for row in rows if (entry := _make_entry(row, captions, latents, found_px, several))]
     if not entries:
@@ -126,6 +153,23 @@ def _find_latents(root: Path, base_px: int | None) -> tuple[Path, int]:
     return found[0]
 
 
+def _read_list(path: Path) -> list[dict]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise _wrong_list(path, f"no JSON ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "path" in row for row in rows):
+        raise _wrong_list(path, "other JSON")
+    return rows
+
+
+def _wrong_list(path: Path, got: str) -> ValueError:
+    return ValueError(
+        f"Unreadable '{path.name}': got {got}, expected a list of objects with path. Correct '{path}' or extract the "
+        f"features again."
+    )
+
+
 def _rows_by_name(latents: Path) -> list[dict]:
     return [{"path": f"{path.stem}.png", "prompt": ""} for path in sorted(latents.glob("*.npy"))]
 
@@ -140,7 +184,7 @@ def _make_entry(row: dict, captions: Path, latents: Path, base_px: int, several:
         return None
     size_px, ratio = (base_px, base_px), 1.0
     if several:
-        height, width = (side * LATENT_DOWNSCALE for side in np.load(latent, mmap_mode="r").shape[-2:])
+        height, width = (side * LATENT_DOWNSCALE for side in _latent_size(latent))
         size_px = int(row.get("height") or height), int(row.get("width") or width)
         ratio = min(training_bins(base_px), key=lambda nominal: abs(nominal - height / width))
     return OriginalEntry(caption, latent, size_px, ratio, str(row.get("prompt") or ""))
