@@ -108,11 +108,47 @@ def test_8_bits_without_kernels_are_told_before_the_first_step(tmp_path, monkeyp
         trainer(tmp_path, tiny_settings(optimizer="adamw8bit"))
 
 
-def test_fp16_continues_bit_by_bit(tmp_path):
-    settings = tiny_settings(dtype="fp16", steps=5)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_trains_weights_in_fp32_and_continues_bit_by_bit(kind, dtype, tmp_path):
+    settings = tiny_settings(kind=kind, dtype=dtype, steps=4)
     whole = trained(tmp_path / "whole", settings)
+    assert all(weight.dtype == torch.float32 for weight in whole.values())
     trainer(tmp_path / "cut", settings, StopAfter(3)).run()
     assert_same(trained(tmp_path / "cut", settings), whole)
+    exact = trained(tmp_path / "exact", tiny_settings(kind=kind, steps=4))
+    first, expected = losses(tmp_path / "whole")[1], losses(tmp_path / "exact")[1]
+    assert first == pytest.approx(expected, rel=0.05) and exact.keys() == whole.keys()
+
+
+def test_gradients_beyond_fp16_skip_steps_until_the_loss_scale_fits_and_it_is_kept(tmp_path):
+    settings = tiny_settings(kind="full", dtype="fp16", steps=14)
+
+    def begin(folder, **more):
+        made = trainer(folder, settings, **more)
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
+        before = {name: parameter.detach().clone() for name, parameter in made.parameters.items()}
+        made.run()
+        return made, before
+
+    cut, before = begin(tmp_path / "cut", events=StopAfter(2))
+    assert_same(dict(cut.parameters), before)  # both steps overflowed
+    assert cut.checkpoints.load()["scaler"]["scale"] == 2.0**24
+    whole, _ = begin(tmp_path / "whole")
+    state = whole.checkpoints.load()["scaler"]
+    assert 2.0**10 < state["scale"] < 2.0**24 and state["_growth_tracker"] > 2
+    assert not torch.equal(whole.parameters["model.t_block.1.weight"], before["model.t_block.1.weight"])
+    assert_same(trained(tmp_path / "cut", settings), whole.trained_weights())
+
+
+def test_gradients_that_no_loss_scale_fits_stop_the_training(tmp_path):
+    made = trainer(tmp_path, tiny_settings(kind="full", dtype="fp16", steps=50))
+    made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**80)
+    before = {name: parameter.detach().clone() for name, parameter in made.parameters.items()}
+    with pytest.raises(TrainingDiverged, match="Loss is not a number: .* set dtype to bf16 or fp32"):
+        made.run()
+    assert made.step == 20
+    assert_same(dict(made.parameters), before)
 
 
 def test_a_crash_keeps_all_whole_steps(tmp_path):
@@ -199,16 +235,44 @@ def test_another_model_is_not_continued(tmp_path):
         Trainer(other, make_features(), settings, tmp_path).run()
 
 
-def test_accumulation_is_of_the_same_size_as_one_batch(tmp_path):
-    """Not the same noises, so compared on the gradients of a step whose draws are made equal by the batch's order."""
-    features = make_features(count=4, sizes=((8, 8),))
-    sums = []
-    for accumulation in (1, 2):
-        settings = tiny_settings(batch_size=4, accumulation=accumulation, steps=1, clip_norm=0)
-        made = trainer(tmp_path / str(accumulation), settings, features=features)
+@pytest.mark.parametrize("clip_norm", [0.0, 0.01])
+def test_a_step_follows_the_mean_of_its_forward_passes_cut_to_the_largest_norm(clip_norm, tmp_path, monkeypatch):
+    settings = tiny_settings(kind="full", accumulation=3, steps=1, clip_norm=clip_norm)
+    made, found = trainer(tmp_path, settings), {}
+    with monkeypatch.context() as patched:
+        patched.setattr(made.scaler, "step", lambda optimizer: found.update(gradients(made.parameters)))
         made.run()
-        sums.append(made.loss)
-    assert sums[0] == pytest.approx(sums[1], rel=0.5)  # two draws of one expectation
+    other = trainer(tmp_path / "other", settings)
+    for number in range(3):
+        (other.objective(*other._load(number)).total / 3).backward()
+    expected = gradients(other.parameters)
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
+    assert made.norm == pytest.approx(norm, rel=1e-5) and norm > 0.1
+    share = clip_norm / norm if clip_norm else 1.0
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient * share, rtol=1e-4, atol=1e-7)
+
+
+def gradients(parameters):
+    return {name: parameter.grad.clone() for name, parameter in parameters.items()}
+
+
+def test_the_result_is_the_average_of_the_weights_over_the_steps(tmp_path):
+    made = trainer(tmp_path, tiny_settings(ema_decay=0.3, steps=4))
+    average = {name: parameter.detach().clone() for name, parameter in made.parameters.items()}
+
+    class Follow(Events):
+        def stepped(self, progress):
+            decay = min(0.3, (1 + progress.step) / (10 + progress.step))
+            for name, parameter in made.parameters.items():
+                average[name] = decay * average[name] + (1 - decay) * parameter.detach()
+
+    made.events = Follow()
+    made.run()
+    for name, weight in made.trained_weights().items():
+        torch.testing.assert_close(weight, average[name], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(weight, made.parameters[name])
+    assert_same(made.checkpoints.load()["parameters"], made.parameters)
 
 
 def test_two_halves_of_a_batch_are_the_batch(tmp_path):
@@ -344,8 +408,10 @@ def test_dropout_leaves_the_surroundings_random_state_alone(tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_recomputed_blocks_give_the_same_weights(tmp_path):
-    weights = [
-        trained(tmp_path / str(again), tiny_settings(checkpointing=again, dropout=0.2)) for again in (False, True)
-    ]
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_blocks_give_the_same_weights(kind, tmp_path):
+    weights = []
+    for again in (False, True):
+        settings = tiny_settings(kind=kind, checkpointing=again, dropout=0.2)
+        weights.append(trained(tmp_path / str(again), settings))
     assert_same(*weights)
