@@ -134,6 +134,21 @@ def test_huber_is_the_square_near_zero_and_linear_far_off():
     assert huber(far, 0.1).item() == pytest.approx(2 * 0.1 * 100, rel=1e-2)
 
 
+@pytest.mark.parametrize("fields", [{}, {"weighting": "min_snr"}, {"weighting": "velocity", "loss": "huber"}])
+def test_the_loss_is_a_distance_to_the_noise_weighted_by_timestep(fields):
+    generator = torch.Generator().manual_seed(0)
+    prediction, noise, latents = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(3))
+    timestep, settings = torch.tensor([10, 500, 990]), tiny_settings(kind="full", **fields)
+    objective = make_objective(tiny_model(), settings)
+    objective.model = Fixed(prediction, learn_sigma=False)
+    difference = prediction - noise
+    distance = difference.square().flatten(1).mean(1) if settings.loss == "mse" else huber(difference, 0.1)
+    expected = (timestep_weights(settings, Diffusion().alphas_cumprod)[timestep] * distance).mean()
+    loss = objective(batch_of(latents), draws_of(noise, timestep))
+    torch.testing.assert_close(loss.total, expected)
+    torch.testing.assert_close(loss.error, difference.square().mean())
+
+
 def losses_of(**fields):
     features = make_features(count=4, sizes=((8, 8),), prior=(2, 3))
     settings = tiny_settings(kind="full", caption_dropout=0.0, **fields)

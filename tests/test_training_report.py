@@ -49,7 +49,7 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
     events = reading.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"loss", "smoothed", "learning_rate", "gradient_norm"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
-    assert events.Tags()["images"] == ["validation"]
+    assert events.Tags()["images"] == ["validation"] and events.Tags()["tensors"] == ["settings/text_summary"]
 
 
 @pytest.mark.slow
@@ -59,11 +59,16 @@ def test_wandb_works_offline_and_goes_on_with_its_run(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    features = make_features()
     for steps in (2, 3):
-        train(tiny_model(), make_features(), tiny_settings(wandb=True, steps=steps), tmp_path / "run")
+        settings = tiny_settings(wandb=True, steps=steps, sample_every=2, sample_steps=2)
+        train(tiny_model(), features, settings, tmp_path / "run", prompts=prompts_of(features), decode=decode)
         time.sleep(1.1)  # wandb names its folders by the second
-    runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    runs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(runs) == 2 and len({path.name.rpartition("-")[2] for path in runs}) == 1
+    assert [len(list((path / "files" / "media" / "images").glob("validation_*.png"))) for path in runs] == [2, 1]
+    (log,) = runs[0].glob("*.wandb")
+    assert all(name in log.read_bytes() for name in (b"gradient_norm", b"learning_rate", b"caption_dropout"))
 
 
 @pytest.mark.parametrize("kind", ["lora", "controlnet", "lcm"])
