@@ -174,6 +174,7 @@ BOTH = {"lora_adapter_metadata": '{"transformer.lora_alpha": 2, "text_encoder.lo
         (one_lora("unet.base_model.model.", rank=16), {}, 0.5, "PEFT's default"),
         (one_lora("transformer.", rank=16), {}, 1.0, "the rank"),
         (one_lora("transformer.", rank=16, alpha=torch.tensor(4)), {}, 0.25, "stored in the file"),
+        (one_lora("transformer.", rank=16, alpha=torch.tensor([4.0]).bfloat16()), {}, 0.25, "stored in the file"),
         (one_lora(rank=16), {"adapter_config": {"lora_alpha": 32}}, 2.0, "adapter_config.json"),
         (one_lora(rank=16), {"adapter_config": {"lora_alpha": 32, "use_rslora": True}}, 8.0, "by use_rslora"),
         (one_lora(rank=4), {"adapter_config": {"lora_alpha": 32, "alpha_pattern": {"net.2": 2}}}, 0.5, "config.json"),
@@ -311,6 +312,15 @@ def test_merging_keeps_the_dtype_and_sums_in_float32(dtype):
     assert merged.dtype == dtype
     exact = merge({key: tensor.float() for key, tensor in weights.items()}, lora)[name]
     assert torch.equal(merged.float(), exact.to(dtype).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_loras_of_few_bits(tmp_path, dtype):
+    tensors = {key: tensor.to(dtype) for key, tensor in one_lora(dora_scale=torch.rand(48, 1) + 1).items()}
+    save_file(tensors, tmp_path / "few.safetensors")
+    exact = load_lora({key: tensor.float() for key, tensor in tensors.items()}, config=CONFIG)
+    found = read_lora(tmp_path / "few.safetensors", CONFIG)
+    same_weights(merge(make_weights(CONFIG), found), merge(make_weights(CONFIG), exact), atol=0, rtol=0)
 
 
 def test_a_row_of_zeros_stays_one_under_dora():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pixart_pack.pixart.checkpoint import to_diffusers
-from pixart_pack.pixart.lora import merge, read_lora
+from pixart_pack.pixart.lora import merge, read_lora, save_lora
 from pixart_pack.pixart.training.adapters import AdaptedConv, AdaptedLinear, adapters_disabled, add_adapters
 from pixart_pack.pixart.training.build import make_objective
 from pixart_pack.pixart.training.draws import draw_batch
@@ -155,6 +155,31 @@ def test_the_saved_file_merged_into_the_weights_is_the_trained_model(fields, tar
             before = objective.model(draws.noise, draws.timestep.float(), **inputs)
     assert not torch.allclose(before, adapted, atol=1e-2)
     torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-5)  # float32, sums in another order
+
+
+@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"rslora": True, "alpha": 3.0}], ids=["lora", "dora", "rslora"])
+def test_the_saved_file_is_for_peft_and_diffusers_too(fields, tmp_path):
+    peft, diffusers = pytest.importorskip("peft"), pytest.importorskip("diffusers")
+    settings = tiny_settings(targets="custom", target_pattern=".*", **fields)
+    objective = make_objective(tiny_model(), settings)
+    randomize(objective)
+    weights = {n: p.detach().clone() for n, p in objective.named_parameters() if p.requires_grad}
+    save_result(tmp_path / "lora.safetensors", objective, weights, settings)
+    save_lora(tmp_path / "peft", read_lora(tmp_path / "lora.safetensors").factors, layout="peft")
+    other = peft.PeftModel.from_pretrained(diffusers_twin(diffusers, tiny_model()).eval(), tmp_path / "peft")
+    batch, draws = one_batch(settings)
+    inputs = objective.conditioned(batch, draws.dropped)
+    with torch.no_grad():
+        adapted = objective.model(draws.noise, draws.timestep.float(), **inputs)
+        found = other(
+            draws.noise,
+            encoder_hidden_states=inputs["caption"],
+            encoder_attention_mask=inputs["caption_mask"],
+            timestep=draws.timestep,
+            added_cond_kwargs={name: inputs[name] for name in ("resolution", "aspect_ratio")},
+            return_dict=False,
+        )[0]
+    torch.testing.assert_close(found, adapted, rtol=1e-4, atol=1e-5)  # float32, sums in another order
 
 
 def test_a_fresh_adapter_changes_nothing():
