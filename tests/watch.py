@@ -32,8 +32,10 @@ class Watch(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in WAITING or _reads_mask(name, args) or _crosses(name, args, kwargs):
             path, line = _caller()
-            is_ours = path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests")
-            (self.found if is_ours else self.others).append((name, f"{path.relative_to(ROOT) if is_ours else path}:{line}"))
+            if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests"):
+                self.found.append((name, f"{path.relative_to(ROOT).as_posix()}:{line}"))
+            else:
+                self.others.append((name, f"{path}:{line}"))
         return function(*args, **kwargs)
 
 

@@ -92,9 +92,9 @@ class PixArtNet(PixArt):
         **_,
     ):
         options = {} if transformer_options is None else transformer_options
-        ratio = None if c_ar is None else c_ar.double() / RATIO_UNITS
+        ratio = None if c_ar is None else c_ar.float() / RATIO_UNITS
         tokens, grid = self.embed_latent(x)
-        condition = self.embed_condition(x, timesteps, c_size, None if ratio is None else ratio.float())
+        condition = self.embed_condition(x, timesteps, c_size, ratio)
         caption = context
         if remembered_caption is not None and remembered_caption.source is context:  # no wrapper has put another
             caption = remembered_caption.projected
@@ -182,19 +182,27 @@ class PixArtModel(comfy.model_base.PixArt):
         return self.diffusion_model.has_null_caption
 
     def extra_conds(self, **kwargs):
-        """The conditioning of one prompt as tensors: caption, mask, size in pixels, and aspect ratio."""
+        """The conditioning of one prompt as tensors: caption, mask, size in pixels, and aspect ratio.
+
+        On the device where the model computes: what is elsewhere would be sent there at every step.
+        Raises ValueError for a conditioning without a caption, or with one of another width.
+        """
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
         caption = kwargs.get("cross_attn")
         if caption is None:
-            return out
+            raise ValueError(
+                "No caption: got a conditioning without text, expected a prompt for each side. Connect a text node, "
+                "or PixArt Negative for the side that is to say nothing."
+            )
         caption, mask = self._caption(caption, kwargs.get("attention_mask"), kwargs.get("pixart_null", False))
         size = kwargs.get("pixart_size") or (kwargs["height"], kwargs["width"])
         ratio = kwargs.get("pixart_ratio") or kwargs.get("aspect_ratio") or size[0] / size[1]
         device = kwargs.get("device", caption.device)
         out["c_crossattn"] = CaptionCond(caption.to(device=device, dtype=self.get_dtype_inference()))
-        out["attention_mask"] = CaptionCond(mask)
-        out["c_size"] = comfy.conds.CONDRegular(torch.tensor([size], dtype=torch.long))
-        out["c_ar"] = comfy.conds.CONDRegular(torch.tensor([[round(ratio * RATIO_UNITS)]], dtype=torch.long))
+        out["attention_mask"] = CaptionCond(mask.to(device))
+        out["c_size"] = comfy.conds.CONDRegular(torch.tensor([size], dtype=torch.long, device=device))
+        units = [[round(ratio * RATIO_UNITS)]]
+        out["c_ar"] = comfy.conds.CONDRegular(torch.tensor(units, dtype=torch.long, device=device))
         return out
 
     def _caption(self, caption, mask, is_null):

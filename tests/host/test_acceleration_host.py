@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pixart_pack.demo.train import VAE_FILE
+from pixart_pack.pixart.control_storage import ControlNetCheckpoint
 from pixart_pack.tests.host.test_controlnet_host import control_weights
 from pixart_pack.tests.host.test_model import CONFIG, caption, count_forwards, sample
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
@@ -276,22 +277,22 @@ def test_a_control_that_ends_is_not_reused(patcher, acceleration):
 def test_cache_beside_a_control(comfy, pack, acceleration, host_model, first, last):
     """A control reads its copies one after another: none is left out that a later one needs."""
     config, copies = tiny_config(depth=6), 3
-    checkpoint = importlib.import_module("pixart_pack.pixart.control_storage").ControlNetCheckpoint
-    controls, loading = (importlib.import_module(f"pixart_pack.nodes.host.{name}") for name in ("controlnet", "loading"))
-    control = controls.make_control(
-        checkpoint("edges", control_weights(config, copies=copies), config, copies, None, None), torch.float32
-    )
+    controls = importlib.import_module("pixart_pack.nodes.host.controlnet")
+    checkpoint = ControlNetCheckpoint("edges", control_weights(config, copies=copies), config, copies, None, None)
+    control = controls.make_control(checkpoint, torch.float32)
     model = host_model.make_patcher(make_weights(config), config, dtype=torch.float32)
     ran = []
     for index, block in enumerate(model.model.diffusion_model.blocks):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    hint, vae = torch.rand(1, 72, 104, 3).round(), loading.read_vae(VAE_FILE)
+    hint = torch.rand(1, 72, 104, 3).round()
+    vae = importlib.import_module("pixart_pack.nodes.host.loading").read_vae(VAE_FILE)
     positive, negative = controls.apply_control(
         [PROMPTS["positive"]], [PROMPTS["negative"]], control, hint, vae, 1.0, 0.0, 1.0
     )
     exact = sample(comfy, model, positive[0], negative[0], steps=2)
     ran.clear()
-    found = sample(comfy, cached(acceleration, model, 1e9, first_block=first, last_block=last), positive[0], negative[0])
+    model = cached(acceleration, model, 1e9, first_block=first, last_block=last)
+    found = sample(comfy, model, positive[0], negative[0])
     behind = max(last, copies + 1) if last else 6
     assert ran == [*range(6), *range(first), *range(behind, 6)]
     assert found.isfinite().all() and not torch.equal(found, exact)

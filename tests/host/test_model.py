@@ -135,6 +135,26 @@ def test_size_reaches_the_model_exactly(patcher):
     assert all(not conds[key].cond.is_floating_point() for key in ("c_size", "c_ar", "attention_mask"))
 
 
+@pytest.mark.parametrize("null", [False, True])
+def test_conditions_are_where_the_model_computes(patcher, null):
+    """Sent there once a run, and not at each step."""
+    states, extra = caption(7, 1, keep=4)
+    there = torch.device("meta")
+    conds = patcher.model.extra_conds(
+        cross_attn=states, attention_mask=extra["attention_mask"], width=64, height=64, noise=None, device=there,
+        pixart_null=null,
+    )  # fmt: skip
+    assert {name: cond.cond.device for name, cond in conds.items()} == dict.fromkeys(
+        ("c_crossattn", "attention_mask", "c_size", "c_ar"), there
+    )
+    assert conds["c_crossattn"].cond.shape[1] == conds["attention_mask"].cond.shape[1] == 4
+
+
+def test_a_prompt_without_text_is_refused(comfy, patcher):
+    with pytest.raises(ValueError, match="No caption: got a conditioning without text"):
+        sample(comfy, patcher, caption(5, 1), [None, {}])
+
+
 def test_learned_null_caption(comfy, patcher):
     positive = caption(10, 1, keep=6)
     learned = [torch.zeros(1, 10, CONFIG.caption_channels), {**positive[1], "pixart_null": True}]

@@ -15,6 +15,7 @@ from pixart_pack.tests.tiny_pixart import make_weights
 from pixart_pack.tests.watch import watch_steps
 
 STEPS = 5
+PROMPTS = [caption(12, 1, keep=9)], [caption(3, 2)]
 SHORT = {"dmd": 1, "lcm": 4}  # schedules that know other counts alone
 RUNS = {name: (name, {"dmd": "dmd", "lcm": "lcm"}.get(name, "uniform"), {}) for name in SAMPLERS}
 RUNS |= {name: (preset.sampler, preset.schedule, preset.options) for name, preset in PRESETS.items()}
@@ -48,7 +49,7 @@ def watched(comfy, host, patcher, monkeypatch):
         with torch.inference_mode():
             found = comfy_sample.sample_custom(
                 model, noise, 4.5, sampling.make_sampler(name, **(options or {})), levels,
-                *(prompts or ([caption(12, 1, keep=9)], [caption(3, 2)])), latent, disable_pbar=True, seed=5, **settings,
+                *(prompts or PROMPTS), latent, disable_pbar=True, seed=5, **settings,
             )  # fmt: skip
         assert found.isfinite().all()
         return watch
@@ -83,8 +84,7 @@ def steer(host, start=0.0, end=1.0):
     checkpoint = ControlNetCheckpoint("edges", weights, CONFIG, COPIES, None, None)
     control = host("controlnet").make_control(checkpoint, torch.float32)
     vae, hint = host("loading").read_vae(VAE_FILE), torch.rand(1, 72, 104, 3).round()
-    prompts = [caption(12, 1, keep=9)], [caption(3, 2)]
-    return host("controlnet").apply_control(*prompts, control, hint, vae, 0.8, start, end)
+    return host("controlnet").apply_control(*PROMPTS, control, hint, vae, 0.8, start, end)
 
 
 def test_control_adds_no_waiting(watched, host):
@@ -116,5 +116,5 @@ def test_dials_decide_once_an_evaluation(watched, host, patcher):
     for model in intervals.values():
         assert [name for name, _ in watched(model).found] == ["item"] * STEPS
     cache = dials.cache_blocks(patcher, 1e9, 1, 0, 0.0, 1.0, 2)
-    # Steps 2 and 3 reuse the first, and 5 the fourth: they read the time, and the change. The others have nothing to ask.
+    # Steps 2 and 3 reuse the first, and 5 the fourth: they read the time and the change. Others have nothing to ask.
     assert len(watched(cache).found) == 2 * 3
