@@ -186,6 +186,20 @@ def test_interrupt_keeps_what_is_done(tmp_path):
     assert encoders.pictures >= 4 and encoders.pictures + rest.pictures == 8
 
 
+def test_looking_through_the_pictures_is_told_and_can_be_interrupted(tmp_path):
+    records = check_records(read_dataset(make_folder(tmp_path / "set"))).records
+    seen = []
+
+    def stop(done, total, picture):
+        seen.append((done, total, picture))
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        DatasetEncoder(records, tmp_path / "cache", SETTINGS, "t5", "vae", progress=stop)
+    assert seen == [(1, 5, None), (2, 5, None), (3, 5, None)]
+
+
 def test_an_autoencoder_or_text_encoder_that_overflows(tmp_path):
     folder = make_folder(tmp_path / "set", 1)
     encoder = DatasetEncoder(check_records(read_dataset(folder)).records, tmp_path / "c", SETTINGS, "t5", "vae")

@@ -68,6 +68,7 @@ def encode_dataset(
         text_identity=_identify_clip(clip),
         image_identity=digest(_identify(vae.patcher), str(vae.vae_dtype)),
         hint_identity=_identify_edges(make_hint) if make_hint else "",
+        progress=show_progress(len(dataset)),
     )
     captions, pictures = len(encoder.missing_captions), len(encoder.missing_pictures)
     total = captions + pictures

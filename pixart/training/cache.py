@@ -98,6 +98,7 @@ class DatasetEncoder:
     text_identity, image_identity: tell the encoders apart (see identity.fingerprint). hint_identity: tells apart how
     hints are made of pictures that have no control picture; empty: they have none.
     rank, world_size: this process encodes its share alone; the caches of all are one folder.
+    progress: told while the contents of all pictures are read, which say what is in the cache.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class DatasetEncoder:
         hint_identity: str = "",
         rank: int = 0,
         world_size: int = 1,
+        progress: Progress | None = None,
     ):
         self.settings, self.shards = settings, ShardFolder(folder)
         self._text_identity, self._image_identity, self._hint_identity = text_identity, image_identity, hint_identity
@@ -118,7 +120,10 @@ class DatasetEncoder:
         self._captions: dict[str, str] = {}
         self._jobs: dict[str, _Job] = {}
         self.null_key = self._plan_caption("")
-        self.items = [item for record in records for item in self._plan(record)]
+        self.items: list[dict] = []
+        for number, record in enumerate(records, 1):
+            self.items += self._plan(record)
+            _report(progress, number, len(records), None)
 
     @property
     def missing_captions(self) -> dict[str, str]:

@@ -91,20 +91,24 @@ def main(options: argparse.Namespace) -> None:
         raise FileExistsError(f"Exists already: got '{original}', expected a new folder. Use --force to write over it.")
     rank, world_size = process_rank()
     settings = _settings(options)
+    make_hint, hint_identity = _hints(options)
+    text_identity = _identify_text_encoder(options)
+    image_identity = digest(_identify(options.vae, TRANSFORMER_STEMS), options.vae_dtype)
     dataset = _read(options)
     if rank == 0:
         log.info(dataset.report)
-    make_hint, hint_identity = _hints(options)
-    encoder = cache.DatasetEncoder(
-        dataset.records,
-        options.output,
-        settings,
-        text_identity=_identify_text_encoder(options),
-        image_identity=digest(_identify(options.vae, TRANSFORMER_STEMS), options.vae_dtype),
-        hint_identity=hint_identity,
-        rank=rank,
-        world_size=world_size,
-    )
+    with _Bar("comparing") as bar:
+        encoder = cache.DatasetEncoder(
+            dataset.records,
+            options.output,
+            settings,
+            text_identity,
+            image_identity,
+            hint_identity,
+            rank,
+            world_size,
+            progress=bar,
+        )
     _encode(encoder, options, make_hint)
     _finish(encoder, options, settings, is_alone=world_size == 1)
 
@@ -123,13 +127,19 @@ def _settings(options: argparse.Namespace) -> cache.EncodeSettings:
 
 def _read(options: argparse.Namespace) -> records.Dataset:
     columns = sources.Columns(options.picture_column, options.caption_column, options.control_column)
-    check = partial(records.check_records, smallest_px=options.smallest, policy=options.problems)
     own = sources.read_dataset(options.dataset, options.kind, columns, control_folder=options.control_folder)
-    dataset = check(own, fallback_caption=options.caption)
+    dataset = _check(own, options, fallback_caption=options.caption)
     if options.prior is None:
         return dataset
     prior = sources.read_dataset(options.prior, columns=columns)
-    return dataset + check(prior, fallback_caption=options.prior_caption, is_prior=True)
+    return dataset + _check(prior, options, fallback_caption=options.prior_caption, is_prior=True)
+
+
+def _check(found: list[records.Record], options: argparse.Namespace, **checks) -> records.Dataset:
+    with _Bar("checking") as bar:
+        return records.check_records(
+            found, smallest_px=options.smallest, policy=options.problems, progress=bar, **checks
+        )
 
 
 def _encode(encoder: cache.DatasetEncoder, options: argparse.Namespace, make_hint) -> None:
