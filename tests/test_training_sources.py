@@ -147,8 +147,13 @@ def test_pixarts_json(tmp_path, where):
     (root / where).mkdir(parents=True)
     (root / where / "data_info.json").write_text(json.dumps(rows), encoding="utf-8")
     picture = draw(tmp_path / "InternImgs" / "dir" / "x.png")
-    (record,) = read_dataset(root)
-    assert record.picture == FilePicture(picture) and record.caption == "one"
+    for confined in (False, True):
+        (record,) = read_dataset(root, confined=confined)
+        assert record.picture == FilePicture(picture) and record.caption == "one"
+    draw(tmp_path / "x.png")
+    (root / where / "data_info.json").write_text(json.dumps([{"path": "../x.png", "prompt": ""}]), encoding="utf-8")
+    (record,) = read_dataset(root, confined=True)
+    assert record.picture is None and record.problem
 
 
 def test_sam_layout(tmp_path):

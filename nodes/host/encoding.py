@@ -110,7 +110,8 @@ def _caption_encoder(clip, caption_length: int, model) -> Callable:
         states = []
         for caption in captions:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            conditioning, _ = encode_captions(clip, [caption], caption_length)
+            # A dataset's captions have a cache of their own, and would drive the user's prompts out of theirs.
+            conditioning, _ = encode_captions(clip, [caption], caption_length, keep=False)
             if config:
                 check_caption_width(conditioning, config)
             states.append(conditioning[0][0][0])
@@ -160,7 +161,7 @@ def _identify_edges(make_hint: Callable) -> str:
 
 def _identify_clip(clip) -> str:
     tokens = {name: [pair[0] for row in rows for pair in row] for name, rows in clip.tokenize(_PROBE_CAPTION).items()}
-    return digest(_identify(clip.patcher), str(tokens))
+    return digest(_identify(clip.patcher), str(tokens), str(clip.layer_idx))
 
 
 def _identify(patcher) -> str:

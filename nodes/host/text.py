@@ -25,10 +25,11 @@ def pixart_config(model):
     return config
 
 
-def encode_captions(clip, captions: list[str], caption_length: int, **extra) -> tuple[list, str]:
+def encode_captions(clip, captions: list[str], caption_length: int, *, keep: bool = True, **extra) -> tuple[list, str]:
     """Encode captions as one conditioning whose batch they are, each cut to caption_length tokens.
 
-    extra: goes into the conditioning's dict. Returns (CONDITIONING, what to tell the user).
+    keep: in the cache of prompts. extra: goes into the conditioning's dict.
+    Returns (CONDITIONING, what to tell the user).
     The states (B, L, D) are as long as the longest caption, with an "attention_mask" (B, L) bool, True = keep.
     Captions run through T5 one by one and unpadded: equal to a padded run under its mask, and less work.
     Raises ValueError when clip is no T5.
@@ -37,7 +38,7 @@ def encode_captions(clip, captions: list[str], caption_length: int, **extra) -> 
     for index, caption in enumerate(captions):
         kept, cut = truncate(_tokenize(clip, caption), caption_length)
         notices.append(_describe_cut(clip, kept, cut, caption_length, f"Caption {index + 1}: " * (len(captions) > 1)))
-        schedules.append(_encode(clip, kept, extra))
+        schedules.append(_encode(clip, kept, extra, keep))
     conditioning = []
     for entries in zip(*schedules, strict=True):  # one entry of every caption, more of them only with hooks
         states, mask = batch_captions([states for states, _ in entries])
@@ -45,9 +46,9 @@ def encode_captions(clip, captions: list[str], caption_length: int, **extra) -> 
     return conditioning, "\n".join(notices)
 
 
-def _encode(clip, tokens: list[tuple], extra: dict) -> list:
+def _encode(clip, tokens: list[tuple], extra: dict, keep: bool) -> list:
     """The host's conditioning of one caption, from disk where it has been encoded before."""
-    key = prompt_cache.key_of(clip, tokens)
+    key = prompt_cache.key_of(clip, tokens) if keep else None
     states = None if key is None else prompt_cache.read(key)
     if states is not None:
         return [[states, {"pooled_output": None, **extra}]]

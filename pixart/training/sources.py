@@ -96,18 +96,18 @@ class _Place:
         self.root, self.confined = root, confined
 
     def find(self, name: str, *bases: Path) -> tuple[Path | None, str | None]:
-        """(the file, None) or (None, what is wrong); bases are searched after the root."""
+        """(the file, None) or (None, what is wrong); bases are searched after the root, and are part of the dataset."""
         if not name:
             return None, "the table names no picture"
         slashes = (name, PureWindowsPath(name).as_posix())
         spellings = dict.fromkeys(spelling for each in slashes for spelling in (each, _composed(each), _apart(each)))
-        paths = [Path(os.path.normpath(base / spelling)) for base in (self.root, *bases) for spelling in spellings]
+        places = (self.root, *bases)
+        paths = [Path(os.path.normpath(place / spelling)) for place in places for spelling in spellings]
         if self.confined:
-            root = os.path.normpath(self.root)
-            inside = [path for path in paths if path.is_relative_to(root)]
-            if not inside:
+            roots = [os.path.normpath(place) for place in places]
+            paths = [path for path in paths if any(map(path.is_relative_to, roots))]
+            if not paths:
                 return None, f"'{name}' leads out of the dataset's folder"
-            paths = inside
         found = next((path for path in paths if path.is_file()), None)
         return found, None if found else f"no such file: '{name}'"
 

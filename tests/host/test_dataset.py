@@ -103,6 +103,13 @@ def test_nothing_is_encoded_twice_and_what_changed_is(run_node, encoders, folder
     assert not calls and features[0].text == "something else"
 
 
+def test_captions_of_a_dataset_do_not_drive_prompts_out_of_their_cache(run_node, encoders, folder):
+    prompt_cache = importlib.import_module("pixart_pack.nodes.host.prompt_cache")
+    shutil.rmtree(prompt_cache.folder(), ignore_errors=True)
+    encode(run_node, encoders)
+    assert not list(prompt_cache.folder().glob("*"))
+
+
 def test_t5_and_vae_leave_memory_and_others_stay(run_node, encoders, folder, comfy):
     management = importlib.import_module("comfy.model_management")
     patching = importlib.import_module("comfy.model_patcher")
@@ -129,7 +136,9 @@ def test_a_patched_text_encoder_is_another(encoders):
     assert encoding._identify_clip(clip) == patched
     other = encoders["clip"].clone()
     other.add_patches({key: (torch.ones(64, 64),)}, 0.7)
-    assert len({plain, patched, encoding._identify_clip(other)}) == 3
+    shallow = encoders["clip"].clone()
+    shallow.clip_layer(-2)
+    assert len({plain, patched, encoding._identify_clip(other), encoding._identify_clip(shallow)}) == 4
 
 
 def test_a_kl_autoencoder_gives_its_deviation(run_node, encoders, folder, places):
