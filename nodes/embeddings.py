@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .host.embeddings import list_embeddings, load_embeddings, save_embeddings
+from .host.embeddings import fingerprint_embeddings, list_embeddings, load_embeddings, save_embeddings
 from .host.schema import node_input, schema
 from .host.text import show_text
 
@@ -63,6 +63,10 @@ class LoadPromptEmbeddings(io.ComfyNode):
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The prompt, as it was saved.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, embeddings=""):
+        return fingerprint_embeddings(embeddings)
 
     @classmethod
     def execute(cls, embeddings):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,11 +25,11 @@ def save_embeddings(conditioning: list, prefix: str) -> str:
     """
     tensors, entries = {}, []
     for index, (states, extra) in enumerate(conditioning):
-        tensors[f"{index}.states"] = states.contiguous()
+        tensors[f"{index}.states"] = _own(states)
         rest = {name: value for name, value in extra.items() if value is not None}
         mask = rest.pop("attention_mask", None)
         if mask is not None:
-            tensors[f"{index}.attention_mask"] = mask.contiguous()
+            tensors[f"{index}.attention_mask"] = _own(mask)
         entries.append(rest)
     try:
         texts = {_KEY: json.dumps(entries), "format": "pt"}
@@ -42,6 +43,11 @@ def save_embeddings(conditioning: list, prefix: str) -> str:
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=texts))
     root = Path(folder_paths.get_output_directory()).resolve()
     return f"output/{path.resolve().relative_to(root).as_posix()}"
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with memory of its own, as safetensors wants it: parts of one prompt share theirs."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _is_plain(value) -> bool:
@@ -64,18 +70,19 @@ def list_embeddings() -> list[str]:
 
 def load_embeddings(name: str) -> list:
     """The CONDITIONING of one of list_embeddings. Raises FileNotFoundError for other names, ValueError for damage."""
-    if name not in list_embeddings():
+    path = _find(name)
+    entries = None if path is None else _entries_of(path)
+    if entries is None:
         raise FileNotFoundError(
             f"Prompt embeddings not found: got '{name}', expected a file of Save Prompt Embeddings in ComfyUI's output "
             f"or input folder. Press R to refresh the list, and choose another."
         )
-    place, _, inner = name.partition("/")
-    path = Path(PLACES[place](), inner)
-    entries, conditioning = _entries_of(path), []
+    conditioning, device = [], comfy.model_management.intermediate_device()
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         for index, extra in enumerate(entries):
-            found = {key: file.get_tensor(f"{index}.{key}") for key in _TENSORS if f"{index}.{key}" in names}
+            given = [key for key in _TENSORS if f"{index}.{key}" in names]
+            found = {key: file.get_tensor(f"{index}.{key}").to(device) for key in given}
             states = found.pop("states", torch.empty(0))
             if states.ndim != 3:
                 raise ValueError(
@@ -85,6 +92,26 @@ def load_embeddings(name: str) -> list:
             lists = {key: tuple(value) if isinstance(value, list) else value for key, value in extra.items()}
             conditioning.append([states, {"pooled_output": None, **lists, **found}])
     return conditioning
+
+
+def fingerprint_embeddings(name: str) -> tuple[int, int] | None:
+    """What changes with a file: another may come under the name of one that was removed. None without one."""
+    path = _find(name)
+    try:
+        found = None if path is None else path.stat()
+    except OSError:
+        return None
+    return found and (found.st_size, found.st_mtime_ns)
+
+
+def _find(name: str) -> Path | None:
+    """The path that a name stands for, whether there is a file or not; None for one that leads out of the folders."""
+    place, _, inner = name.partition("/")
+    if place not in PLACES or not inner.endswith(_SUFFIX):
+        return None
+    root = Path(PLACES[place]())
+    path = root / inner
+    return path if path.is_relative_to(root) and ".." not in path.relative_to(root).parts else None
 
 
 def _entries_of(path: Path) -> list[dict] | None:

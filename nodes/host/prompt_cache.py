@@ -5,6 +5,7 @@ tokenizer and the precision. Prompts themselves are not written. The environment
 it off.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -12,6 +13,7 @@ import logging
 import os
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 import torch
 from safetensors import SafetensorError
@@ -58,18 +60,24 @@ def key_of(clip, tokens: list[tuple]) -> str | None:
 
 
 def read(key: str) -> torch.Tensor | None:
-    """The states (1, L, D) kept under a key, None without any; a damaged file is removed."""
+    """The states (1, L, D) kept under a key, where the host keeps its own; None without any. A damaged file is removed.
+
+    Nothing that goes wrong here stops a picture: the prompt is encoded again.
+    """
     path = folder() / f"{key}.safetensors"
     try:
         states = load_file(path)[_NAME]
-        os.utime(path)  # the least recently used go first
-        return states
     except FileNotFoundError:
         return None
     except (SafetensorError, KeyError, OSError) as error:
         log.warning("Prompt cache: %s cannot be read (%s); the prompt is encoded again.", path.name, error)
-        path.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            with contextlib.suppress(OSError):
+                path.unlink()
         return None
+    with contextlib.suppress(OSError):  # of a folder that may only be read
+        os.utime(path)  # the least recently used go first
+    return states.to(comfy.model_management.intermediate_device())
 
 
 def write(key: str, states: torch.Tensor) -> None:
@@ -77,6 +85,7 @@ def write(key: str, states: torch.Tensor) -> None:
     place = folder()
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place.chmod(0o700)
         tensors = {_NAME: states.detach().cpu().contiguous()}
         path = place / f"{key}.safetensors"
         write_atomically(path, lambda temporary: save_file(tensors, temporary))
@@ -87,7 +96,11 @@ def write(key: str, states: torch.Tensor) -> None:
 
 
 def _trim(place: Path) -> None:
-    files = sorted(((file.stat(), file) for file in place.glob("*.safetensors")), key=lambda pair: pair[0].st_mtime_ns)
+    files = []
+    for file in place.glob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # another program has removed it
+            files.append((file.stat(), file))
+    files.sort(key=lambda pair: pair[0].st_mtime_ns)
     excess = sum(stat.st_size for stat, _ in files) - LIMIT_BYTES
     for stat, file in files:
         if excess <= 0:

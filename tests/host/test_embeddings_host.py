@@ -3,6 +3,7 @@
 import importlib
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -107,6 +108,72 @@ def test_a_damaged_file_is_made_anew(text, cache, load, monkeypatch):
     assert cache.read(file.stem) is not None
 
 
+def refuse(*_, **__):
+    raise PermissionError("Read-only file system")
+
+
+def test_a_folder_that_cannot_be_written_is_read(text, cache, load, monkeypatch):
+    """And what is damaged in it is passed over."""
+    clip = load()
+    expected, _ = text.encode_captions(clip, ["a red circle"], 120)
+    (file,) = cache.folder().iterdir()
+    monkeypatch.setattr(os, "utime", refuse)
+    assert torch.equal(cache.read(file.stem), expected[0][0])
+    file.write_bytes(b"half")
+    monkeypatch.setattr(type(file), "unlink", refuse)
+    assert cache.read(file.stem) is None
+    monkeypatch.setattr(cache, "write_atomically", refuse)
+    again, _ = text.encode_captions(clip, ["a red circle"], 120)
+    assert torch.equal(again[0][0], expected[0][0])
+
+
+def test_a_file_that_cannot_be_opened_stays(cache, monkeypatch):
+    """It is not damaged: another program holds it, or too many files are open."""
+    cache.write("key", torch.zeros(1, 2, 4))
+    monkeypatch.setattr(cache, "load_file", refuse)
+    assert cache.read("key") is None
+    assert (cache.folder() / "key.safetensors").exists()
+
+
+def test_two_programs_may_write_at_once(cache, monkeypatch):
+    """The same prompt and others, while the least recently used leave."""
+    states = {f"key{number}": torch.full((1, 8, 24), float(number)) for number in range(6)}
+    cache.write("key0", states["key0"])
+    monkeypatch.setattr(cache, "LIMIT_BYTES", 4 * (cache.folder() / "key0.safetensors").stat().st_size)
+    found = []
+
+    def work(seed):
+        for turn in range(60):
+            key = f"key{(turn * seed) % 6}"
+            known = cache.read(key)
+            found.append(known is None or torch.equal(known, states[key]))
+            cache.write(key, states[key])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, (1, 5, 7, 11)))
+    assert all(found)
+    assert 1 <= len(list(cache.folder().iterdir())) <= 4
+
+
+def test_a_folder_that_others_may_read_is_closed(cache):
+    cache.folder().mkdir(mode=0o755, parents=True)
+    cache.write("key", torch.zeros(1, 2, 4))
+    if os.name == "posix":
+        assert stat.S_IMODE(cache.folder().stat().st_mode) == 0o700
+
+
+def test_states_come_to_where_the_host_keeps_them(cache, load, text, run_node, monkeypatch):
+    """With --gpu-only that is the GPU: some prompts of a batch may be known, and others not."""
+    management = importlib.import_module("comfy.model_management")
+    cache.write("key", torch.zeros(1, 2, 4))
+    conditioning, _ = text.encode_captions(load(), ["a red circle"], 120)
+    (name,) = run_node("PixArtSavePromptEmbeddings", conditioning=conditioning, filename_prefix="embeds/place")
+    monkeypatch.setattr(management, "intermediate_device", lambda: torch.device("meta"))
+    assert cache.read("key").device.type == "meta"
+    (loaded,) = run_node("PixArtLoadPromptEmbeddings", embeddings=name)
+    assert {loaded[0][0].device.type, loaded[0][1]["attention_mask"].device.type} == {"meta"}
+
+
 def test_a_full_disk_stops_nothing(cache, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
@@ -123,6 +190,34 @@ def test_embeddings_go_to_a_file_and_back(text, cache, load, run_node):
     assert torch.equal(loaded[0][0], conditioning[0][0])
     assert torch.equal(loaded[0][1]["attention_mask"], conditioning[0][1]["attention_mask"])
     assert loaded[0][1]["pixart_size"] == (64, 96)
+
+
+def test_parts_of_one_prompt_share_their_tensors(text, cache, load, run_node):
+    """As ConditioningSetArea and ConditioningCombine leave them."""
+    conditioning, _ = text.encode_captions(load(), ["a red circle", "a dog"], 120)
+    states, extra = conditioning[0]
+    parts = [[states, {**extra, "area": ("percentage", 0.5, 1.0, 0.0, 0.0)}], [states, extra], [states[1:], {}]]
+    (name,) = run_node("PixArtSavePromptEmbeddings", conditioning=parts, filename_prefix="embeds/parts")
+    (loaded,) = run_node("PixArtLoadPromptEmbeddings", embeddings=name)
+    assert [torch.equal(one[0], other[0]) for one, other in zip(loaded, parts, strict=True)] == [True] * 3
+    assert loaded[0][1]["area"] == ("percentage", 0.5, 1.0, 0.0, 0.0)
+
+
+def test_another_file_of_the_same_name_is_read_anew(text, cache, load, run_node):
+    nodes = importlib.import_module("pixart_pack.nodes.embeddings")
+    first, _ = text.encode_captions(load(), ["a red circle"], 120)
+    (name,) = run_node("PixArtSavePromptEmbeddings", conditioning=first, filename_prefix="embeds/again")
+    before = nodes.LoadPromptEmbeddings.fingerprint_inputs(embeddings=name)
+    assert nodes.LoadPromptEmbeddings.fingerprint_inputs(embeddings=name) == before
+    path = importlib.import_module("folder_paths").get_output_directory() + name.removeprefix("output")
+    os.remove(path)
+    second, _ = text.encode_captions(load(), ["a dog"], 120)
+    assert run_node("PixArtSavePromptEmbeddings", conditioning=second, filename_prefix="embeds/again") == (name,)
+    assert nodes.LoadPromptEmbeddings.fingerprint_inputs(embeddings=name) != before
+    for away in ("output/../secret.safetensors", "output//etc/passwd.safetensors", "models/x.safetensors", ""):
+        assert nodes.LoadPromptEmbeddings.fingerprint_inputs(embeddings=away) is None
+        with pytest.raises(FileNotFoundError, match="Prompt embeddings not found"):
+            run_node("PixArtLoadPromptEmbeddings", embeddings=away)
 
 
 def test_what_a_file_cannot_hold_is_refused(run_node):
