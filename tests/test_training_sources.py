@@ -47,10 +47,13 @@ def test_folder(tmp_path):
     assert len(dataset) == 4 and dataset.records[1].caption == "a cat"
 
 
-def test_folder_with_control_pictures_inside(tmp_path):
+def test_folder_with_control_pictures_inside(tmp_path, monkeypatch):
     draw(tmp_path / "a.png")
     control = draw(tmp_path / "edges" / "a.jpg")
     (record,) = read_dataset(tmp_path, control_folder=tmp_path / "edges")
+    assert record.control == FilePicture(control)
+    monkeypatch.chdir(tmp_path.parent)
+    (record,) = read_dataset(tmp_path.name, control_folder=tmp_path / "edges")  # one relative, one not
     assert record.control == FilePicture(control)
     with pytest.raises(FileNotFoundError, match="Control folder not found"):
         read_dataset(tmp_path, control_folder=tmp_path / "none")

@@ -167,8 +167,9 @@ def read_text(path: Path) -> str:
 
 def _read_folder(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
     inner = path if path.is_dir() else path.parent
+    hints = control and os.path.abspath(control.folder)
     for picture in _walk_pictures(inner):
-        if control and picture.is_relative_to(control.folder):
+        if hints and Path(os.path.abspath(picture)).is_relative_to(hints):
             continue
         name = picture.relative_to(inner)
         texts = (picture.with_suffix(suffix) for suffix in _CAPTION_SUFFIXES)
