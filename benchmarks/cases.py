@@ -46,9 +46,15 @@ def add_options(parser: argparse.ArgumentParser, *, dtypes: list[str], batches: 
     parser.add_argument("--depth", type=int, default=0, help="blocks (default: all)")
 
 
-def parse_run(parser: argparse.ArgumentParser, arguments: list[str] | None, rounds: int = 3) -> argparse.Namespace:
-    """Parse the arguments, among them how often, on how many threads and by which clock, and set the threads."""
-    parser.add_argument("--rounds", type=int, default=rounds)
+def parse_run(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, rounds: int | None = 3
+) -> argparse.Namespace:
+    """Parse the arguments, among them how often, on how many threads and by which clock, and set the threads.
+
+    rounds: the default; None where runs are not repeated.
+    """
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     options = parser.parse_args(arguments)

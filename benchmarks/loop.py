@@ -1,12 +1,11 @@
 """A guided sampling loop with captions of different length: this pack, ComfyUI's own PixArt, and diffusers.
 
-The same random weights, inputs and threads; the runs take turns.
+The same random weights, inputs and threads; their steps take turns.
 """
 
 import argparse
 import functools
 import logging
-import statistics
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from .cases import DTYPES, parse_run
 from .peers import DIFFUSERS, HOST, OURS, DiffusersLoop, HostLoop, OurLoop, make_captions, make_config, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
-from .timing import compare, count_work, measure_roofline, take_turns
+from .timing import compare_loops, count_work, measure_roofline, take_turns_in_steps
 
 WARM_UP_SIDE = 36  # of the latent, at most; ComfyUI's own divides by zero at 32
 
@@ -30,16 +29,14 @@ def main(arguments):
     parser.add_argument("--captions", type=int, nargs=2, default=[40, 1], help="tokens of positive and negative")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parse_run(parser, arguments)
+    options = parse_run(parser, arguments, rounds=None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.inference_mode():
-        best = measure_roofline(device, DTYPES[options.dtype], options.clock)
     for variant in options.variants:
-        text = publish([measure(variant, options, device, best)], options.out)
+        text = publish([measure(variant, options, device)], options.out)
     logger.info("%s", text)
 
 
-def measure(variant, options, device, best):
+def measure(variant, options, device):
     """Seconds and ratios of one variant at its trained size."""
     dtype, config = DTYPES[options.dtype], make_config(variant, options.depth)
     weights = make_weights(config, dtype)
@@ -50,11 +47,12 @@ def measure(variant, options, device, best):
         loops[HOST] = HostLoop(config, weights, dtype)
     if device == "cpu":
         loops[DIFFUSERS] = DiffusersLoop(config, weights, dtype)
-    rivals, warm_up = (
-        {name: functools.partial(loop.sample, captions, size, steps) for name, loop in loops.items()}
-        for size, steps in ((side, options.steps), (min(side, WARM_UP_SIDE), 1))
-    )
-    seconds = take_turns(rivals, options.rounds, options.clock, device, warm_up)
+    rivals = {name: functools.partial(loop.sample, captions, side, options.steps) for name, loop in loops.items()}
+    for loop in loops.values():
+        loop.sample(captions, min(side, WARM_UP_SIDE), 1)
+    before = measure_roofline(device, dtype, options.clock)
+    seconds = take_turns_in_steps(rivals, options.clock, device)
+    best = before.or_better(measure_roofline(device, dtype, options.clock))
     work = count_work(config, 2, config.base_size**2, max(options.captions), dtype.itemsize)
     return {
         "case": {
@@ -68,7 +66,7 @@ def measure(variant, options, device, best):
             "clock": options.clock,
         },
         "seconds": seconds,
-        "ratios": {name: compare(seconds, OURS, name) for name in rivals if name != OURS},
+        "ratios": {name: compare_loops(seconds, OURS, name) for name in rivals if name != OURS},
         "roofline_s": best.seconds(*(options.steps * amount for amount in work)),
     }
 
@@ -77,15 +75,16 @@ def publish(runs, folder):
     """Add runs to loop.json and write loop.md anew. Returns its text."""
     rows = []
     for run in keep_runs(folder / "loop.json", runs):
-        case, median = run["case"], statistics.median(run["seconds"][OURS])
+        case, taken_s = run["case"], sum(run["seconds"][OURS])
         settings = f"{case['dtype']}, {case['device']}, {case['threads']} threads, {case['clock']} time"
         rows.append(
-            [case["variant"], case["blocks"], case["steps"], case["captions"], settings, len(run["seconds"][OURS])]
-            + [f"{median:.2f} s", f"{run['roofline_s']:.2f} s"]
+            [case["variant"], case["blocks"], case["steps"], case["captions"], settings]
+            + [f"{taken_s:.2f} s", f"{run['roofline_s']:.2f} s"]
             + [describe_ratio(run["ratios"].get(name)) for name in (HOST, DIFFUSERS)]
         )
-    head = ["variant", "blocks", "steps", "captions", "settings", "rounds", OURS, "roofline"]
-    text = "Guided loops of dpmpp_2m with captions of so many tokens, time of this pack and over others':\n\n"
+    head = ["variant", "blocks", "steps", "captions", "settings", OURS, "roofline"]
+    text = "Guided loops of dpmpp_2m with captions of so many tokens, time of this pack and over others'\n"
+    text += "(in brackets: of the middle half of the steps, which take turns):\n\n"
     text += markdown_table([*head, f"over {HOST}'s own", f"over {DIFFUSERS}"], rows)
     (folder / "loop.md").write_text(text, encoding="utf-8")
     return text

@@ -47,9 +47,9 @@ class OurLoop:
         """The dtype that ComfyUI computes in, which on a CPU need not be that of the weights."""
         return self.patcher.model.get_dtype_inference()
 
-    def sample(self, captions, side, steps, **options):
-        """The latent after so many guided steps of dpmpp_2m; side: of the latent."""
-        return sample_in_host(self.patcher, captions, side, steps, **options)
+    def sample(self, captions, side, steps, stepped=None, **options):
+        """The latent after so many guided steps of dpmpp_2m; side: of the latent. stepped: called after each step."""
+        return sample_in_host(self.patcher, captions, side, steps, stepped, **options)
 
     def compile(self):
         """From now on with torch.compile, as ComfyUI's own node does it."""
@@ -106,7 +106,7 @@ def _devices():
     return comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
 
 
-def sample_in_host(patcher, captions, side, steps, seed=5, guidance=GUIDANCE):
+def sample_in_host(patcher, captions, side, steps, stepped=None, seed=5, guidance=GUIDANCE):
     """Guided steps of ComfyUI's dpmpp_2m from pure noise; captions: positive and negative states."""
     import comfy.sample
 
@@ -116,7 +116,7 @@ def sample_in_host(patcher, captions, side, steps, seed=5, guidance=GUIDANCE):
     with torch.inference_mode():
         return comfy.sample.sample(
             patcher, noise, steps, guidance, "dpmpp_2m", "simple", positive, negative, latent,
-            disable_pbar=True, seed=seed,
+            disable_pbar=True, seed=seed, callback=stepped,
         )  # fmt: skip
 
 
@@ -196,7 +196,7 @@ class DiffusersLoop:
             states, mask = self.pad(captions)
             use(lambda side=side: self.predict(latent[..., :side, :side], time, states, mask))
 
-    def sample(self, captions, side, steps, seed=5):
+    def sample(self, captions, side, steps, stepped=None, seed=5):
         """As OurLoop.sample, with diffusers' own solver of the same order."""
         latent = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
         with torch.inference_mode():
@@ -206,4 +206,6 @@ class DiffusersLoop:
                 both = self.predict(latent.repeat(2, 1, 1, 1), time.expand(2), states, mask)
                 untold, told = both[:, :4].chunk(2)
                 latent = self.scheduler.step(untold + GUIDANCE * (told - untold), time, latent, return_dict=False)[0]
+                if stepped is not None:
+                    stepped()
         return latent

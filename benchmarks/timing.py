@@ -1,8 +1,10 @@
 """Times of rivals in turns, and what the machine could do at best. Needs PyTorch alone."""
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,10 @@ class Roofline:
     def seconds(self, operations: float, bytes_moved: float) -> float:
         """The least time for so much work."""
         return max(operations / self.operations, bytes_moved / self.bandwidth)
+
+    def or_better(self, other: "Roofline") -> "Roofline":
+        """The best of two measurements."""
+        return Roofline(max(self.operations, other.operations), max(self.bandwidth, other.bandwidth))
 
 
 def read_clock(clock: str, device: str) -> float:
@@ -50,10 +56,59 @@ def take_turns(
     return seconds
 
 
+def take_turns_in_steps(rivals: dict[str, Callable], clock: str, device: str) -> dict[str, list[float]]:
+    """Seconds of every rival's steps, which take turns, so that a machine that slows down does so for all.
+
+    rivals: functions that call the function they are given after each step.
+    """
+    turns = {name: threading.Semaphore(0) for name in rivals}
+    waiting, done = threading.Semaphore(0), set()
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+
+    def run(name: str) -> None:
+        turns[name].acquire()
+        began = read_clock(clock, device)
+
+        def pause(*_) -> None:
+            nonlocal began
+            seconds[name].append(read_clock(clock, device) - began)
+            waiting.release()
+            turns[name].acquire()
+            began = read_clock(clock, device)
+
+        try:
+            rivals[name](pause)
+            seconds[name][-1] += read_clock(clock, device) - began  # what follows the last step
+        finally:
+            done.add(name)
+            waiting.release()
+
+    with ThreadPoolExecutor(len(rivals)) as threads:  # one runs, the others wait
+        loops = [threads.submit(run, name) for name in rivals]
+        while len(done) < len(rivals):
+            for name in [each for each in rivals if each not in done]:
+                turns[name].release()
+                waiting.acquire()
+    for loop in loops:
+        loop.result()
+    return seconds
+
+
+def compare_loops(seconds: dict[str, list[float]], one: str, other: str) -> dict:
+    """The ratio of two whole loops, and the least and the greatest in the middle half of their steps."""
+    ratios, ratio = _sorted_ratios(seconds, one, other), sum(seconds[one]) / sum(seconds[other])
+    outer = len(ratios) // 4
+    return {"ratio": ratio, "least": ratios[outer], "greatest": ratios[-1 - outer]}
+
+
 def compare(seconds: dict[str, list[float]], one: str, other: str) -> dict:
     """The ratio of two rivals, one over the other: median, least and greatest of the rounds."""
-    ratios = sorted(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+    ratios = _sorted_ratios(seconds, one, other)
     return {"ratio": statistics.median(ratios), "least": ratios[0], "greatest": ratios[-1]}
+
+
+def _sorted_ratios(seconds: dict[str, list[float]], one: str, other: str) -> list[float]:
+    return sorted(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
 
 def measure_roofline(device: str, dtype: torch.dtype, clock: str) -> Roofline:

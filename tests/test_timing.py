@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pixart_pack.benchmarks.timing import Roofline, compare, count_work, take_turns
+from pixart_pack.benchmarks.timing import Roofline, compare, compare_loops, count_work, take_turns, take_turns_in_steps
 from pixart_pack.pixart.transformer import PixArt
 from pixart_pack.tests.tiny_pixart import tiny_config
 
@@ -26,6 +26,39 @@ def test_what_warms_up_may_be_less():
 def test_ratio_is_of_pairs():
     found = compare({"a": [1.0, 4.0, 3.0], "b": [2.0, 4.0, 2.0]}, "a", "b")
     assert found == {"ratio": 1.0, "least": 0.5, "greatest": 1.5}
+
+
+def loop_of(name, steps, calls):
+    def loop(stepped):
+        for step in range(steps):
+            calls.append(f"{name}{step}")
+            stepped(step, "what a host's callback is given")
+
+    return loop
+
+
+def test_steps_take_turns():
+    calls = []
+    seconds = take_turns_in_steps({"a": loop_of("a", 2, calls), "b": loop_of("b", 3, calls)}, "cpu", "cpu")
+    assert calls == ["a0", "b0", "a1", "b1", "b2"]
+    assert [len(times) for times in seconds.values()] == [2, 3] and min(map(min, seconds.values())) >= 0
+
+
+def test_a_loop_that_fails_ends_the_race_with_its_error():
+    def failing(stepped):
+        stepped()
+        raise OSError("no model")
+
+    calls = []
+    with pytest.raises(OSError, match="no model"):
+        take_turns_in_steps({"a": failing, "b": loop_of("b", 3, calls)}, "wall", "cpu")
+    assert len(calls) == 3
+
+
+def test_ratio_of_loops_is_of_their_sums():
+    found = compare_loops({"a": [9.0, 1.0, 1.0, 2.0], "b": [1.0, 1.0, 2.0, 2.0]}, "a", "b")
+    assert found == {"ratio": 13 / 6, "least": 1.0, "greatest": 1.0}
+    assert compare_loops({"a": [3.0], "b": [2.0]}, "a", "b") == {"ratio": 1.5, "least": 1.5, "greatest": 1.5}
 
 
 def test_roofline_is_the_slower_of_both():

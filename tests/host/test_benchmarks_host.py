@@ -63,11 +63,10 @@ def test_rivals_in_comfyui_predict_the_same(loops, config, lengths):
 
 
 def test_loop_runs_three_ways(comfy, monkeypatch, tmp_path):
-    from pixart_pack.benchmarks import loop, timing
+    from pixart_pack.benchmarks import loop
 
     monkeypatch.setattr(loop, "make_config", lambda variant, depth: tiny_config(variant))
-    best = timing.Roofline(1e11, 1e10)
-    runs = [loop.measure(variant, OPTIONS, "cpu", best) for variant in ("alpha-256", "alpha-512")]
+    runs = [loop.measure(variant, OPTIONS, "cpu") for variant in ("alpha-256", "alpha-512")]
     assert set(runs[0]["seconds"]) == ALL - {"ComfyUI"} and set(runs[1]["seconds"]) == ALL
     text = loop.publish(runs, tmp_path)
     assert "| alpha-256 | 3 | 2 | [5, 1] | fp32, cpu" in text and "| not run |" in text
