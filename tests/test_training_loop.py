@@ -309,12 +309,25 @@ def test_not_a_number_stops_before_the_weights_are_harmed(tmp_path):
     assert_same(made.checkpoints.load()["parameters"], good)
 
 
-def test_an_exploding_loss_stops_and_leaves_the_good_checkpoints(tmp_path):
+def test_an_exploding_loss_stops_and_the_last_good_state_goes_on(tmp_path):
+    fields = {"kind": "full", "clip_norm": 0, "checkpoint_every": 5, "keep_last": 1}
+    whole = trained(tmp_path / "whole", tiny_settings(**fields, steps=22))
+    trained(tmp_path / "cut", tiny_settings(**fields, steps=20))
+    made = trainer(tmp_path / "cut", tiny_settings(**fields, steps=300, learning_rate=0.1))
+    with pytest.raises(TrainingDiverged, match="Loss exploded: .* expected at most 4. Lower the learning rate") as told:
+        made.run()
+    (good,) = made.checkpoints.all()
+    assert made.step > 25 and good.name == "step-00000020.pt"
+    assert str(told.value).endswith(f"the last good one is {good.name} in '{good.parent}'.")
+    assert_same(trained(tmp_path / "cut", tiny_settings(**fields, steps=22)), whole)
+
+
+def test_a_loss_that_explodes_from_the_beginning_leaves_no_bad_state(tmp_path):
     settings = tiny_settings(kind="full", learning_rate=0.1, steps=300, checkpoint_every=2, clip_norm=0)
     made = trainer(tmp_path, settings)
-    with pytest.raises(TrainingDiverged, match="Loss exploded: .* expected at most 4. Lower the learning rate"):
+    with pytest.raises(TrainingDiverged, match="Loss exploded: .* none is kept yet"):
         made.run()
-    assert made.checkpoints.load()["step"] == 18 and made.step == 19
+    assert made.step == 19 and not made.checkpoints.all()
 
 
 def test_an_error_without_scale_explodes_by_its_rise():

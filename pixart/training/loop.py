@@ -106,7 +106,7 @@ class Trainer:
 
         resume: go on from the newest checkpoint in the folder; False takes the place of the training that is there.
         Raises TrainingDiverged when the loss is not a number or explodes; the weights are then those before the
-        step, and of an exploded training those of the last checkpoint are the good ones.
+        step. An exploding training keeps the last checkpoint from before.
         """
         settings = self.settings
         if not (resume and self._resume()):
@@ -141,7 +141,8 @@ class Trainer:
                 return
             self.spent_s += time.monotonic() - began
             self._tell(time.monotonic() - began)
-            if settings.checkpoint_every and self.step % settings.checkpoint_every == 0:
+            is_due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
+            if is_due and self.sanity.is_calm:  # what is about to explode must not take the place of good states
                 self._save()
             is_last = self.step == settings.steps
             if self.sample and settings.sample_every and (self.step % settings.sample_every == 0 or is_last):
@@ -198,22 +199,27 @@ class Trainer:
         self.is_whole = True
 
     def _check_sane(self):
-        advice = (
-            f"Lower the learning rate (now {self.settings.learning_rate:g}) or raise the warm-up, and resume or start "
-            f"again; the last good state is in '{self.checkpoints.folder}'."
-        )
         if not math.isfinite(self.loss) or (not math.isfinite(self.norm) and not self._overflowed()):
-            self._save_what_is_whole()
+            if self.sanity.is_calm:
+                self._save_what_is_whole()
             raise TrainingDiverged(
                 f"Loss is not a number: got loss {self.loss:g} and gradients of norm {self.norm:g} in step "
-                f"{self.step + 1}, expected finite ones. {advice} If that does not help, set dtype to bf16 or fp32, "
-                f"or look for a damaged picture in the dataset."
+                f"{self.step + 1}, expected finite ones. {self._advice()} If that does not help, set dtype to bf16 or "
+                f"fp32, or look for a damaged picture in the dataset."
             )
         if not self.sanity.follow(self.error):
             raise TrainingDiverged(
                 f"Loss exploded: got an error of {self.sanity.mean:.3g} on average at step {self.step + 1}, expected "
-                f"at most {self.sanity.limit:.3g}. {advice}"
+                f"at most {self.sanity.limit:.3g}. {self._advice()}"
             )
+
+    def _advice(self) -> str:
+        rate, kept = self.settings.learning_rate, self.checkpoints.all()
+        state = f"the last good one is {kept[-1].name} in '{self.checkpoints.folder}'" if kept else "none is kept yet"
+        return (
+            f"Lower the learning rate (now {rate:g}) or raise the warm-up, and resume or start again. Of the states "
+            f"until then, {state}."
+        )
 
     def _overflowed(self) -> bool:
         """Whether gradients beyond fp16 are the loss scale's affair: it skips the step and is halved."""

@@ -17,16 +17,22 @@ class Sanity:
 
     def __init__(self, highest: float | None):
         self.highest, self.count, self.mean_log, self.lowest_log = highest, 0, 0.0, math.inf
+        self.last = 0.0
 
     def follow(self, error: float) -> bool:
         """Take in the error of a step; False when their mean is not sane any more."""
-        self.count += 1
+        self.count, self.last = self.count + 1, error
         rate = max(1 - self.memory, 1 / self.count)
         self.mean_log += rate * (math.log(max(error, 1e-30)) - self.mean_log)
         if self.count < self.warm_up:
             return True
         self.lowest_log = min(self.lowest_log, self.mean_log)
         return self.mean <= self.limit
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether the last errors are far from exploding, on average and the very last."""
+        return max(self.last, self.mean) <= self.limit / 2
 
     @property
     def mean(self) -> float:
