@@ -101,7 +101,9 @@ class Report:
         self.smoothed = loss if self.smoothed is None else self.smoothed + rate * (loss - self.smoothed)
 
     def _open_trackers(self, step):
-        if self.settings["tensorboard"] and importlib.util.find_spec("tensorboard"):
+        if self.settings["tensorboard"] and not importlib.util.find_spec("tensorboard"):
+            logger.info("There is no log for TensorBoard: its package, tensorboard, is not installed")
+        elif self.settings["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
