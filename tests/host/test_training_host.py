@@ -1,6 +1,7 @@
 """The training nodes in this process: what they leave alone, and what they give."""
 
 import importlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,48 @@ def test_loras_on_the_model_are_part_of_what_is_trained_on(run_node, make_model,
     assert all(not parameter.is_inference() for parameter in plain.parameters())
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_merged_and_patched_models_are_trained_on(run_node, core_nodes, make_model, features, output):
+    """A merge of two models with a LoRA on it is what is frozen, and what the new LoRA goes onto."""
+    model_of = importlib.import_module("pixart_pack.nodes.host.model").make_patcher
+    weights = [make_weights(CONFIG, seed) for seed in (0, 1)]
+    with torch.inference_mode():
+        models = [model_of(dict(each), CONFIG, torch.float32) for each in weights]
+        blend = core_nodes["ModelMergeSimple"]().merge(*models, ratio=0.25)[0]
+    usual = {"features": features, "rank": 2, "targets": "attention", **USUAL}
+    patched, first, *_ = run_node("PixArtTrainLoRA", model=blend, name="on_merge", **usual)
+    trained, second, *_ = run_node("PixArtTrainLoRA", model=patched, name="on_patches", **{**usual, "seed": 2})
+    expected = {name: 0.25 * weights[0][name] + 0.75 * weights[1][name] for name in weights[0]}
+    settings = importlib.import_module("pixart_pack.pixart.training.settings").TrainingSettings()
+    training = importlib.import_module("pixart_pack.nodes.host.training")
+    for model, lora in ((blend, None), (patched, first)):
+        expected = merge(expected, read_lora(lora)) if lora else expected
+        with torch.inference_mode(False):
+            plain = training.plain_model(model, settings, torch.device("cpu"))
+        for name, tensor in plain.state_dict().items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+    expected, after = merge(expected, read_lora(second)), weights_of(trained)
+    for name in make_weights(CONFIG):
+        if name in after:
+            torch.testing.assert_close(after[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_lora_of_every_layer_loads_in_the_hosts_own_loader(run_node, core_nodes, make_model, features):
+    """The patch embedding's convolution among them."""
+    model, usual = make_model(), {"features": features, "rank": 2, "targets": "custom", **USUAL}
+    trained, file, *_ = run_node("PixArtTrainLoRA", model=model, name="every", more_settings="target_pattern: .*",
+                                 **usual)  # fmt: skip
+    loras = Path(importlib.import_module("folder_paths").get_folder_paths("loras")[0])
+    loras.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, loras)
+    with torch.inference_mode():
+        loaded = core_nodes["LoraLoaderModelOnly"]().load_lora_model_only(model, Path(file).name, 1.0)[0]
+    before, after, hosts = (weights_of(each) for each in (model, trained, loaded))
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
+    assert len(changed) == 3 * 7 + 11 and "x_embedder.proj.weight" in changed
+    for name in before:
+        torch.testing.assert_close(hosts[name], after[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["fine-tune", "DreamBooth"])
