@@ -136,6 +136,55 @@ def test_original_names_on_packed_weights(prefix):
     same_weights(merge(make_weights(CONFIG), load_lora(adapter, config=CONFIG)), expected, **NOISE)
 
 
+def lycoris_kinds():
+    """{kind: (a file's tensors without the module's name, the change of a 48 x 48 weight)}, as LyCORIS writes them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    a, b, c, d = random(48, 3), random(3, 48), random(48, 3), random(3, 48)
+    w1, w1_a, w1_b, w2, w2_a, w2_b = (
+        random(4, 4), random(4, 2), random(2, 4), random(12, 12), random(12, 2), random(2, 12),
+    )  # fmt: skip
+    alpha, whole = torch.tensor(1.5), random(48, 48)
+    return {
+        "LoCon": ({"lora_down.weight": b, "lora_up.weight": a, "alpha": alpha}, a @ b / 2),
+        "LoHa": (
+            {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d, "alpha": alpha},
+            (a @ b) * (c @ d) / 2,
+        ),
+        "LoKr, both whole": ({"lokr_w1": w1, "lokr_w2": w2, "alpha": alpha}, torch.kron(w1, w2)),
+        "LoKr, the second in factors": (
+            {"lokr_w1": w1, "lokr_w2_a": w2_a, "lokr_w2_b": w2_b, "alpha": alpha},
+            torch.kron(w1, w2_a @ w2_b) * 0.75,
+        ),
+        "LoKr, the first in factors": (
+            {"lokr_w1_a": w1_a, "lokr_w1_b": w1_b, "lokr_w2": w2, "alpha": alpha},
+            torch.kron(w1_a @ w1_b, w2) * 0.75,
+        ),
+        "LoKr, both in factors": (
+            {"lokr_w1_a": w1_a, "lokr_w1_b": w1_b, "lokr_w2_a": w2_a, "lokr_w2_b": w2_b, "alpha": alpha},
+            torch.kron(w1_a @ w1_b, w2_a @ w2_b) * 0.75,
+        ),
+        "full": ({"diff": whole}, whole),
+    }
+
+
+@pytest.mark.parametrize("kind", lycoris_kinds())
+def test_every_kind_of_lycoris_on_rows_of_a_packed_weight(kind):
+    tensors, change = lycoris_kinds()[kind]
+    weights = make_weights(CONFIG)
+    lora = load_lora({f"lycoris_transformer_blocks_1_attn2_to_v.{key}": value for key, value in tensors.items()})
+    assert not lora.unmatched and lora.matched == len(tensors)
+    expected = {
+        **weights,
+        "blocks.1.cross_attn.kv_linear.weight": weights["blocks.1.cross_attn.kv_linear.weight"].clone(),
+    }
+    expected["blocks.1.cross_attn.kv_linear.weight"][48:] += change
+    same_weights(merge(weights, lora), expected, **NOISE)
+
+
 def test_the_names_of_the_first_attention_processors():
     down, up = torch.randn(2, 48), torch.randn(48, 2)
     module = "transformer_blocks.1.attn2.processor.to_out_lora"

@@ -75,7 +75,8 @@ def detect_kind(path: Path) -> str:
         return SAM
     tables = _tables_in(path)
     pictures = {entry.stem for entry in path.iterdir() if entry.suffix.lower() in PICTURE_SUFFIXES}
-    if any(text.stem in pictures for text in path.glob("*.txt")):  # then a table is about something else
+    captions = {entry.stem for entry in path.iterdir() if entry.suffix in _CAPTION_SUFFIXES}
+    if pictures & captions:  # then a table is about something else
         return FOLDER
     return (CSV if tables[0].suffix.lower() != ".jsonl" else JSONL) if len(tables) == 1 else FOLDER
 
