@@ -103,9 +103,3 @@ class MovingAverage:
     def state_dict(self) -> dict:
         """For a checkpoint."""
         return {"updates": self.updates, "shadow": self.shadow}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from a state_dict."""
-        self.updates = state["updates"]
-        for name, value in state["shadow"].items():
-            self.shadow[name].copy_(value)
