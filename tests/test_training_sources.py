@@ -93,6 +93,9 @@ def test_csv_of_an_old_mac_with_headings_of_its_own(tmp_path):
 
 def test_csv_that_is_damaged_is_told(tmp_path):
     draw(tmp_path / "x.png")
+    (tmp_path / "t.csv").write_text('dir,text\nx.png,"once" is 5" long\ny.png,"and all that follows\nz.png,is lost')
+    with pytest.raises(ValueError, match=r"got a quote that is never closed in t\.csv, expected"):
+        read_dataset(tmp_path)
     (tmp_path / "t.csv").write_text('dir,text\nx.png,"' + "a" * 200_000, encoding="utf-8")
     with pytest.raises(ValueError, match=r"Dataset cannot be read: got line 2 .*field larger than .* in t\.csv"):
         read_dataset(tmp_path)

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path, PureWindowsPath
 
 from .pictures import PICTURE_SUFFIXES, FilePicture, RowPicture
@@ -15,6 +16,7 @@ from .records import Record
 
 AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE = "auto", "folder", "csv", "jsonl", "pixart json", "sam", "datasets"
 KINDS = (AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE)
+_CSV_END = "\x1e"  # a row behind the last one: a quote that is never closed takes it in
 _CAPTION_SUFFIXES = (".txt", ".caption", ".TXT")
 # Column names in use, best first: MindOne's dir,text; Hugging Face's file_name,text; PixArt's path,prompt.
 PICTURE_COLUMNS = ("dir", "file_name", "path", "image", "file", "filename", "picture")
@@ -183,12 +185,14 @@ def _read_csv(path: Path, place: _Place, columns: Columns, control: _Stems | Non
     table = _only_table(path, (".csv", ".tsv"))
     text = read_text(table).replace("\r\n", "\n").replace("\r", "\n")
     separator = "\t" if table.suffix.lower() == ".tsv" else _separator(text)
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator)
+    reader = csv.DictReader(chain(io.StringIO(text), [_CSV_END]), delimiter=separator)
     try:
         rows = list(reader)
     except csv.Error as error:
-        got = f"line {reader.line_num} that is no table's ({error})"
+        got = f"line {reader.line_num + 1} that is no table's ({error})"
         raise _wrong_table(table, got, "columns, and texts with separators in quotes") from error
+    if rows and _CSV_END not in rows.pop().values():
+        raise _wrong_table(table, "a quote that is never closed", 'two around a text, and "" for one within it')
     yield from _read_rows(rows, table, place, columns, control)
 
 
