@@ -171,9 +171,8 @@ def test_nodes_load_a_peft_folder_and_name_what_does_not_fit(run_node, make_patc
 
 @pytest.mark.parametrize("layout", ["host", "peft", "kohya"])
 def test_converting_twice_overwrites_nothing(run_node, make_patcher, loras, layout):
-    save_file(
-        one_lora("lora_transformer_", "transformer_blocks_0_ff_net_2", alpha=torch.tensor(3.0)), loras / "a.safetensors"
-    )
+    tensors = one_lora("lora_transformer_", "transformer_blocks_0_ff_net_2", alpha=torch.tensor(3.0))
+    save_file(tensors, loras / "a.safetensors", metadata={"trigger": "sks"})
     texts = [
         run_node("PixArtConvertLoRA", lora="a.safetensors", layout=layout, filename_prefix=f"loras/{layout}")[0]
         for _ in range(2)
@@ -181,6 +180,7 @@ def test_converting_twice_overwrites_nothing(run_node, make_patcher, loras, layo
     paths = [Path(text.splitlines()[0].removeprefix("saved: ")) for text in texts]
     assert len(set(paths)) == 2
     assert all(path.exists() and path.parent.name == "loras" for path in paths)
+    assert {"trigger": "sks", "pixart_converted_from": "a.safetensors"}.items() <= read_lora(paths[0]).metadata.items()
     name = f"{paths[0].name}/" if layout == "peft" else paths[0].name
     model = run_node("PixArtLoadLoRA", model=make_patcher(), lora=name, strength=1.0)[0]
     same_weights(weights_of(model), merge(make_weights(CONFIG), read_lora(loras / "a.safetensors")), **NOISE)
