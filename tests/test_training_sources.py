@@ -321,6 +321,22 @@ def test_exif_rotation():
     assert measure_picture(picture, picture.content()) == (6, 4)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_every_rotation_in_every_format(kind):
+    """The corners, row by row, of a wide picture whose first is white."""
+    corners = {1: "1000", 2: "0100", 3: "0001", 4: "0010", 5: "1000", 6: "0100", 7: "0001", 8: "0010"}
+    image = Image.new("RGB", (48, 32))
+    image.paste("white", (0, 0, 16, 16))
+    for orientation, expected in corners.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture = encoded(image, kind, exif=exif)
+        pixels = read_picture(picture)
+        assert "".join(str(int(pixels[y, x, 0] > 0.5)) for y in (2, -3) for x in (2, -3)) == expected
+        size = (32, 48) if orientation < 5 else (48, 32)
+        assert measure_picture(picture, picture.content()) == tuple(pixels.shape[:2]) == size
+
+
 def test_a_huge_picture_is_shrunk_before_it_becomes_floats():
     image = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (4200, 17))[:, :4300])
     pixels = read_picture(encoded(image.convert("RGB"), compress_level=1), least_px=(512, 512))

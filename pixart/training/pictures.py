@@ -134,15 +134,15 @@ def decode_picture(picture: Picture, content: bytes):
 
 
 def measure_picture(picture: Picture, content: bytes) -> tuple[int, int]:
-    """(height, width) of a picture as it is shown, read from its header alone."""
+    """(height, width) of a picture as it is shown, read from its header alone but for TIFF."""
     opened = picture.open(content)
-    return tuple(opened.shape[:2]) if isinstance(opened, torch.Tensor) else upright_size(opened)
-
-
-def upright_size(image) -> tuple[int, int]:
-    """(height, width) of a PIL picture after the rotation that its EXIF asks for."""
-    turned = _orientation(image) in (5, 6, 7, 8)
-    return (image.width, image.height) if turned else (image.height, image.width)
+    if isinstance(opened, torch.Tensor):
+        return tuple(opened.shape[:2])
+    if opened.format == "TIFF":  # which some versions of PIL turn when they decode it, but not its EXIF
+        upright = decode_picture(picture, content)
+        return upright.height, upright.width
+    turned = _orientation(opened) in (5, 6, 7, 8)
+    return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
 
 def _orientation(image) -> int:
