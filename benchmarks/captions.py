@@ -18,6 +18,7 @@ from ..demo.evaluate import held_out_scenes
 from ..demo.scenes import caption
 from ..demo.scorer import ATTRIBUTES, add_scores, score
 from ..demo.train import DENOISER_FILE, TEXT_FILE, VAE_FILE
+from .cases import add_device
 from .host import import_host
 from .report import RESULTS, markdown_table, save_plot
 
@@ -100,7 +101,9 @@ def main(arguments):
     parser.add_argument("--count", type=int, default=100, help="captions")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_device(parser)
     options = parser.parse_args(arguments)
+    import_host(options.device)
     studio, runs = Studio(options.count), {}
     for label, contender in tqdm(CONTENDERS.items()):
         runs[label] = [100.0 * studio.accuracy(contender, steps) for steps in options.steps]

@@ -10,6 +10,7 @@ import torch
 from .timing import CLOCKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICES = ("cpu", "cuda")
 MIXED = "mixed"
 MIXED_LENGTHS = (20, 120)
 
@@ -46,15 +47,37 @@ def add_options(parser: argparse.ArgumentParser, *, dtypes: list[str], batches: 
     parser.add_argument("--depth", type=int, default=0, help="blocks (default: all)")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option that says where models run: the GPU where there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=_device, default=default, help=f"cpu or cuda (default: {default})")
+
+
+def _device(text: str) -> str:
+    if text not in DEVICES:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {' or '.join(DEVICES)}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            "got 'cuda', expected cpu: PyTorch finds no GPU here. Install a PyTorch with CUDA where there is one"
+        )
+    return text
+
+
+def name_device(device: str) -> str:
+    """As which results know it: a GPU by its name."""
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
 def parse_run(
     parser: argparse.ArgumentParser, arguments: list[str] | None, rounds: int | None = 3
 ) -> argparse.Namespace:
-    """Parse the arguments, among them how often, on how many threads and by which clock, and set the threads.
+    """Parse the arguments, among them how often, where, on how many threads and by which clock; set the threads.
 
     rounds: the default; None where runs are not repeated.
     """
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds)
+    add_device(parser)
     parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     options = parser.parse_args(arguments)

@@ -17,10 +17,11 @@ from ..demo.train import VAE_FILE
 from ..pixart.checkpoint import expected_shapes
 from ..pixart.config import CONFIGS
 from ..pixart.control_storage import ControlNetCheckpoint, expected_control_shapes
+from .cases import DTYPES, name_device, parse_run
 from .host import import_host
 from .peaks import PeakMemory
 from .report import RESULTS, markdown_table
-from .timing import CLOCKS, read_clock
+from .timing import read_clock
 
 VARIANT = "alpha-512"
 MAX_RATIO = 1.55
@@ -41,16 +42,15 @@ class Run:
 class Studio:
     """XL/2 and its ControlNet with random weights in this process's ComfyUI."""
 
-    def __init__(self, copies, side_px, dtype, clock):
-        import_host()
+    def __init__(self, copies, side_px, dtype, clock, device):
+        import_host(device)
         from comfy import sample
 
         from ..nodes.host import controlnet, loading, model
 
         config = CONFIGS[VARIANT]
         shapes = expected_shapes(config)
-        self.sample, self.dtype, self.clock = sample, dtype, clock
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.sample, self.dtype, self.clock, self.device = sample, dtype, clock, device
         self.model = model.make_patcher({name: _random(s, dtype) for name, s in shapes.items()}, config, dtype)
         weights = {f"controlnet.{n}": _random(s, dtype) for n, s in expected_control_shapes(config, copies).items()}
         self.control_bytes = sum(tensor.nbytes for tensor in weights.values())
@@ -64,7 +64,7 @@ class Studio:
 
     def run(self, conditioning) -> Run:
         """Two steps of Euler without guidance."""
-        ends, memory = [], PeakMemory()
+        ends, memory = [], PeakMemory(self.device)
         memory.reset()
         noise = self.sample.prepare_noise(self.latent, 1)
         with torch.inference_mode():
@@ -80,15 +80,12 @@ def main(arguments):
     parser = argparse.ArgumentParser(prog="benchmarks controlnet", description=__doc__)
     parser.add_argument("--copies", type=int, default=13, help="copied blocks, of 28")
     parser.add_argument("--side-px", type=int, default=512, help="side of the picture")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
-    on_gpu = torch.cuda.is_available()
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes[options.dtype or ("bf16" if on_gpu else "fp32")]
-    studio = Studio(options.copies, options.side_px, dtype, options.clock)
+    options = parse_run(parser, arguments, rounds=5)
+    on_gpu = options.device == "cuda"
+    dtype = DTYPES[options.dtype or ("bf16" if on_gpu else "fp32")]
+    studio = Studio(options.copies, options.side_px, dtype, options.clock, options.device)
     plain, controlled = [], []
     for number in range(options.rounds + 1):
         pair = studio.run(studio.plain), studio.run(studio.controlled)
@@ -96,7 +93,7 @@ def main(arguments):
             plain.append(pair[0])
             controlled.append(pair[1])
             logger.info("%.2f s, with control %.2f s", pair[0].step_s, pair[1].step_s)
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    device = name_device(options.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     numbers = {
         "device": device,
         "dtype": str(studio.dtype).removeprefix("torch."),

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .cases import DTYPES, add_options, list_cases, parse_run
+from .cases import DTYPES, add_options, list_cases, name_device, parse_run
+from .host import import_host
 from .loop import WARM_UP_SIDE
 from .peers import DIFFUSERS, HOST, OURS, DiffusersLoop, HostLoop, OurLoop, make_captions, make_config, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
@@ -32,7 +33,8 @@ def main(arguments):
     parser.add_argument("--compiled", action="store_true", help="with torch.compile")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parse_run(parser, arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = options.device
+    import_host(device)
     made, loops, text = None, {}, ""
     for case in list_cases(options):
         variant = f"{options.family}-{case.side_px}"
@@ -48,7 +50,7 @@ def main(arguments):
 def make_loops(config, dtype, device, compiled):
     """Every rival by its name, with the same weights."""
     weights = make_weights(config, dtype)
-    loops = {name: kind(config, weights, dtype) for name, kind in LOOPS.items() if device == "cpu" or name != DIFFUSERS}
+    loops = {name: kind(config, weights, dtype, device) for name, kind in LOOPS.items()}
     for loop in loops.values():
         if compiled:
             loop.compile()
@@ -91,7 +93,7 @@ def measure(case, config, loops, options, device):
             "maths": next(name for name, dtype in DTYPES.items() if dtype == loops[OURS].maths),
             "compiled": options.compiled,
             "blocks": config.depth,
-            "device": device,
+            "device": name_device(device),
             "threads": torch.get_num_threads(),
             "clock": options.clock,
         },

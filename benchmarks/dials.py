@@ -19,10 +19,11 @@ from ..demo.evaluate import held_out_scenes
 from ..demo.scenes import caption
 from ..demo.scorer import ATTRIBUTES, add_scores, score
 from ..demo.train import DENOISER_FILE, TEXT_FILE, VAE_FILE
+from .cases import name_device, parse_run
 from .host import import_host
 from .peers import make_captions, make_config, make_weights
 from .report import RESULTS, markdown_table
-from .timing import CLOCKS, compare, read_clock
+from .timing import compare, read_clock
 
 SIDE_PX, LARGE_PX, STEPS, GUIDANCE = 128, 256, 20, 4.0
 EXACT = "exact"
@@ -65,7 +66,7 @@ class Studio:
         )
         noise = sample.prepare_noise(self.latent, 3)
         with torch.inference_mode():
-            began = read_clock(clock, "cpu")
+            began = read_clock(clock, "cpu")  # the host hands the latent over in the computer's memory, so it is done
             result = sample.sample_custom(
                 model, noise, GUIDANCE, sampler, sigmas, self.positive, self.negative, self.latent,
                 disable_pbar=True, seed=3,
@@ -185,21 +186,17 @@ def parse(arguments):
     parser.add_argument("--side-px", type=int, default=256, help="size of the variant's pictures")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the variant")
     parser.add_argument("--compression", action="store_true", help="the variant's KV compression, not the other dials")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    return parser.parse_args(arguments)
+    return parse_run(parser, arguments)
 
 
 def main(arguments):
     """Run the benchmark and write results/dials.json and .md, or dials_<variant>.*."""
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    import_host()
+    import_host(options.device)
     turns, name = {"rounds": options.rounds, "clock": options.clock}, "dials"
-    how = f"over the exact loop, {torch.get_num_threads()} threads, {options.clock} time, {options.rounds} rounds"
+    where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else name_device(options.device)
+    how = f"over the exact loop, {where}, {options.clock} time, {options.rounds} rounds"
     results = {}
     if options.variant:
         studio = random_studio(options.variant, options.depth, options.side_px, options.steps)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..pixart.saving import save_checkpoint
-from .cases import parse_run
+from .cases import name_device, parse_run
 from .host import import_host
 from .peaks import PeakMemory, read_status
 from .peers import DIFFUSERS, HOST, OURS, make_config, make_weights
@@ -41,30 +41,31 @@ def main(arguments):
     parser.add_argument("--depth", type=int, default=0, help="blocks (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parse_run(parser, arguments)
-    import_all()
+    import_all(options.device)
     depth = make_config(VARIANT, options.depth).depth
     for kind in options.formats:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / FORMATS[kind][0]
-            size = run_apart(write_weights, path, depth)
+            size = run_apart(options.device, write_weights, path, depth)
             runs = measure(path, FORMATS[kind][1], options)
         case = {"format": kind, "blocks": depth, "threads": torch.get_num_threads(), "clock": options.clock}
+        case |= {"device": name_device(options.device)} if options.device != "cpu" else {}
         text = publish([{"case": case, "weights_bytes": size, **runs}], options.out)
     logger.info("%s", text)
 
 
-def import_all():
+def import_all(device="cpu"):
     """Import whatever a loader needs, so that no import is measured."""
-    import_host()
+    import_host(device)
     importlib.import_module("comfy.sd")
     importlib.import_module("..nodes.host.loading", __package__)
     diffusers = importlib.import_module("diffusers")
     return diffusers.PixArtTransformer2DModel
 
 
-def run_apart(function, *arguments):
+def run_apart(device, function, *arguments):
     """Run a function in a process of its own, which has imported what this one has. CUDA cannot be handed on so."""
-    with multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork").Pool(1) as pool:
+    with multiprocessing.get_context("spawn" if device == "cuda" else "fork").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
@@ -81,16 +82,16 @@ def measure(path, loaders, options) -> dict:
     found: dict[str, dict] = {field: {loader: [] for loader in loaders} for field in ("seconds", "peak", "own")}
     for number in range(options.rounds + 1):  # the first fills the system's cache
         for loader in loaders:
-            told = run_apart(load_once, loader, path, options.clock)
+            told = run_apart(options.device, load_once, loader, path, options.clock, options.device)
             logger.info("%s: %s", loader, told)
             for field, values in found.items():
                 values[loader] += [told[field]] * bool(number)
     return found
 
 
-def load_once(loader, path, clock="wall") -> dict:
-    """Load a file or folder and read every weight."""
-    diffusers_class = import_all()
+def load_once(loader, path, clock="wall", device="cpu") -> dict:
+    """Load a file or folder and read every weight, which for a GPU is to send it there."""
+    diffusers_class = import_all(device)
     import comfy.sd
 
     from ..nodes.host import loading
@@ -104,11 +105,11 @@ def load_once(loader, path, clock="wall") -> dict:
     }
     memory = PeakMemory()
     memory.reset()
-    before, own, began = memory.read(), read_status("RssAnon"), read_clock(clock, "cpu")
-    model = loaders[loader]()
-    for parameter in model.parameters():
+    before, own, began = memory.read(), read_status("RssAnon"), read_clock(clock, device)
+    model = loaders[loader]().to(device)
+    for parameter in model.parameters() if device == "cpu" else ():
         float(parameter.detach().flatten()[:: 4096 // parameter.element_size()].float().sum())  # touches every page
-    seconds = read_clock(clock, "cpu") - began
+    seconds = read_clock(clock, device) - began
     return {"seconds": seconds, "peak": memory.read() - before, "own": read_status("RssAnon") - own}
 
 
@@ -118,6 +119,7 @@ def publish(runs, folder):
     for run in keep_runs(folder / "load.json", runs):
         case = run["case"]
         settings = f"{case['threads']} threads, {case['clock']} time, {len(run['seconds'][OURS])} rounds"
+        settings += f", to {case['device']}" if "device" in case else ""
         for name in run["seconds"]:
             seconds, peak, own = (statistics.median(run[field][name]) for field in ("seconds", "peak", "own"))
             ratios = [describe_ratio(compare(run[field], OURS, name)) for field in ("seconds", "peak")]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .cases import DTYPES, parse_run
+from .cases import DTYPES, name_device, parse_run
+from .host import import_host
 from .peers import DIFFUSERS, HOST, OURS, DiffusersLoop, HostLoop, OurLoop, make_captions, make_config, make_weights
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import compare_loops, count_work, measure_roofline, take_turns_in_steps
@@ -30,9 +31,9 @@ def main(arguments):
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parse_run(parser, arguments, rounds=None)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    import_host(options.device)
     for variant in options.variants:
-        text = publish([measure(variant, options, device)], options.out)
+        text = publish([measure(variant, options, options.device)], options.out)
     logger.info("%s", text)
 
 
@@ -42,11 +43,10 @@ def measure(variant, options, device):
     weights = make_weights(config, dtype)
     captions = make_captions(config, options.captions, dtype)
     side = config.base_size * config.patch_size
-    loops = {OURS: OurLoop(config, weights, dtype)}
+    loops = {OURS: OurLoop(config, weights, dtype, device)}
     if config.base_px > 256:  # ComfyUI's own divides by zero there
-        loops[HOST] = HostLoop(config, weights, dtype)
-    if device == "cpu":
-        loops[DIFFUSERS] = DiffusersLoop(config, weights, dtype)
+        loops[HOST] = HostLoop(config, weights, dtype, device)
+    loops[DIFFUSERS] = DiffusersLoop(config, weights, dtype, device)
     rivals = {name: functools.partial(loop.sample, captions, side, options.steps) for name, loop in loops.items()}
     for loop in loops.values():
         loop.sample(captions, min(side, WARM_UP_SIDE), 1)
@@ -61,7 +61,7 @@ def measure(variant, options, device):
             "steps": options.steps,
             "captions": options.captions,
             "dtype": options.dtype,
-            "device": device,
+            "device": name_device(device),
             "threads": torch.get_num_threads(),
             "clock": options.clock,
         },

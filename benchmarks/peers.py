@@ -36,8 +36,8 @@ def make_captions(config, lengths, dtype, seed=1):
 class OurLoop:
     """This pack's model in ComfyUI, sampled as a workflow samples it."""
 
-    def __init__(self, config, weights, dtype):
-        import_host()
+    def __init__(self, config, weights, dtype, device=None):
+        import_host(device)
         from ..nodes.host import model
 
         self.patcher = model.make_patcher(dict(weights), config, dtype)
@@ -69,8 +69,8 @@ class OurLoop:
 class HostLoop(OurLoop):
     """ComfyUI's own PixArt. It runs captions of different length in forwards of their own."""
 
-    def __init__(self, config, weights, dtype):
-        import_host()
+    def __init__(self, config, weights, dtype, device=None):
+        import_host(device)
         import comfy.ldm.pixart.pixartms
         import comfy.model_base
         import comfy.model_management
@@ -156,12 +156,12 @@ def make_transformer(config, weights):
 class DiffusersLoop:
     """diffusers' transformer and scheduler in the loop of its pipeline: captions padded, under a mask, in one batch."""
 
-    def __init__(self, config, weights, dtype):
+    def __init__(self, config, weights, dtype, device="cpu"):
         from diffusers import DPMSolverMultistepScheduler
 
-        self.config, self.dtype = config, dtype
-        self.net = make_transformer(config, weights)
-        self.net.pos_embed.to(dtype)
+        self.config, self.dtype, self.device = config, dtype, device
+        self.net = make_transformer(config, {name: weight.to(device) for name, weight in weights.items()})
+        self.net.pos_embed.pos_embed = self.net.pos_embed.pos_embed.to(device, dtype)
         self.net.eval().requires_grad_(False)
         self.scheduler = DPMSolverMultistepScheduler()
 
@@ -170,7 +170,12 @@ class DiffusersLoop:
         length = self.config.caption_length
         states = torch.cat([F.pad(c, (0, 0, 0, length - c.shape[1])) for c in captions])
         counts = torch.tensor([[c.shape[1]] for c in captions])
-        return states, (torch.arange(length) < counts).to(self.dtype)
+        return states.to(self.device), (torch.arange(length) < counts).to(self.device, self.dtype)
+
+    def draw_noise(self, side, seed):
+        """The latent of pure noise, (1, 4, side, side)."""
+        noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed))
+        return noise.to(self.device, self.dtype)
 
     def predict(self, latent, time, states, mask):
         """One forward pass of the transformer."""
@@ -178,7 +183,7 @@ class DiffusersLoop:
         added = {"resolution": None, "aspect_ratio": None}
         if self.config.micro_condition:
             added = {"resolution": torch.full((batch, 2), size), "aspect_ratio": torch.ones(batch, 1)}
-            added = {key: value.to(self.dtype) for key, value in added.items()}
+            added = {key: value.to(self.device, self.dtype) for key, value in added.items()}
         return self.net(
             latent, encoder_hidden_states=states, encoder_attention_mask=mask, timestep=time,
             added_cond_kwargs=added, return_dict=False,
@@ -190,18 +195,18 @@ class DiffusersLoop:
 
     def use_step(self, captions, side, use, seed=5):
         """As OurLoop.use_step."""
-        latent = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
-        latent, time = latent.repeat(len(captions), 1, 1, 1), torch.full((len(captions),), TIMESTEP)
+        latent = self.draw_noise(side, seed).repeat(len(captions), 1, 1, 1)
+        time = torch.full((len(captions),), TIMESTEP, device=self.device)
         with torch.inference_mode():
             states, mask = self.pad(captions)
             use(lambda side=side: self.predict(latent[..., :side, :side], time, states, mask))
 
     def sample(self, captions, side, steps, stepped=None, seed=5):
         """As OurLoop.sample, with diffusers' own solver of the same order."""
-        latent = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
+        latent = self.draw_noise(side, seed)
         with torch.inference_mode():
             states, mask = self.pad([captions[1], captions[0]])
-            self.scheduler.set_timesteps(steps)
+            self.scheduler.set_timesteps(steps, device=self.device)
             for time in self.scheduler.timesteps:
                 both = self.predict(latent.repeat(2, 1, 1, 1), time.expand(2), states, mask)
                 untold, told = both[:, :4].chunk(2)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import T5Config, T5EncoderModel
 
 from ..pixart.text import PAD_ID
-from .cases import parse_run
+from .cases import name_device, parse_run
 from .host import import_host
 from .report import RESULTS, describe_ratio, keep_runs, markdown_table
 from .timing import compare, take_turns
@@ -42,17 +42,17 @@ def main(arguments):
     parser.add_argument("--layers", type=int, default=2, help="0: all")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parse_run(parser, arguments, rounds=5)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    import_host(options.device)
     fields = SIZES[options.size]
     fields = {**fields, "num_layers": options.layers or fields["num_layers"]}
     with tempfile.TemporaryDirectory() as folder:
         write_encoder(Path(folder) / "t5.safetensors", fields)
-        run = measure(Path(folder), options, device)
+        run = measure(Path(folder), options, options.device)
     case = {
         "encoder": f"T5 v1.1 {options.size}",
         "layers": fields["num_layers"],
         "of": SIZES[options.size]["num_layers"],
-        "device": device,
+        "device": name_device(options.device),
         "threads": torch.get_num_threads(),
         "clock": options.clock,
     }

@@ -21,7 +21,7 @@ from ..pixart.training.draws import draw_batch
 from ..pixart.training.examples import Batch
 from ..pixart.training.settings import TrainingSettings
 from ..pixart.transformer import PixArt
-from .cases import parse_run
+from .cases import name_device, parse_run
 from .host import import_host
 from .peaks import measure_peak
 from .peers import OURS, make_config, make_transformer, make_weights
@@ -161,7 +161,8 @@ def main(arguments):
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parse_run(parser, arguments, rounds=5)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = options.device
+    import_host(device)
     dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
     for depth in options.depths:
         for batch in options.batches:
@@ -183,8 +184,7 @@ def measure(depth, batch_size, targets, dtype, device, options) -> dict:
     trainees = {OURS: Ours(*given), PEFT: Peft(*given)}
     rivals = {name: trainee.step for name, trainee in trainees.items()}
     seconds = take_turns(rivals, options.rounds, options.clock, device)
-    peaks = {name: measure_peak(trainee.step) for name, trainee in trainees.items()}
-    name = torch.cuda.get_device_name() if device == "cuda" else device
+    peaks = {name: measure_peak(trainee.step, device) for name, trainee in trainees.items()}
     return {
         "case": {
             "blocks": depth,
@@ -192,7 +192,7 @@ def measure(depth, batch_size, targets, dtype, device, options) -> dict:
             "targets": targets,
             "caption": options.caption,
             "dtype": dtype,
-            "device": name,
+            "device": name_device(device),
             "threads": torch.get_num_threads(),
             "clock": options.clock,
         },

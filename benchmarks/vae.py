@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..pixart.autoencoder import KL_CONFIG, LATENT_CHANNELS
-from .cases import DTYPES, parse_run
+from .cases import DTYPES, name_device, parse_run
 from .host import import_host
 from .peaks import measure_peak
 from .peers import DIFFUSERS, OURS
@@ -32,7 +32,7 @@ def main(arguments):
     parser.add_argument("--tiled-px", type=int, nargs="*", default=[2048], help="decoded in tiles")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parse_run(parser, arguments)
-    ours, theirs = make_pair(KL_CONFIG)
+    ours, theirs = make_pair(KL_CONFIG, options.device)
     text = ""
     for sides, is_tiled in ((options.sides_px, False), (options.tiled_px, True)):
         for side_px in sides:
@@ -40,9 +40,9 @@ def main(arguments):
     logger.info("%s", text)
 
 
-def make_pair(config):
+def make_pair(config, device="cpu"):
     """(the host's VAE, diffusers') with the same random weights, in the dtype that the host chooses."""
-    import_host()
+    import_host(device)
     from diffusers import AutoencoderKL
 
     from ..nodes.host import loading
@@ -52,7 +52,6 @@ def make_pair(config):
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = loading.read_vae(Path(folder))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return ours, torch.nn.Module.to(theirs, device, ours.vae_dtype)
 
 
@@ -81,12 +80,12 @@ def measure(ours, theirs, side_px, is_tiled, options) -> dict:
             decode(latent[..., :WARM_UP_SIDE, :WARM_UP_SIDE])
         for _ in range(options.rounds):
             for name in rivals:
-                found["peak"][name].append(measure_peak(lambda name=name: take(name)))
+                found["peak"][name].append(measure_peak(lambda name=name: take(name), device))
     case = {
         "side_px": side_px,
         "tiled": is_tiled,
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == theirs.dtype),
-        "device": device,
+        "device": name_device(device),
         "threads": torch.get_num_threads(),
         "clock": options.clock,
     }

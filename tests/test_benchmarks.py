@@ -1,21 +1,29 @@
 """The benchmarks' own tools: the mixture is what it says, and tables and plots are written."""
 
 import argparse
+import contextlib
+import importlib
 import json
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixart_pack.benchmarks import plain
 from pixart_pack.benchmarks.captions import save_results as save_captions
-from pixart_pack.benchmarks.cases import Case, add_options, list_cases
+from pixart_pack.benchmarks.cases import Case, add_options, list_cases, parse_run
 from pixart_pack.benchmarks.mixture import GaussianMixture
 from pixart_pack.benchmarks.peaks import measure_peak
 from pixart_pack.benchmarks.report import describe_ratio, keep_runs, markdown_table, save_plot
 from pixart_pack.benchmarks.samplers import read_results
+from pixart_pack.samplers.schedules import schedule_sigmas
+from pixart_pack.tests.tiny_pixart import tiny_config
+from pixart_pack.tests.watch import watch_steps
 
 MEANS = torch.tensor([[1.0, 0.0, 0.0, -1.0], [-2.0, 1.0, 0.5, 0.0]])
 SCALES = torch.tensor([0.4, 0.7])
@@ -127,17 +135,105 @@ def test_peak_of_memory():
     assert 0.95 < found / 2**26 < 1.2
 
 
-def test_plain_script_needs_no_host(tmp_path):
-    """Run as a file, from elsewhere: every case and the loop, beside their rooflines."""
+TIMED = ("captions", "controlnet", "denoiser", "dials", "load", "loop", "text", "train", "vae", "plain")
+
+
+@pytest.mark.parametrize("name", TIMED)
+@pytest.mark.parametrize(("device", "message"), [("tpu", "got 'tpu', expected cpu or cuda"), ("cuda", "finds no GPU")])
+def test_every_benchmark_is_told_the_device(name, device, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"pixart_pack.benchmarks.{name}").main(["--device", device])
+    assert message in capsys.readouterr().err
+
+
+def test_the_gpu_is_taken_where_there_is_one(monkeypatch):
+    for found, device in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        assert parse_run(argparse.ArgumentParser(), []).device == device
+    assert parse_run(argparse.ArgumentParser(), ["--device", "cpu"]).device == "cpu"
+
+
+def allowed_packages(names):
+    """What these distributions bring, and what those that they need bring: names to import."""
+    todo, found = list(names), set()
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        if name in found:
+            continue
+        found.add(name)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            needs = [need for need in metadata.requires(name) or () if "extra ==" not in need]
+            todo += [re.match(r"[\w.-]+", need)[0] for need in needs]
+    brought = metadata.packages_distributions().items()
+    return {package for package, by in brought if found & {re.sub(r"[-_.]+", "-", each).lower() for each in by}}
+
+
+def run_plain(tmp_path, options, before=""):
+    """What the script writes, run as a file and from elsewhere. before: code that comes first."""
     script, out = Path(plain.__file__), tmp_path / "plain.json"
-    options = "--depth 1 --sides-px 64 --batches 2 --captions 7 mixed --rounds 1 --steps 2 --threads 1 --device cpu"
-    command = [sys.executable, str(script), *options.split(), "--out", str(out)]
+    code = f"import runpy, sys\n{before}\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    options = f"--depth 1 --sides-px 64 --batches 2 --rounds 1 --threads 1 --device cpu {options} --out {out}"
+    command = [sys.executable, "-c", code, str(script), *options.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    results = json.loads(out.read_text())["cases"]
+    return json.loads(out.read_text())["cases"], done.stderr
+
+
+def test_plain_script_needs_four_libraries(tmp_path):
+    """torch, numpy, einops and safetensors, with what they need: nothing else that is installed here is found."""
+    allowed = allowed_packages(["torch", "numpy", "einops", "safetensors"])
+    others = sorted(set(metadata.packages_distributions()) - allowed)
+    assert {"transformers", "diffusers", "tqdm"} <= set(others)
+    hide = f"""
+hidden = frozenset({others})
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in hidden:
+            raise ModuleNotFoundError('No module named ' + repr(name), name=name)
+sys.meta_path.insert(0, Hide())
+"""
+    results, said = run_plain(tmp_path, "--captions 7 mixed --steps 2 --lcm-steps 1 --alone", hide)
     assert [result["case"] for result in results] == [
         "64 px, batch 2, captions of 7 tokens, fp32",
         "64 px, batch 2, captions of 20 and 120 tokens, fp32",
-        "2 guided steps, 64 px, batch 2, captions of 7 tokens, fp32",
+        "2 guided steps, 64 px, fp32",
+        "1 steps of LCM, 64 px, fp32",
     ]
-    assert all(0 < result["roofline_s"] < min(result["seconds"]) for result in results)
+    for result in results:
+        assert result["seconds"].keys() == {"this pack"}
+        assert 0 < result["roofline_s"] < min(result["seconds"]["this pack"])
+    assert "1 steps of LCM, 64 px, fp32: " in said
+
+
+def test_plain_script_races_diffusers(tmp_path):
+    pytest.importorskip("diffusers")
+    results, said = run_plain(tmp_path, "--captions mixed --steps 2 --lcm-steps 0 --dtypes bf16")
+    assert [result["case"] for result in results] == [
+        "64 px, batch 2, captions of 20 and 120 tokens, bf16",
+        "2 guided steps, 64 px, bf16",
+    ]
+    for result in results:
+        assert {name: len(seconds) for name, seconds in result["seconds"].items()} == {"this pack": 1, "diffusers": 1}
+        assert result["ratio"]["ratio"] > 0
+    assert said.count("; over diffusers ") == 2
+
+
+@pytest.mark.parametrize("variant", ["alpha-1024", "sigma-512"])
+def test_plain_script_on_a_gpu(variant, monkeypatch):
+    """One that is not there: tensors have a device, a type and a shape alone. Nothing mixes devices, no step waits."""
+    pytest.importorskip("diffusers")
+    mode, levels = FakeTensorMode(), {name: schedule_sigmas(name, 3) for name in ("uniform", "lcm")}
+    monkeypatch.setattr(plain.schedules, "schedule_sigmas", lambda name, steps: levels[name])
+    monkeypatch.setattr(plain.schedules, "sigmas", torch.zeros_like)
+    monkeypatch.setattr("pixart_pack.samplers.noise.SampleNoise", lambda x, *_: lambda *_: torch.empty_like(x))
+    case = Case(128, (20, 9), "bf16")
+    with mode:
+        track = plain.Track(tiny_config(variant), torch.bfloat16, "cuda")
+        forward, loops = track.forward(case).rivals, [track.guided(case, 3).rivals, track.distilled(case, 3).rivals]
+        assert {tuple(forward["this pack"]().shape), tuple(forward["diffusers"]().shape)} == {(2, 8, 16, 16)}
+    watch = watch_steps(monkeypatch, mode)
+    for loop in loops:
+        found = loop["this pack"]()
+        assert (found.device.type, found.dtype, found.shape) == ("cuda", torch.float32, (1, 4, 16, 16))
+    assert watch.found == []
