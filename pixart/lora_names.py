@@ -38,9 +38,10 @@ ROLES = {
     "diff": "diff",
     "diff_b": "diff_b",
 }
-# Behind the role PEFT may put an adapter's name; a trained bias there is no factor.
+# Behind the role PEFT may put an adapter's name.
 _KEY = re.compile(
-    rf"(.+?)[._]({'|'.join(map(re.escape, sorted(ROLES, key=len, reverse=True)))})(?:\.(?!bias$)[^.]+)?(?:\.weight)?"
+    rf"(.+?)[._]({'|'.join(map(re.escape, sorted(ROLES, key=len, reverse=True)))})"
+    r"(?:\.(?!bias$)[^.]+)?(?:\.weight|(\.bias))?"
 )
 _BLOCK = re.compile(r"((?:transformer_)?blocks)_(\d{1,4})_(.+)")
 _LAST_PART = re.compile(r"(.*)\.(?:weight|bias)")
@@ -93,9 +94,11 @@ class Target(NamedTuple):
 
 
 def parse_key(key: str) -> tuple[str, str] | None:
-    """A LoRA file's key -> (module's name with its prefix, one of ROLES' values); None for other keys."""
+    """A LoRA file's key -> (module's name with its prefix, one of ROLES' values or "up_bias"); None for other keys."""
     match = _KEY.fullmatch(key)
-    return (match[1], ROLES[match[2]]) if match else None
+    if match is None or match[3] and ROLES[match[2]] != "up":
+        return None
+    return match[1], "up_bias" if match[3] else ROLES[match[2]]
 
 
 def resolve_name(name: str) -> tuple[Target, str] | None:

@@ -112,6 +112,8 @@ def load_lora(
             for place, factor in made.items():
                 factors[place], source = settings.with_alpha(factor, prefix, name.removeprefix(prefix))
                 sources[source] += 1
+            if "up_bias" in spent:  # PEFT's lora_bias, scaled as the product
+                factors[target.bias] = Difference(made[target.bias].values.float() * factors[target].scale)
             matched += len(spent)
             layouts[describe_prefix(prefix)] += 1
     texts = dict(metadata or {})
@@ -212,6 +214,8 @@ def _make_factors(target: Target, grouped: Mapping[str, tuple[str, torch.Tensor]
     if "diff_b" in tensors:
         made[target.bias] = Difference(tensors["diff_b"])
     factor = _low_rank(tensors) or _hadamard(tensors) or _kronecker(tensors)
+    if isinstance(factor, LowRank) and "up_bias" in tensors:
+        made[target.bias] = Difference(tensors["up_bias"])
     if factor is not None:
         made[target] = _with_magnitude(replace(factor, alpha=_alpha(tensors)), tensors)
     elif "diff" in tensors:
@@ -258,7 +262,7 @@ def _with_magnitude(factor: Factor, tensors: Mapping[str, torch.Tensor]) -> Fact
 def _roles_of(factor: Factor, tensors: Mapping) -> set[str]:
     """The roles of a module's tensors that went into one of its factors."""
     if isinstance(factor, Difference):
-        return {role for role in ("diff", "diff_b") if role in tensors and tensors[role][1] is factor.values}
+        return {role for role in ("diff", "diff_b", "up_bias") if role in tensors and tensors[role][1] is factor.values}
     start = {Hadamard: "hada_", Kronecker: "lokr_"}.get(type(factor), "")
     own = {f"{start}{part.name}" for part in fields(factor)} | {"alpha", "magnitude", "dora_scale"}
     return own & set(tensors)

@@ -283,6 +283,7 @@ PEFT_CASES = {
             "alpha_pattern": {"to_k": 3, "adaln_single.linear": 5, r".*\.1\.attn2\.to_v": 7},
         },
     ),
+    "biases": ("LoraConfig", {"r": 4, "lora_alpha": 6, "lora_bias": True, "target_modules": ["to_k", "ff.net.2"]}),
     "rslora": ("LoraConfig", {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ATTENTION}),
     "dora": ("LoraConfig", {"r": 4, "use_dora": True, "target_modules": EVERYTHING}),
     "dora on q alone": ("LoraConfig", {"r": 3, "use_dora": True, "lora_alpha": 5, "target_modules": ["attn1.to_q"]}),
