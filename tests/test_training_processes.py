@@ -110,7 +110,7 @@ def assert_like_one(folder, alone):
         ours, theirs = (each[part]["shadow"] if part == "average" else each[part] for each in (given, expected))
         for key in ours:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-5)  # Adam divides by small numbers
-    for path in sorted((alone / "samples").iterdir()):
+    for path in (alone / "samples").glob("*.png"):
         one, other = (np.asarray(Image.open(each / "samples" / path.name), np.int16) for each in (folder, alone))
         assert np.abs(one - other).max() <= 1 and one.std() > 1
 
@@ -182,6 +182,22 @@ def test_a_signal_ends_a_training_with_its_result_and_it_goes_on(place, launcher
     whole, _ = launch(place, f"whole_{launcher}", "one", **more)
     assert len(losses(folder)) == steps + 2
     assert_like_one(folder, whole) if launcher != "one" else assert_equal(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_from_its_last_checkpoint(place):
+    fields = {"checkpoint_every": 3, "sample_every": 0}
+    process = begin(place, "killed", "one", steps=100_000, **fields)
+    folder = place / "runs" / "killed_001"
+    checkpoints = Checkpoints(folder / "checkpoints", 1)
+    processes.wait_until(lambda: len(checkpoints.all()) > 1, process)
+    process.kill()
+    processes.finish(process)
+    steps = checkpoints.load()["step"]
+    assert steps > 3 and not (folder / "result.json").exists()
+    launch(place, "killed", "one", steps=steps + 2, **fields)
+    whole, _ = launch(place, "unbroken", "one", steps=steps + 2, **fields)
+    assert_equal(folder, whole)
 
 
 def assert_equal(folder, whole):

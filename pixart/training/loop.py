@@ -241,6 +241,7 @@ class Trainer:
             self.objective.eval()
             with self.averaged(), torch.no_grad():
                 self.sample(self.step)
+            self.processes.release(self.prepared)
             self.objective.train()
         self.processes.wait()
 

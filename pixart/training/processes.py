@@ -28,6 +28,9 @@ class SingleProcess:
         """Within it gradients are summed over processes only in the last forward pass of a step."""
         return contextlib.nullcontext()
 
+    def release(self, prepared: Callable) -> None:
+        """Let go of weights that were made whole in a forward pass and still are: they do not follow their shards."""
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over processes."""
         return values
@@ -67,12 +70,18 @@ class AcceleratedProcesses(SingleProcess):
             from torch.distributed.fsdp import register_fsdp_forward_method
 
             register_fsdp_forward_method(prepared, "within")
-            # What is in no block would stay whole after a validation, and the next step compute with its averages.
-            prepared.set_reshard_after_forward(True, recurse=False)
         return prepared, optimizer.optimizer
 
     def accumulating(self, prepared, is_last):
         return contextlib.nullcontext() if is_last else self.accelerator.no_sync(prepared)
+
+    def release(self, prepared):
+        if self.is_sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in prepared.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def mean(self, values):
         return self.accelerator.reduce(values, reduction="mean")
