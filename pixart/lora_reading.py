@@ -153,7 +153,8 @@ class _Settings:
         if self.peft.get("use_rslora") is True:
             alpha *= math.sqrt(rank)  # rsLoRA, arXiv 2312.03732: the scale is alpha / sqrt(rank)
         if factor.rank is None and isinstance(factor, Kronecker):
-            return replace(factor, w1=factor.w1 * (alpha / rank))  # PEFT scales whole matrices as well, by its r
+            # PEFT scales whole matrices as well, by its r.
+            return replace(factor, w1=factor.w1.float() * (alpha / rank))
         return replace(factor, alpha=alpha)
 
     def _pattern(self, name: str, module: str, usual: float) -> float:

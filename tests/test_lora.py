@@ -371,6 +371,10 @@ def test_loras_of_few_bits(tmp_path, dtype):
     exact = load_lora({key: tensor.float() for key, tensor in tensors.items()}, config=CONFIG)
     found = read_lora(tmp_path / "few.safetensors", CONFIG)
     same_weights(merge(make_weights(CONFIG), found), merge(make_weights(CONFIG), exact), atol=0, rtol=0)
+    matrices = {"lokr_w1": torch.ones(4, 4).to(dtype), "lokr_w2": torch.ones(12, 12).to(dtype)}
+    whole = {f"base_model.model.blocks.0.attn.proj.{name}": matrix for name, matrix in matrices.items()}
+    found = load_lora(whole, {"r": 8, "alpha": 4}, config=CONFIG)
+    assert next(iter(found.factors.values())).product().unique().tolist() == [0.5]
 
 
 def test_a_row_of_zeros_stays_one_under_dora():
