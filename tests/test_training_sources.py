@@ -91,6 +91,16 @@ def test_csv_of_an_old_mac_with_headings_of_its_own(tmp_path):
     assert captions(check_records(read_dataset(tmp_path)).records) == {"x.png": "a cat"}
 
 
+def test_rows_that_name_no_picture_are_told(tmp_path):
+    draw(tmp_path / "x.png")
+    draw(tmp_path / "edges" / "x.png")
+    rows = ["dir,text", "x.png,a", ",b", ".,c", "..,d", f"{'long ' * 100},e"]  # the last one: columns taken for another
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    dataset = check_records(read_dataset(tmp_path, control_folder=tmp_path / "edges"))
+    assert [record.caption for record in dataset.records] == ["a"]
+    assert "unreadable: 4" in dataset.report and "the table names no picture" in dataset.report
+
+
 def test_csv_that_is_damaged_is_told(tmp_path):
     draw(tmp_path / "x.png")
     (tmp_path / "t.csv").write_text('dir,text\nx.png,"once" is 5" long\ny.png,"and all that follows\nz.png,is lost')

@@ -111,7 +111,7 @@ class _Place:
             paths = [path for path in paths if any(map(path.is_relative_to, roots))]
             if not paths:
                 return None, f"'{name}' leads out of the dataset's folder"
-        found = next((path for path in paths if path.is_file()), None)
+        found = next(filter(os.path.isfile, paths), None)  # a Path's own is_file raises for a name that is too long
         return found, None if found else f"no such file: '{name}'"
 
 
@@ -133,7 +133,7 @@ class _Stems:
 
 
 def _stem(name: Path) -> str:
-    return _composed(name.with_suffix("").as_posix())
+    return _composed(os.path.splitext(name.as_posix())[0])
 
 
 # Unicode's two ways to write an accent: within its letter, and behind it as macOS does in names of files.
