@@ -141,5 +141,5 @@ def test_names_do_not_lead_out(tmp_path):
     write_caption(tmp_path / "x.npz", 3)
     write_caption(root / "caption_feature_wmask" / "y.npz", 3)
     write_latent(root / "img_vae_features_64resolution" / "noflip" / "y.npy")
-    write_list(root, [{"path": "../x.png", "prompt": ""}, {"path": "y.png", "prompt": ""}])
+    write_list(root, [{"path": path, "prompt": ""} for path in ("../x.png", "y.png", "", "..", "a" * 300)])
     assert len(open_features(root)) == 1

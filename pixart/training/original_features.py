@@ -4,6 +4,7 @@ Source: PixArt-alpha, tools/extract_features.py and diffusion/data/datasets/Inte
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -175,11 +176,11 @@ def _rows_by_name(latents: Path) -> list[dict]:
 
 
 def _make_entry(row: dict, captions: Path, latents: Path, base_px: int, several: bool) -> OriginalEntry | None:
-    path = PurePosixPath(str(row["path"]).replace("\\", "/")).with_suffix("")
+    path = PurePosixPath(os.path.splitext(str(row["path"]).replace("\\", "/"))[0])
     joined = path.parent.with_name(f"{path.parent.name}_{path.name}") if path.parent.name else path
     names = [name for name in (joined, PurePosixPath(path.name)) if ".." not in name.parts and not name.is_absolute()]
-    caption = next((file for name in names if (file := captions / f"{name}.npz").is_file()), None)
-    latent = next((file for name in names if (file := latents / f"{name}.npy").is_file()), None)
+    caption = next(filter(os.path.isfile, (captions / f"{name}.npz" for name in names)), None)
+    latent = next(filter(os.path.isfile, (latents / f"{name}.npy" for name in names)), None)
     if caption is None or latent is None:
         return None
     size_px, ratio = (base_px, base_px), 1.0
