@@ -69,8 +69,11 @@ def modulate(x, shift, scale):
 def common_row(values):
     """The first row alone where all rows are alike and it costs nothing to know: (B, ...) -> (1, ...) or (B, ...).
 
-    On another device than the CPU, looking would wait for all work that is queued there.
+    Rows that `expand` made of one share its memory. Others are compared on the CPU; on another device, looking would
+    wait for all work that is queued there.
     """
+    if values.stride(0) == 0:
+        return values[:1]
     if (
         values.device.type != "cpu"
         or torch.compiler.is_compiling()

@@ -206,12 +206,12 @@ class PixArt(nn.Module):
     def embed_condition(self, latent, timestep, resolution=None, aspect_ratio=None):
         """Timestep, and the picture's size when config.micro_condition, in the latent's dtype.
 
-        (B, D), or (1, D) where all rows are alike: a timestep and a size that occur once are embedded once.
+        (B, D), or (1, D) where all rows are alike: a timestep and a size that occur once are embedded once. That is
+        known on any device of a single row, and of rows that `expand` made of one.
         """
         batch, dtype = latent.shape[0], latent.dtype
         timestep = timestep if timestep.is_floating_point() else timestep.float()
-        timestep = common_row(tile_rows(timestep, batch))
-        condition = self.t_embedder(timestep, dtype)
+        condition = self.t_embedder(distinct_rows(timestep, batch), dtype)
         if not self.config.micro_condition:
             return condition
         height, width = latent.shape[2:]
@@ -220,8 +220,8 @@ class PixArt(nn.Module):
             resolution = torch.cat(list(sides), dim=1)
         if aspect_ratio is None:
             aspect_ratio = timestep.new_full((1, 1), height / width)
-        size = self.csize_embedder(common_row(tile_rows(resolution, batch)), dtype)
-        ratio = self.ar_embedder(common_row(tile_rows(aspect_ratio, batch)), dtype)
+        size = self.csize_embedder(distinct_rows(resolution, batch), dtype)
+        ratio = self.ar_embedder(distinct_rows(aspect_ratio, batch), dtype)
         rows = max(len(size), len(ratio))
         return condition + torch.cat([size.expand(rows, -1), ratio.expand(rows, -1)], dim=1)
 
@@ -265,6 +265,11 @@ class PixArt(nn.Module):
         x = x.reshape(x.shape[0], rows, columns, size, size, self.config.out_channels)[..., :channels]
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C_out, rows * size, columns * size)
         return x[:, :, : latent_shape[2], : latent_shape[3]]
+
+
+def distinct_rows(values, batch):
+    """values tiled over the batch, (B, ...), or the one row that stands for all, (1, ...)."""
+    return values if values.shape[0] == 1 else common_row(tile_rows(values, batch))
 
 
 def add_control(x, control, index, inputs: BlockInputs):

@@ -370,6 +370,19 @@ def test_rows_that_are_alike_are_modulated_at_once(micro_condition, monkeypatch)
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)  # float32, values of a few units
 
 
+def test_rows_from_one_are_known_to_be_alike_without_a_look(monkeypatch):
+    """As on a GPU, where a look would wait."""
+    monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("compared"))
+    model, (latent, _, _) = tiny_model(), rows_and_caption(TINY)
+    sizes, ratios = torch.tensor([[64.0, 48.0]]), torch.tensor([[1.3]])
+    one, expanded = torch.tensor([400.5]), torch.tensor([400.5]).expand(2)
+    with torch.no_grad():
+        found = model.embed_condition(latent, one, sizes, ratios)
+        assert found.shape[0] == 1
+        again = model.embed_condition(latent, expanded, sizes.expand(2, -1), ratios.expand(2, -1))
+    assert torch.allclose(again, found, atol=0) and again.shape == found.shape
+
+
 def test_tokens_are_contiguous():
     """Every norm behind would copy another layout first."""
     model = PixArt(TINY)

@@ -1,5 +1,6 @@
-"""Captions as conditions of the host, which joins them into batches."""
+"""Captions and sizes as conditions of the host, which joins them into batches."""
 
+import copy
 import weakref
 
 import comfy.conds
@@ -37,6 +38,32 @@ class CaptionCond(comfy.conds.CONDRegular):
         joined = torch.cat([pad_length(caption, longest) for caption in captions])
         self._joined = ([weakref.ref(other) for other in others], joined)
         return joined
+
+
+class SizeCond(comfy.conds.CONDRegular):
+    """Whole numbers that say of what size the picture is, the same in every row: (B, n).
+
+    Rows of the same numbers share their memory, so that nobody has to look whether they are alike.
+    """
+
+    def __init__(self, numbers, device):
+        super().__init__(torch.tensor([numbers], dtype=torch.long, device=device))
+        self.numbers = tuple(numbers)
+
+    def _copy_with(self, cond):
+        twin = copy.copy(self)
+        twin.cond = cond
+        return twin
+
+    def process_cond(self, batch_size, **kwargs):
+        """The same with so many rows."""
+        return self._copy_with(self.cond[:1].expand(batch_size, -1))
+
+    def concat(self, others):
+        """Rows of all: (sum of B, n)."""
+        if any(other.numbers != self.numbers for other in others):
+            return super().concat(others)
+        return self.cond[:1].expand(sum(len(each.cond) for each in (self, *others)), -1)
 
 
 def pad_length(caption, length):

@@ -4,7 +4,6 @@ import functools
 import inspect
 from typing import NamedTuple
 
-import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
@@ -18,12 +17,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...pixart.checkpoint import CONFIG_KEY, config_to_tensor
 from ...pixart.config import PixArtConfig
+from ...pixart.layers import common_row
 from ...pixart.transformer import PixArt, ProjectedCaption, add_control
 from .attention import block_replacement, host_attention, replaced_attention
 from .block_cache import BLOCK_CACHE
-from .captions import CaptionCond
+from .captions import CaptionCond, SizeCond
 from .kv_compression import compress_keys
-from .noise_levels import PixArtSampling
+from .noise_levels import PixArtSampling, share_row
 
 CAPTION_MEMORY_BYTES = 256 * 2**20  # for captions that are kept projected while a picture is sampled
 TABLES = ("scale_shift_table", "y_embedding")  # parameters that are modules of their own here
@@ -92,7 +92,7 @@ class PixArtNet(PixArt):
         **_,
     ):
         options = {} if transformer_options is None else transformer_options
-        ratio = None if c_ar is None else c_ar.float() / RATIO_UNITS
+        ratio = None if c_ar is None else common_row(c_ar).float() / RATIO_UNITS
         tokens, grid = self.embed_latent(x)
         condition = self.embed_condition(x, timesteps, c_size, ratio)
         caption = context
@@ -200,9 +200,8 @@ class PixArtModel(comfy.model_base.PixArt):
         device = kwargs.get("device", caption.device)
         out["c_crossattn"] = CaptionCond(caption.to(device=device, dtype=self.get_dtype_inference()))
         out["attention_mask"] = CaptionCond(mask.to(device))
-        out["c_size"] = comfy.conds.CONDRegular(torch.tensor([size], dtype=torch.long, device=device))
-        units = [[round(ratio * RATIO_UNITS)]]
-        out["c_ar"] = comfy.conds.CONDRegular(torch.tensor(units, dtype=torch.long, device=device))
+        out["c_size"] = SizeCond(size, device)
+        out["c_ar"] = SizeCond([round(ratio * RATIO_UNITS)], device)
         return out
 
     def _caption(self, caption, mask, is_null):
@@ -245,6 +244,8 @@ class PixArtModel(comfy.model_base.PixArt):
         remembered = self._remember(c_crossattn)
         if remembered is not None:
             kwargs["remembered_caption"] = remembered
+        if self.current_patcher is not None:
+            t = share_row(t, options, self.current_patcher.model_options)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def _remember(self, caption):

@@ -2,6 +2,26 @@
 
 import comfy.model_sampling
 import torch
+from comfy.patcher_extension import WrappersMP
+
+
+def share_row(sigma, options: dict, model_options: dict):
+    """The noise levels (B,) of an evaluation, as one number that `expand` repeats where all are known to be that.
+
+    That is of a single picture, whose prompts are evaluated together, and where nobody may have changed a row of them.
+    Nothing is compared: to look would be to wait for the device.
+    options: the host's transformer options.
+    """
+    given, wrappers = options.get("sigmas"), options.get("wrappers", {})
+    changed = "model_function_wrapper" in model_options or wrappers.get(WrappersMP.APPLY_MODEL)
+    if given is None or changed or not (len(given) == 1 or shares_row(given)):
+        return sigma
+    return sigma[:1].expand_as(sigma)
+
+
+def shares_row(values) -> bool:
+    """Whether there are several rows, and known to be alike since they share one's memory."""
+    return values.ndim > 0 and len(values) > 1 and values.stride(0) == 0
 
 
 class PixArtSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
@@ -24,7 +44,9 @@ class PixArtSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sam
         return self.log_variance
 
     def timestep(self, sigma):
-        """Noise levels -> times in [0, 999], any shape."""
+        """Noise levels -> times in [0, 999], any shape. Rows that share their memory do so afterwards, too."""
+        if shares_row(sigma):
+            return self.timestep(sigma[:1]).expand_as(sigma)
         table = self._table(sigma.device)
         target = torch.log1p(sigma.to(table.dtype).square()).contiguous()
         high = torch.searchsorted(table, target).clamp(1, len(table) - 1)

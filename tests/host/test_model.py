@@ -72,6 +72,40 @@ def test_long_sequences_are_laid_out_anew_and_the_same(comfy, patcher, monkeypat
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({}, 1),
+        ({"sampler_name": "pixart_sa_solver", "batch": 3}, 1),
+        ({"batch": 3}, 6),
+        ({"wrapper": True}, 2),
+        ({"apply": True}, 2),
+        ({"other_size": True}, 2),
+    ],
+)
+def test_time_and_size_are_embedded_once_without_a_look(comfy, pack, patcher, monkeypatch, options, rows):
+    """On a GPU, where to compare rows would be to wait: known of one picture, and of the pack's solvers' batches."""
+    importlib.import_module("pixart_pack.nodes.host.sampling").register_samplers()
+    extension, model, options = importlib.import_module("comfy.patcher_extension"), patcher.clone(), dict(options)
+    positive, negative, seen = caption(7, 1), caption(3, 2), []
+    if options.pop("wrapper", False):
+        model.set_model_unet_function_wrapper(lambda run, given: run(given["input"], given["timestep"], **given["c"]))
+    if options.pop("apply", False):
+        apply_model = extension.WrappersMP.APPLY_MODEL
+        model.add_wrapper_with_key(apply_model, "same", lambda executor, *args, **given: executor(*args, **given))
+    if options.pop("other_size", False):
+        negative[1]["pixart_size"] = (512, 256)
+    expected = sample(comfy, model, positive, negative, steps=2, **options)
+    hook = model.model.diffusion_model.t_block.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    monkeypatch.setattr(torch, "equal", lambda *_: False)  # what common_row would ask on a CPU
+    found = sample(comfy, model, positive, negative, steps=2, **options)
+    hook.remove()
+    monkeypatch.undo()
+    assert set(seen) == {rows}
+    # float32 noise of the net, multiplied by sigma 157 and guidance 4.5
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
+
+
 def test_a_compiled_model_is_compiled_once(comfy, patcher):
     testing = importlib.import_module("torch._dynamo.testing")
     helpers = importlib.import_module("comfy_api.torch_helpers")
