@@ -14,6 +14,7 @@ from .transformer import PixArt
 
 GUIDED_CHANNELS = 3  # of IDDPM; the original leaves the fourth to the caption alone
 FIRST_SIGMA_SLACK = 1e-5
+KEPT_KEYS_BYTES = 256 * 2**20  # of captions' keys and values in all blocks, kept while a picture is sampled
 STOCHASTIC = frozenset({"sa_solver", "iddpm", "ddim", "lcm"})
 
 
@@ -44,8 +45,13 @@ class Settings:
 class GuidedModel:
     """PixArt as a solver calls it: (x, sigma) -> the denoised latent, guided by a positive and a negative caption."""
 
-    def __init__(self, model: PixArt, positive: Captions, negative: Captions, guidance: float, guided_channels=None):
-        """guided_channels: how many channels the guidance moves; None for all."""
+    def __init__(
+        self, model: PixArt, positive: Captions, negative: Captions, guidance: float, guided_channels=None, keep=False
+    ):
+        """guided_channels: how many channels the guidance moves; None for all.
+
+        keep: project the captions once, for a PixArt whose weights stay as they are.
+        """
         self.model, self.guidance, self.guided_channels = model, guidance, guided_channels
         captions = [positive] if guidance == 1 else [positive, negative]
         rows = [state for each in captions for state in each.states]
@@ -54,14 +60,20 @@ class GuidedModel:
         self.states = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
         self.mask = torch.stack([torch.nn.functional.pad(mask, (0, longest - len(mask))) for mask in masks])
         self.variance_channels = None
+        self.caption = self.states
+        if keep:
+            config = model.config
+            numbers = self.states[..., 0].numel() * 2 * config.hidden_size * config.depth
+            with torch.no_grad():
+                kept = numbers * self.states.element_size() <= KEPT_KEYS_BYTES
+                self.caption = model.project_caption(self.states, keep_keys=kept)
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
         halves = 1 if self.guidance == 1 else 2
         level = sigma[0]
         latent = (x / (level**2 + 1).sqrt()).repeat(halves, 1, 1, 1).to(self.states.dtype)
         time = timesteps_from_sigmas(level).clamp(min=0).float().to(x.device)
-        size = latent.new_tensor([[side * LATENT_DOWNSCALE for side in x.shape[2:]]], dtype=torch.float32)
-        predicted = self.model(latent, time[None], self.states, self.mask, size, size[:, :1] / size[:, 1:])
+        predicted = self.model(latent, time[None], self.caption, self.mask)  # of the latent's own size
         positive, *negative = predicted.float().chunk(halves)
         channels = x.shape[1]
         self.variance_channels = positive[:, channels:] if positive.shape[1] > channels else None
@@ -88,11 +100,12 @@ def sample_latents(
     seeds: Sequence[int],
     settings: Settings,
     on_step: Callable[[dict], None] | None = None,
+    keep: bool = False,
 ) -> torch.Tensor:
     """Latents (B, C, h, w), unscaled, from noise: what a KSampler with the same seed and settings gives.
 
     positive, negative: of one batch size. seeds: one for each picture, which tells its noise whatever the batch.
-    on_step: a solver's callback. Raises ValueError for unknown settings.
+    on_step: a solver's callback. keep: see GuidedModel. Raises ValueError for unknown settings.
     """
     if settings.solver not in SAMPLERS:
         raise ValueError(f"Unknown solver: got '{settings.solver}', expected one of {', '.join(SAMPLERS)}. Choose one.")
@@ -103,7 +116,8 @@ def sample_latents(
     full = float(levels[0]) > float(schedule_sigmas("uniform", 1)[0]) * (1 - FIRST_SIGMA_SLACK)
     x = (noise * ((1 + levels[0] ** 2).sqrt() if full else levels[0])).to(device)
     is_iddpm = settings.solver == "iddpm"
-    guided = GuidedModel(model, positive, negative, settings.guidance, GUIDED_CHANNELS if is_iddpm else None)
+    channels = GUIDED_CHANNELS if is_iddpm else None
+    guided = GuidedModel(model, positive, negative, settings.guidance, channels, keep)
     options = dict(settings.options)
     if settings.solver in STOCHASTIC:
         options["noise_sampler"] = SampleNoise(x, noise_seeds(noise))
@@ -145,7 +159,7 @@ class Pipeline:
         """One picture for each prompt, (B, H, W, 3) in [0, 1]. seeds: see sample_latents."""
         positive = self.encode(prompts)
         unguided = self.encode([negative] * len(prompts))
-        latents = sample_latents(self.model, positive, unguided, height_px, width_px, seeds, settings, on_step)
+        latents = sample_latents(self.model, positive, unguided, height_px, width_px, seeds, settings, on_step, True)
         with torch.no_grad():
             pictures = [self.autoencoder.decode(latent[None]) for latent in latents]  # one by one: the largest memory
         return ((torch.cat(pictures).float() + 1) / 2).clamp(0, 1).movedim(1, -1).cpu()
