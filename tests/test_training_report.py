@@ -96,6 +96,13 @@ def test_validation_does_not_change_the_training(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_the_greatest_seed_is_enough_for_several_prompts(tmp_path):
+    features, shown = make_features(), []
+    settings = tiny_settings(steps=1, sample_every=1, sample_steps=2, sample_seed=2**64 - 1)
+    train(tiny_model(), features, settings, tmp_path, prompts=prompts_of(features), decode=decode, show=shown.append)
+    assert len(shown) == 2
+
+
 def test_prompts_come_back_from_their_file(tmp_path):
     prompts = prompts_of(make_features(hint=True))
     write_prompts(tmp_path / "p.safetensors", prompts)
