@@ -51,6 +51,14 @@ def forget(patcher, monkeypatch):
 
 
 PROMPTS = {"positive": caption(12, 1, keep=9), "negative": caption(3, 2)}
+REGIONS = [
+    [caption(5, 3)[0], {"area": (4, 6, 2, 3), "strength": 0.7}],
+    [
+        caption(8, 4)[0],
+        {"mask": torch.linspace(0, 1, 13).expand(1, 9, 13), "mask_strength": 1.0},
+    ],
+    [caption(7, 5)[0], {"start_percent": 0.5, "end_percent": 1.0}],
+]
 
 
 def test_captions_are_read_once_a_run(comfy, patcher, projections, monkeypatch):
@@ -446,6 +454,48 @@ def test_dials_compose(comfy, patcher, acceleration, blocks_run):
     found = sample(comfy, model, **PROMPTS, steps=4, batch=2)
     assert found.isfinite().all() and blocks_run == [0, 1, 2, 0, 0, 1, 2, 0]
     assert torch.equal(sample(comfy, model, **PROMPTS, steps=4, batch=2), found)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch": 4, "denoise": 0.6},
+        {"size": (5, 16), "cfg": 1.0},
+        {"sampler_name": "dpmpp_sde", "batch": 2},
+        {"sampler_name": "dpmpp_2m_sde", "scheduler": "karras", "size": (1, 2)},
+    ],
+)
+def test_neutral_dials_are_exact_and_others_run(comfy, patcher, acceleration, settings):
+    def turn(threshold, factor, interval):
+        model = cached(acceleration, compressed(acceleration, patcher, factor), threshold)
+        return acceleration.limit_guidance(model, *interval)
+
+    exact = sample(comfy, patcher, **PROMPTS, steps=5, **settings)
+    assert torch.equal(sample(comfy, turn(0.0, 1, (0.0, 1.0)), **PROMPTS, steps=5, **settings), exact)
+    found = sample(comfy, turn(1e9, 2, (0.4, 0.8)), **PROMPTS, steps=5, **settings)
+    assert found.isfinite().all() and not torch.equal(found, exact)
+
+
+def test_cache_of_regions_and_parts_of_the_sampling(comfy, patcher, acceleration):
+    """Each prompt has memories of its own, whatever part of the picture and of the time is its."""
+    comfy_sample, conditions = importlib.import_module("comfy.sample"), [PROMPTS["positive"], *REGIONS]
+
+    def run(model):
+        latent = torch.zeros(2, 4, 9, 13)
+        noise = comfy_sample.prepare_noise(latent, 5)
+        with torch.inference_mode():
+            return comfy_sample.sample(
+                model, noise, 6, 4.5, "euler", "simple", conditions, [PROMPTS["negative"]], latent, seed=5,
+                disable_pbar=True,
+            )  # fmt: skip
+
+    exact = run(patcher)
+    assert torch.equal(run(cached(acceleration, patcher, 0.0)), exact)
+    model = cached(acceleration, patcher, 1e9, most_reuses=1)
+    found = run(model)
+    assert found.isfinite().all() and not torch.equal(found, exact)
+    assert torch.equal(run(model), found)
+    assert not list(patcher.model._captions.items())
 
 
 @pytest.mark.slow
