@@ -15,6 +15,7 @@ from .transformer import PixArt
 GUIDED_CHANNELS = 3  # of IDDPM; the original leaves the fourth to the caption alone
 FIRST_SIGMA_SLACK = 1e-5
 KEPT_KEYS_BYTES = 256 * 2**20  # of captions' keys and values in all blocks, kept while a picture is sampled
+SEEDS = 2**64  # as many as PyTorch takes
 STOCHASTIC = frozenset({"sa_solver", "iddpm", "ddim", "lcm"})
 
 
@@ -104,15 +105,16 @@ def sample_latents(
 ) -> torch.Tensor:
     """Latents (B, C, h, w), unscaled, from noise: what a KSampler with the same seed and settings gives.
 
-    positive, negative: of one batch size. seeds: one for each picture, which tells its noise whatever the batch.
-    on_step: a solver's callback. keep: see GuidedModel. Raises ValueError for unknown settings.
+    positive, negative: of one batch size. seeds: one for each picture, which tells its noise whatever the batch; 0
+    comes after 2**64 - 1. on_step: a solver's callback. keep: see GuidedModel. Raises ValueError for unknown settings.
     """
     if settings.solver not in SAMPLERS:
         raise ValueError(f"Unknown solver: got '{settings.solver}', expected one of {', '.join(SAMPLERS)}. Choose one.")
     device = positive.states.device
     levels = schedule_sigmas(settings.schedule, settings.steps).float()
     shape = (1, model.config.in_channels, height_px // LATENT_DOWNSCALE, width_px // LATENT_DOWNSCALE)
-    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    generators = [torch.Generator().manual_seed(seed % SEEDS) for seed in seeds]
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     full = float(levels[0]) > float(schedule_sigmas("uniform", 1)[0]) * (1 - FIRST_SIGMA_SLACK)
     x = (noise * ((1 + levels[0] ** 2).sqrt() if full else levels[0])).to(device)
     is_iddpm = settings.solver == "iddpm"

@@ -91,7 +91,7 @@ class Validation:
         height, width = (side * LATENT_DOWNSCALE for side in prompt.size_latent)
         with torch.autocast(device.type, objective.dtype, enabled=objective.autocast):
             called = _Controlled(objective, prompt, device) if isinstance(objective, ControlPrediction) else model
-            seeds = [(settings.sample_seed + index) % 2**64]  # as many as PyTorch takes
+            seeds = [settings.sample_seed + index]
             latent = sample_latents(called, positive, negative, height, width, seeds, sampling)
         return latent.float()
 
