@@ -51,19 +51,18 @@ COMMON = TrainingSettings(
     log_every=10,
     tensorboard=False,
 )
+AT_SHAPES = replace(COMMON, timesteps="log_normal", timestep_mean=0.4)  # most at the noise levels that decide shapes
 LORA = replace(
-    COMMON,
+    AT_SHAPES,
     kind="lora",
     targets="blocks",
     rank=16,
     learning_rate=1e-3,
-    steps=700,
+    steps=1000,
     batch_size=24,
-    timesteps="log_normal",  # most at the noise levels at which shapes are decided
-    timestep_mean=0.4,
     prior_target="model",
 )
-DREAMBOOTH = replace(COMMON, kind="dreambooth", learning_rate=3e-4, steps=300, batch_size=20, weight_decay=0.0)
+DREAMBOOTH = replace(AT_SHAPES, kind="dreambooth", learning_rate=3e-4, steps=300, batch_size=20, weight_decay=0.0)
 LCM = replace(
     COMMON,
     kind="lcm_lora",
@@ -79,7 +78,7 @@ LCM = replace(
 )
 LESSONS, TEST_PICTURES, OLD_PICTURES = 20, 50, 200
 REMINDERS = 400  # pictures that the model makes of what it knows
-SUBJECT_PICTURES, PRIOR_PICTURES = 5, 40
+SUBJECT_PICTURES, PRIOR_PICTURES = len(POSITIONS), 40  # the subject once in every place
 DISTILLATION_SCENES = 1000
 FEW_STEPS = (4, 1)
 
@@ -256,7 +255,7 @@ def teach_lora(model: DemoModel, settings: TrainingSettings, options: argparse.N
 
 def teach_dreambooth(model: DemoModel, settings: TrainingSettings, options: argparse.Namespace) -> str:
     """The table of a whole model trained on a special CLASS (which has the form of SHAPE), without and with priors."""
-    lessons = new_scenes("subject", SUBJECT_PICTURES)
+    lessons = lesson_scenes(SUBJECT_PICTURES)
     tests = new_scenes("tests", options.count or TEST_PICTURES, lessons)
     rng = Random("class")
     shown = [random_scene(rng, 1, shapes=[CLASS]) for _ in range(PRIOR_PICTURES + (options.count or TEST_PICTURES))]
