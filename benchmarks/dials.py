@@ -9,7 +9,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -128,35 +128,33 @@ def large_settings(model):
 
 
 def measure(studio, settings, rounds, clock):
-    """A row of figures for every setting. In each round all take turns with the exact loop, which is the first row."""
+    """A row of figures for every setting, each drawn in turns with the exact loop, which is the first row."""
     ran = []
     for block in studio.model.model.diffusion_model.blocks:
         block.register_forward_hook(lambda _, given, __: ran.append(given[0].shape[0]))
-    rivals = {EXACT: studio.model, **dict(settings)}
-    replace(studio, steps=2).draw(studio.model, clock)  # warms up
-    seconds, pictures, blocks = {name: [] for name in rivals}, {}, {}
-    for _ in range(rounds):
-        for name, model in rivals.items():
-            ran.clear()
-            taken_s, pictures[name] = studio.draw(model, clock)
-            seconds[name].append(taken_s)
-            blocks[name] = sum(ran)
-            logger.info("%s: %.1f s", name, taken_s)
-    exact = pictures.pop(EXACT)
+    studio.draw(studio.model, clock)  # warms up
+    whole, (_, exact) = sum(ran), studio.draw(studio.model, clock)
     rows = [{"setting": EXACT, "time": 1.0, "blocks": 1.0, "psnr_db": None, "accuracy": studio.accuracy(exact)}]
-    for name, found in pictures.items():
-        psnr, times = compare_pictures(found, exact), compare(seconds, name, EXACT)
+    for label, model in settings:
+        seconds: dict[str, list[float]] = {EXACT: [], label: []}
+        for _ in range(rounds):
+            seconds[EXACT].append(studio.draw(studio.model, clock)[0])
+            ran.clear()
+            taken_s, found = studio.draw(model, clock)
+            seconds[label].append(taken_s)
+        psnr, times = compare_pictures(found, exact), compare(seconds, label, EXACT)
         rows.append(
             {
-                "setting": name,
+                "setting": label,
                 "time": times["ratio"],
                 "time_range": [times["least"], times["greatest"]],
-                "blocks": blocks[name] / blocks[EXACT],
+                "blocks": sum(ran) / whole,
                 "psnr_db": psnr.median().item(),
                 "psnr_low_db": psnr.quantile(0.1).item(),
                 "accuracy": studio.accuracy(found),
             }
         )
+        logger.info("%s", rows[-1])
     return rows
 
 
