@@ -24,6 +24,7 @@ from pixart_pack.pixart.training.pictures import FilePicture, TensorPicture
 from pixart_pack.pixart.training.records import Record, check_records
 from pixart_pack.pixart.training.shards import ShardFolder, ShardWriter
 from pixart_pack.pixart.training.sources import read_dataset
+from pixart_pack.tests.training_data import interrupting
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = EncodeSettings(base_px=64, caption_length=20)
@@ -171,30 +172,18 @@ def test_the_size_condition_may_be_the_pictures_own(tmp_path):
 
 def test_interrupt_keeps_what_is_done(tmp_path):
     folder, cache = make_folder(tmp_path / "set", 8), tmp_path / "cache"
-    encoders, seen = Encoders(), []
-
-    def stop(done, total, picture):
-        seen.append((done, total, picture.shape[-1]))
-        if done >= 4:
-            raise KeyboardInterrupt
-
+    encoders, (seen, stop) = Encoders(), interrupting(4)
     encoder = DatasetEncoder(check_records(read_dataset(folder)).records, cache, SETTINGS, "t5", "vae")
     with pytest.raises(KeyboardInterrupt):
         encoder.encode_pictures(encoders.image, batch_size=2, progress=stop)
-    assert seen[-1][1:] == (8, 3)
+    assert seen[-1][1] == 8 and seen[-1][2].shape[-1] == 3
     _, rest = encode(folder, cache)
     assert encoders.pictures >= 4 and encoders.pictures + rest.pictures == 8
 
 
 def test_looking_through_the_pictures_is_told_and_can_be_interrupted(tmp_path):
     records = check_records(read_dataset(make_folder(tmp_path / "set"))).records
-    seen = []
-
-    def stop(done, total, picture):
-        seen.append((done, total, picture))
-        if done == 3:
-            raise KeyboardInterrupt
-
+    seen, stop = interrupting(3)
     with pytest.raises(KeyboardInterrupt):
         DatasetEncoder(records, tmp_path / "cache", SETTINGS, "t5", "vae", progress=stop)
     assert seen == [(1, 5, None), (2, 5, None), (3, 5, None)]

@@ -13,6 +13,7 @@ from PIL import Image
 from pixart_pack.pixart.training.pictures import FilePicture, TensorPicture, measure_picture, read_picture
 from pixart_pack.pixart.training.records import Record, check_records
 from pixart_pack.pixart.training.sources import Columns, detect_kind, read_dataset
+from pixart_pack.tests.training_data import interrupting
 
 
 def draw(path, size=(40, 30), seed=0, **options):
@@ -170,6 +171,16 @@ def test_pixarts_json(tmp_path, where):
     (root / where / "data_info.json").write_text(json.dumps([{"path": "../x.png", "prompt": ""}]), encoding="utf-8")
     (record,) = read_dataset(root, confined=True)
     assert record.picture is None and record.problem
+
+
+def test_a_folder_above_the_dataset_that_is_called_like_pixarts_leads_nowhere(tmp_path):
+    root = tmp_path / "InternData" / "input" / "set"
+    root.mkdir(parents=True)
+    (root / "data_info.json").write_text(json.dumps([{"path": "x.png", "prompt": "one"}]), encoding="utf-8")
+    picture = draw(tmp_path / "InternImgs" / "input" / "set" / "x.png")
+    (own,), (confined,) = (read_dataset(root, confined=confined) for confined in (False, True))
+    assert own.picture == FilePicture(picture)
+    assert confined.picture is None and confined.problem
 
 
 def test_sam_layout(tmp_path):
@@ -435,13 +446,7 @@ def test_record_without_picture():
 def test_the_check_can_be_interrupted(tmp_path):
     for number in range(30):
         draw(tmp_path / f"{number}.png", seed=number)
-    seen = []
-
-    def stop(done, total, picture):
-        seen.append((done, total, picture))
-        if done == 3:
-            raise KeyboardInterrupt
-
+    seen, stop = interrupting(3)
     with pytest.raises(KeyboardInterrupt):
         check_records(read_dataset(tmp_path), fallback_caption="x", progress=stop)
     assert seen == [(1, 30, None), (2, 30, None), (3, 30, None)]

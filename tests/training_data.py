@@ -45,3 +45,15 @@ def tiny_settings(**fields) -> TrainingSettings:
 def tiny_model(**fields):
     """A model in float32 with random weights everywhere."""
     return make_model(tiny_config(**fields))
+
+
+def interrupting(count):
+    """(what was told, a progress that is told it and interrupts when so many are done)."""
+    seen = []
+
+    def progress(done, total, picture):
+        seen.append((done, total, picture))
+        if done >= count:
+            raise KeyboardInterrupt
+
+    return seen, progress

@@ -225,6 +225,8 @@ def _read_pixart(path: Path, place: _Place, columns: Columns, control: _Stems | 
     root = table.parent.parent if table.parent.name.startswith("partition") else table.parent
     place = _Place(root, place.confined)
     twin = Path(str(root).replace("InternData", "InternImgs"))
+    if place.confined and twin.parent != root.parent:  # a folder above the dataset has that name
+        twin = root
     yield from _read_rows(rows, table, place, columns, control, twin, root / "images", table.parent)
 
 
