@@ -199,7 +199,7 @@ def main(arguments):
     if options.variant:
         studio = random_studio(options.variant, options.depth, options.side_px, options.steps)
         settings = large_settings if options.compression else small_settings
-        name += f"_{options.variant}_{options.side_px}px"
+        name += f"_{options.variant}_{options.side_px}px{'_compression' if options.compression else ''}"
         label = f"{options.steps} guided steps at {options.side_px} px, random weights of {options.variant}, "
         label += f"{options.depth or 'all'} blocks, {how}"
         results[label] = measure(studio, settings(studio.model), **turns)
