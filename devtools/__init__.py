@@ -1,1 +1,4 @@
-"""What dev.py is made of, lowest first: process, environment, server, commands. Standard library only."""
+"""What dev.py is made of, in the standard library only.
+
+Lowest first: process, environment, browser_package, browser, server, commands.
+"""

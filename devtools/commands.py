@@ -1,12 +1,14 @@
 """The commands of dev.py and their options."""
 
 import argparse
+import contextlib
 import errno
 import os
 import re
 import sys
 import time
 
+from .browser import browser_offered, runs_browser_tests
 from .environment import DEFAULT_HOST, HOSTS, Environment, choose_environment, prepare
 from .process import LAUNCH, ROOT, DevError, child_environment, foreground, say, stop_on_signals, tail
 from .server import PACK, Server, device_flags, link_pack, prepare_base
@@ -88,7 +90,8 @@ def serve(options: argparse.Namespace) -> int:
 def test(options: argparse.Namespace) -> int:
     environment = ready(options)
     variables = child_environment(PIXART_COMFYUI=str(environment.host))
-    return foreground([environment.python, "-m", "pytest", *options.rest], cwd=ROOT, env=variables)
+    with browser_offered(environment) if runs_browser_tests(options.rest) else contextlib.nullcontext({}) as browser:
+        return foreground([environment.python, "-m", "pytest", *options.rest], cwd=ROOT, env={**variables, **browser})
 
 
 def lint(options: argparse.Namespace) -> int:

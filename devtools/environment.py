@@ -81,9 +81,14 @@ class Environment:
         """What a clone needs one environment of: two that agree here differ in the requirements alone."""
         return {"host": self.host_version, "python": python_version()}
 
+    @property
+    def lasting(self) -> Path:
+        """The folder of what outlives environments."""
+        return cache_folder() if self.shared else self.folder
+
     def base(self, root: Path = ROOT) -> Path:
         """The base directory of a clone's ComfyUI (models, settings, custom_nodes). It outlives environments."""
-        return (cache_folder() if self.shared else self.folder) / "bases" / name_hash(root)
+        return self.lasting / "bases" / name_hash(root)
 
     def is_complete(self) -> bool:
         return read_json(self.stamp).get("key") == self.key and self.python.exists()

@@ -12,6 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = Path(__file__).with_name("launch.py")
 GRACE_S = 15  # what a program gets to clean up in before it is ended by force
+REASONS = (  # how loaders, browsers under Playwright, apt, npm and others begin the line that counts
+    r"error while loading shared libraries: (.+)",
+    r"\[err\] (.+)",
+    r"^E: (.+)",
+    r"npm (?:error|ERR!) (?!code |errno |syscall )(.+)",
+    r"Error: (.+)",
+)
 FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
 
 
@@ -74,6 +81,37 @@ def ends_within(process: subprocess.Popen, seconds: float) -> bool:
     except subprocess.TimeoutExpired:
         return False
     return True
+
+
+def run_limited(command: Sequence, limit_s: float, log: Path, **options) -> str:
+    """Run a program without input and return what it prints, which also goes to the end of a log.
+
+    Raises DevError with the reason in a few words when it fails or takes longer than limit_s seconds.
+    """
+    with open(log, "ab") as file:
+        start = file.tell()
+        process = spawn(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, **options)
+        try:
+            in_time = ends_within(process, limit_s)
+        finally:
+            end_tree(process)
+    with open(log, "rb") as file:
+        file.seek(start)
+        output = file.read().decode(errors="replace")
+    if not in_time:
+        raise DevError(f"no end within {limit_s:.0f} s", log)
+    if process.returncode:
+        raise DevError(reason(output) or f"exit code {process.returncode}", log)
+    return output
+
+
+def reason(output: str) -> str:
+    """The line of a failed program's output that tells most: of the first pattern that fits, or the last line."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines() if line.strip()]
+    for pattern in REASONS:
+        if found := next(filter(None, (re.search(pattern, line) for line in lines)), None):
+            return found[1]
+    return lines[-1] if lines else ""
 
 
 def foreground(command: Sequence, **options) -> int:

@@ -11,7 +11,7 @@ from pixart_pack.editor.templates.rehearsal import prepare
 from pixart_pack.tests.browser.editor import Editor
 from pixart_pack.tests.host.server import Host, start
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+REQUIRED = os.environ.get("PIXART_BROWSER_TESTS") == "required" or bool(os.environ.get("CI"))
 
 
 def drives_the_editor(item: pytest.Item) -> bool:
@@ -27,8 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def leave_out(reason: str) -> None:
-    """Skip for want of something, or fail where PIXART_BROWSER_TESTS is `required`."""
-    (pytest.fail if os.environ.get("PIXART_BROWSER_TESTS") == "required" else pytest.skip)(reason)
+    """Skip for want of something, or fail in CI and where PIXART_BROWSER_TESTS is `required`."""
+    (pytest.fail if REQUIRED else pytest.skip)(reason)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -44,9 +44,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
 @pytest.fixture(scope="package")
 def chromium() -> str:
     """The path of a Chromium."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    found = os.environ.get("PIXART_BROWSER") or shutil.which("chromium")
     if found is None:
-        leave_out("needs a Chromium: apt-get install chromium")
+        tried = os.environ.get("PIXART_BROWSER_MISSING", "run `python dev.py test`, or let PIXART_BROWSER name one")
+        leave_out(f"needs a Chromium: {tried}")
     return found
 
 
