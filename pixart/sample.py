@@ -24,8 +24,8 @@ from .command import DTYPES, add_device, make_parser, run_command
 from .config import LATENT_DOWNSCALE
 from .pipeline import Pipeline, Settings
 from .resolution import parse_prompt_flags
+from .sampling import PRESETS, SAMPLERS, SCHEDULES
 from .saving import write_atomically
-from .solvers import PRESETS, SAMPLERS, SCHEDULES
 from .storage import read_checkpoint
 from .text import clean_prompt
 from .text_encoder import load_text_encoder

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import LATENT_DOWNSCALE
-from ..pipeline import Captions, Settings, sample_latents
+from ..sampling import Captions, Settings, sample_latents
 from ..saving import write_atomically
 from .objectives import ControlPrediction, Distillation, Objective
 from .report import Report

@@ -1,0 +1,141 @@
+"""Sampling without ComfyUI: a PixArt and captions to latents, by the pack's solvers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .config import LATENT_DOWNSCALE
+from .text import batch_captions
+from .transformer import PixArt
+
+# On the command line `pixart` is a package of its own, in ComfyUI it lies within the pack; `samplers` is beside it.
+if __package__ == "pixart":
+    from samplers import SAMPLERS
+    from samplers.noise import SampleNoise, noise_seeds
+    from samplers.presets import PRESETS
+    from samplers.schedules import SCHEDULES, schedule_sigmas, timesteps_from_sigmas
+else:
+    from ..samplers import SAMPLERS
+    from ..samplers.noise import SampleNoise, noise_seeds
+    from ..samplers.presets import PRESETS
+    from ..samplers.schedules import SCHEDULES, schedule_sigmas, timesteps_from_sigmas
+
+__all__ = ["PRESETS", "SAMPLERS", "SCHEDULES", "Captions", "GuidedModel", "Settings", "sample_latents"]
+
+GUIDED_CHANNELS = 3  # of IDDPM; the original leaves the fourth to the caption alone
+FIRST_SIGMA_SLACK = 1e-5
+KEPT_KEYS_BYTES = 256 * 2**20  # of captions' keys and values in all blocks, kept while a picture is sampled
+SEEDS = 2**64  # as many as PyTorch takes
+STOCHASTIC = frozenset({"sa_solver", "iddpm", "ddim", "lcm"})
+
+
+@dataclass(frozen=True)
+class Captions:
+    """T5 states (B, L, D) with their mask (B, L), True = keep."""
+
+    states: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, states: Sequence[torch.Tensor]) -> "Captions":
+        """Captions of states (L, D) of any lengths."""
+        return cls(*batch_captions([each[None] for each in states]))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """solver: key of SAMPLERS, with its options. schedule: key of SCHEDULES. guidance: 1 is off."""
+
+    solver: str = "dpm_solver"
+    schedule: str = "uniform"
+    steps: int = 20
+    guidance: float = 4.5
+    options: dict = field(default_factory=dict)
+
+
+class GuidedModel:
+    """PixArt as a solver calls it: (x, sigma) -> the denoised latent, guided by a positive and a negative caption."""
+
+    def __init__(
+        self, model: PixArt, positive: Captions, negative: Captions, guidance: float, guided_channels=None, keep=False
+    ):
+        """guided_channels: how many channels the guidance moves; None for all.
+
+        keep: project the captions once, for a PixArt whose weights stay as they are.
+        """
+        self.model, self.guidance, self.guided_channels = model, guidance, guided_channels
+        captions = [positive] if guidance == 1 else [positive, negative]
+        rows = [state for each in captions for state in each.states]
+        masks = [mask for each in captions for mask in each.mask]
+        longest = max(len(row) for row in rows)
+        self.states = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+        self.mask = torch.stack([torch.nn.functional.pad(mask, (0, longest - len(mask))) for mask in masks])
+        self.variance_channels = None
+        self.caption = self.states
+        if keep:
+            config = model.config
+            numbers = self.states[..., 0].numel() * 2 * config.hidden_size * config.depth
+            with torch.no_grad():
+                kept = numbers * self.states.element_size() <= KEPT_KEYS_BYTES
+                self.caption = model.project_caption(self.states, keep_keys=kept)
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
+        halves = 1 if self.guidance == 1 else 2
+        level = sigma[0]
+        latent = (x / (level**2 + 1).sqrt()).repeat(halves, 1, 1, 1).to(self.states.dtype)
+        time = timesteps_from_sigmas(level).clamp(min=0).float().to(x.device)
+        predicted = self.model(latent, time[None], self.caption, self.mask)  # of the latent's own size
+        positive, *negative = predicted.float().chunk(halves)
+        channels = x.shape[1]
+        self.variance_channels = positive[:, channels:] if positive.shape[1] > channels else None
+        denoised = x - level * positive[:, :channels]
+        if not negative:
+            return denoised
+        unguided = x - level * negative[0][:, :channels]
+        guided = unguided + (denoised - unguided) * self.guidance
+        if self.guided_channels is not None:
+            guided[:, self.guided_channels :] = denoised[:, self.guided_channels :]
+        return guided
+
+    def variance(self) -> torch.Tensor | None:
+        """The variance channels of the last evaluation's conditional half."""
+        return self.variance_channels
+
+
+def sample_latents(
+    model: PixArt,
+    positive: Captions,
+    negative: Captions,
+    height_px: int,
+    width_px: int,
+    seeds: Sequence[int],
+    settings: Settings,
+    on_step: Callable[[dict], None] | None = None,
+    keep: bool = False,
+) -> torch.Tensor:
+    """Latents (B, C, h, w), unscaled, from noise: what a KSampler with the same seed and settings gives.
+
+    positive, negative: of one batch size. seeds: one for each picture, which tells its noise whatever the batch; 0
+    comes after 2**64 - 1. on_step: a solver's callback. keep: see GuidedModel. Raises ValueError for unknown settings.
+    """
+    if settings.solver not in SAMPLERS:
+        raise ValueError(f"Unknown solver: got '{settings.solver}', expected one of {', '.join(SAMPLERS)}. Choose one.")
+    device = positive.states.device
+    levels = schedule_sigmas(settings.schedule, settings.steps).float()
+    shape = (1, model.config.in_channels, height_px // LATENT_DOWNSCALE, width_px // LATENT_DOWNSCALE)
+    generators = [torch.Generator().manual_seed(seed % SEEDS) for seed in seeds]
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    full = float(levels[0]) > float(schedule_sigmas("uniform", 1)[0]) * (1 - FIRST_SIGMA_SLACK)
+    x = (noise * ((1 + levels[0] ** 2).sqrt() if full else levels[0])).to(device)
+    is_iddpm = settings.solver == "iddpm"
+    channels = GUIDED_CHANNELS if is_iddpm else None
+    guided = GuidedModel(model, positive, negative, settings.guidance, channels, keep)
+    options = dict(settings.options)
+    if settings.solver in STOCHASTIC:
+        options["noise_sampler"] = SampleNoise(x, noise_seeds(noise))
+    if is_iddpm:
+        options["variance"] = guided.variance
+    with torch.no_grad():
+        x = SAMPLERS[settings.solver](guided, x, levels.to(device), callback=on_step, disable=True, **options)
+    return x / model.config.vae_scale
