@@ -61,7 +61,9 @@ class Studio:
         import_host()
         from comfy import sample, samplers
 
-        from ..nodes.host import loading, sampling, t5, text
+        from ..nodes.host import loading
+        from ..nodes.host.denoiser import sampling
+        from ..nodes.host.text import captions, t5
 
         self.sample_custom, self.prepare_noise = sample.sample_custom, sample.prepare_noise
         self.samplers, self.sampling = samplers, sampling
@@ -71,10 +73,10 @@ class Studio:
         self.scenes = held_out_scenes(count, SIDE_PX, SIDE_PX)
         length = self.model.model.pixart_config.caption_length
         self.batches = [
-            text.encode_captions(clip, [caption(scene) for scene in self.scenes[i : i + BATCH]], length)[0]
+            captions.encode_captions(clip, [caption(scene) for scene in self.scenes[i : i + BATCH]], length)[0]
             for i in range(0, count, BATCH)
         ]
-        self.negative, _ = text.encode_captions(clip, [""], length)
+        self.negative, _ = captions.encode_captions(clip, [""], length)
 
     def accuracy(self, contender, steps):
         """The mean share of right attributes over all scenes."""

@@ -16,7 +16,7 @@ import torch
 from ..demo.train import VAE_FILE
 from ..pixart.checkpoint import expected_shapes
 from ..pixart.config import CONFIGS
-from ..pixart.control_storage import ControlNetCheckpoint, expected_control_shapes
+from ..pixart.weights.controlnets import ControlNetCheckpoint, expected_control_shapes
 from .cases import DTYPES, name_device, parse_run
 from .host import import_host
 from .peaks import PeakMemory
@@ -46,7 +46,8 @@ class Studio:
         import_host(device)
         from comfy import sample
 
-        from ..nodes.host import controlnet, loading, model
+        from ..nodes.host import controlnet, loading
+        from ..nodes.host.denoiser import model
 
         config = CONFIGS[VARIANT]
         shapes = expected_shapes(config)

@@ -58,7 +58,7 @@ class Studio:
         """(seconds, what was decoded)."""
         from comfy import sample
 
-        from ..nodes.host import sampling
+        from ..nodes.host.denoiser import sampling
 
         sampler, sigmas = (
             sampling.make_sampler("dpm_solver"),
@@ -76,13 +76,14 @@ class Studio:
 
 def demo_studio(count, side_px):
     """The demo model and captions that it never saw."""
-    from ..nodes.host import loading, t5, text
+    from ..nodes.host import loading
+    from ..nodes.host.text import captions, t5
 
     model, vae = loading.load_patcher(DENOISER_FILE), loading.read_vae(VAE_FILE)
     scenes = held_out_scenes(count, side_px, side_px)
     clip, length = t5.load_t5(TEXT_FILE), model.model.pixart_config.caption_length
-    positive, _ = text.encode_captions(clip, [caption(scene) for scene in scenes], length)
-    negative, _ = text.encode_captions(clip, [""], length)
+    positive, _ = captions.encode_captions(clip, [caption(scene) for scene in scenes], length)
+    negative, _ = captions.encode_captions(clip, [""], length)
 
     def accuracy(pictures):
         drawn = (pictures * 255).round().byte().numpy()
@@ -95,7 +96,7 @@ def demo_studio(count, side_px):
 
 def random_studio(variant, depth, side_px, steps):
     """A released size with random weights."""
-    from ..nodes.host import model
+    from ..nodes.host.denoiser import model
 
     config = make_config(variant, depth)
     weights = make_weights(config, torch.float32)
@@ -108,7 +109,7 @@ def random_studio(variant, depth, side_px, steps):
 
 def small_settings(model):
     """(label, MODEL) of the settings for pictures of any size."""
-    from ..nodes.host.acceleration import cache_blocks, limit_guidance
+    from ..nodes.host.denoiser.acceleration import cache_blocks, limit_guidance
 
     for threshold, most in CACHES:
         yield f"block cache {threshold:g}, at most {most} reuses", cache_blocks(model, threshold, 1, 0, 0.1, 1.0, most)
@@ -120,7 +121,7 @@ def small_settings(model):
 
 def large_settings(model):
     """(label, MODEL) of the settings for large pictures."""
-    from ..nodes.host.acceleration import compress_attention
+    from ..nodes.host.denoiser.acceleration import compress_attention
 
     for factor, blocks, start in COMPRESSIONS:
         label = f"KV compression by {factor}, {blocks}" + (f", from {start:.0%}" if start else "")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..pixart.saving import save_checkpoint
+from ..pixart.weights.saving import save_checkpoint
 from .cases import name_device, parse_run
 from .host import import_host
 from .peaks import PeakMemory, read_status

@@ -55,7 +55,7 @@ def estimate_activations(variant, side_px, dtype=torch.float16):
     import_host()
     import comfy.model_management
 
-    from ..nodes.host.model import PixArtModelConfig
+    from ..nodes.host.denoiser.model import PixArtModelConfig
 
     config = PixArtModelConfig(CONFIGS[variant])
     config.set_inference_dtype(dtype, None)

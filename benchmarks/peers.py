@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..pixart.checkpoint import expected_shapes, to_diffusers
 from ..pixart.config import CONFIGS
-from ..pixart.saving import diffusers_config
+from ..pixart.weights.saving import diffusers_config
 from .host import import_host
 
 OURS, HOST, DIFFUSERS = "this pack", "ComfyUI", "diffusers"
@@ -38,7 +38,7 @@ class OurLoop:
 
     def __init__(self, config, weights, dtype, device=None):
         import_host(device)
-        from ..nodes.host import model
+        from ..nodes.host.denoiser import model
 
         self.patcher = model.make_patcher(dict(weights), config, dtype)
 
@@ -77,7 +77,7 @@ class HostLoop(OurLoop):
         import comfy.model_patcher
         import comfy.supported_models
 
-        from ..nodes.host.model import set_inference_dtype
+        from ..nodes.host.denoiser.model import set_inference_dtype
 
         settings = {
             "image_model": "pixart_sigma" if config.is_sigma else "pixart_alpha",

@@ -78,7 +78,7 @@ def measure(folder, options, device) -> dict:
     import_host()
     import folder_paths
 
-    from ..nodes.host import t5, text
+    from ..nodes.host.text import captions, t5
 
     user = folder_paths.get_user_directory()
     folder_paths.set_user_directory(str(folder / "user"))  # where encoded prompts are kept
@@ -88,13 +88,13 @@ def measure(folder, options, device) -> dict:
 
     def encode_new():
         current[0] = next(prompts)
-        text.encode_captions(clip, [current[0]], CAPTION_LENGTHS[0])
+        captions.encode_captions(clip, [current[0]], CAPTION_LENGTHS[0])
 
     def encode_padded(length):
         tokens = clip.tokenize(next(prompts))[t5.T5_NAME][0]
         clip.encode_from_tokens_scheduled({t5.T5_NAME: [tokens + [(PAD_ID, 1.0)] * (length - len(tokens))]})
 
-    rivals = {ENCODED: encode_new, SEEN: lambda: text.encode_captions(clip, current, CAPTION_LENGTHS[0])}
+    rivals = {ENCODED: encode_new, SEEN: lambda: captions.encode_captions(clip, current, CAPTION_LENGTHS[0])}
     for length in CAPTION_LENGTHS:
         rivals[f"padded to {length}"] = lambda length=length: encode_padded(length)
     try:
@@ -108,7 +108,7 @@ def measure(folder, options, device) -> dict:
 
 
 def publish(runs, folder):
-    """Add runs to text.json and write text.md anew. Returns its text."""
+    """Add runs to captions.json and write captions.md anew. Returns its text."""
     rows = []
     for run in keep_runs(folder / "text.json", runs):
         case, seconds = run["case"], {name: statistics.median(values) for name, values in run["seconds"].items()}

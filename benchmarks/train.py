@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from ..pixart.data.examples import Batch
 from ..pixart.diffusion import Diffusion
 from ..pixart.training.build import make_objective
 from ..pixart.training.draws import draw_batch
-from ..pixart.training.examples import Batch
 from ..pixart.training.settings import TrainingSettings
 from ..pixart.transformer import PixArt
 from .cases import name_device, parse_run

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..pixart.autoencoder import KL_CONFIG, LATENT_CHANNELS
+from ..pixart.encoders.autoencoder import KL_CONFIG, LATENT_CHANNELS
 from .cases import DTYPES, name_device, parse_run
 from .host import import_host
 from .peaks import measure_peak

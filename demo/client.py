@@ -9,7 +9,7 @@ from collections.abc import Callable
 import websocket
 from PIL import Image
 
-from ..pixart.remote import ComfyServer, Interrupted, PromptError
+from ..pixart.commands.server import ComfyServer, Interrupted, PromptError
 
 __all__ = ["ComfyClient", "Interrupted", "PromptError"]
 

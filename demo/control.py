@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from ..pixart.edges import soft_edges
-from ..pixart.saving import write_atomically
-from ..pixart.training.examples import Example
+from ..pixart.data.examples import Example
+from ..pixart.encoders.edges import soft_edges
+from ..pixart.weights.atomic import write_atomically
 from .autoencoder import VAE_SCALE, average_latents
 from .decoder_stage import to_tensor
 from .pool import Bucket, bucket_scenes

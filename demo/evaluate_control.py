@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..pixart.control_storage import read_controlnet
 from ..pixart.controlnet import PixArtControlNet
-from ..pixart.sheet import comparison_grid
+from ..pixart.drawing.sheets import comparison_grid
+from ..pixart.weights.controlnets import read_controlnet
 from .control import colour_caption, draw_hints
 from .decoder_stage import to_tensor
 from .evaluate import add_options, held_out_scenes, load_model, sampling_of

@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..pixart.data.examples import Example, ListFeatures
 from ..pixart.training.build import make_objective
-from ..pixart.training.examples import Example, ListFeatures
 from ..pixart.training.loop import Events, Progress, Trainer
-from ..pixart.training.results import save_result
+from ..pixart.training.run import save_result
 from ..pixart.training.settings import TrainingSettings
 from .autoencoder import VAE_SCALE, average_latents
 from .decoder_stage import to_tensor

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ..pixart.sheet import labelled_sheet
+from ..pixart.drawing.sheets import labelled_sheet
 from .client import ComfyClient, PromptError
 
 WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "demo.json"

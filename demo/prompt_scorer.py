@@ -1,4 +1,4 @@
-"""Scores pictures by the captions that they were made of, for `python -m pixart.evaluate --scorer`."""
+"""Scores pictures by the captions that they were made of, for `python -m pixart evaluate --scorer`."""
 
 import re
 from collections.abc import Mapping

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..pixart.control_storage import save_controlnet
 from ..pixart.training.build import make_objective
 from ..pixart.training.loop import Events, Progress, Trainer
 from ..pixart.training.settings import TrainingSettings
+from ..pixart.weights.controlnets import save_controlnet
 from .control import FULL_BUCKETS, SMALL_BUCKETS, ControlFeatures
 from .evaluate import load_model
 from .evaluate_control import CONTROL_FILE, held_out_scenes, measure, steer

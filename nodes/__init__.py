@@ -4,28 +4,22 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import (
     acceleration,
-    caption,
-    compare,
     controlnet,
     dataset,
-    decoder,
-    edges,
-    embeddings,
-    export,
     features,
     latent,
     loaders,
-    log,
     lora,
     migration,
+    results,
     sampling,
     styles,
     text,
     training,
 )
+from .host.denoiser.sampling import register_samplers
 from .host.replacements import register_replacements
-from .host.sampling import register_samplers
-from .host.training import register_folders
+from .host.training.runs import register_folders
 
 
 class PixArtExtension(ComfyExtension):
@@ -49,18 +43,18 @@ class PixArtExtension(ComfyExtension):
             latent.FitImage,
             *sampling.NODES,
             *styles.NODES,
-            *compare.NODES,
+            *results.NODES,
             *controlnet.NODES,
-            *edges.NODES,
+            *controlnet.NODES,
             *lora.NODES,
-            *export.NODES,
+            *loaders.NODES,
             *dataset.NODES,
             *features.NODES,
             *training.NODES,
-            *caption.NODES,
-            *decoder.NODES,
-            *log.NODES,
+            *dataset.NODES,
+            *loaders.NODES,
+            *results.NODES,
             *acceleration.NODES,
-            *embeddings.NODES,
+            *text.NODES,
             *migration.NODES,
         ]

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from .host.acceleration import cache_blocks, compress_attention, limit_guidance
-from .host.kv_compression import BLOCKS, EVERY_OTHER
+from .host.denoiser.acceleration import cache_blocks, compress_attention, limit_guidance
+from .host.denoiser.kv_compression import BLOCKS, EVERY_OTHER
 from .host.schema import node_input, schema
 
 CATEGORY = "PixArt/acceleration"

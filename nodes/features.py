@@ -2,12 +2,12 @@
 
 from comfy_api.latest import io, ui
 
-from ..pixart.training.cache import DTYPES, SIZE_CONDITIONS
-from .host.dataset import describe_features, features_of_latents, fingerprint_features, load_features
+from ..pixart.data.cache import DTYPES, SIZE_CONDITIONS
 from .host.edges import AUTO, list_hed_models
-from .host.encoding import CACHE_FOLDER, CONTROL_FILES, CONTROL_METHODS, encode_dataset, settings_for
 from .host.schema import choice_input, node_input, schema
-from .host.text import show_text
+from .host.text.captions import show_text
+from .host.training.dataset import describe_features, features_of_latents, fingerprint_features, load_features
+from .host.training.encoding import CACHE_FOLDER, CONTROL_FILES, CONTROL_METHODS, encode_dataset, settings_for
 from .host.types import REPORT_TIP, DatasetType, FeaturesType
 
 CATEGORY = "PixArt/training"

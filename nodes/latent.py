@@ -4,9 +4,9 @@ from math import gcd
 
 from comfy_api.latest import io, ui
 
-from ..pixart.diagrams import draw_bins
+from ..pixart.drawing.diagrams import draw_bins
 from ..pixart.resolution import ASPECT_RATIOS, FIT_METHODS, fit_images, nearest_ratio
-from .host.latent import empty_latent
+from .host.denoiser.latent import empty_latent
 from .host.pictures import to_image
 from .host.schema import choice_input, node_input, schema
 

@@ -1,7 +1,9 @@
-"""Loader nodes: checkpoints, diffusers folders, autoencoders, and what a loaded model is."""
+"""Nodes that load and save models: checkpoints, diffusers folders, autoencoders, and what a loaded model is."""
 
 from comfy_api.latest import io, ui
 
+from .host.decoder import list_consistency_decoders, load_consistency_vae
+from .host.export import LAYOUTS, save_model
 from .host.loading import (
     DTYPES,
     VARIANTS,
@@ -14,8 +16,9 @@ from .host.loading import (
     load_pipeline,
     load_vae,
 )
+from .host.lora import DTYPES
 from .host.schema import choice_input, node_input, schema
-from .host.text import show_text
+from .host.text.captions import show_text
 
 CATEGORY = "PixArt/loaders"
 
@@ -173,3 +176,100 @@ class ModelInfo(io.ComfyNode):
 
 
 NODES: list[type[io.ComfyNode]] = [LoadCheckpoint, LoadDiffusers, LoadVAE, ModelInfo]
+
+
+class LoadConsistencyDecoder(io.ComfyNode):
+    """Decode latents of PixArt-alpha by DALL-E 3's decoder."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtLoadConsistencyDecoder",
+            display_name="Load PixArt Consistency Decoder",
+            category="PixArt/loaders",
+            description="A VAE that decodes by the consistency decoder of DALL-E 3: finer faces, letters and lines, "
+            "for much more time and memory. For PixArt-alpha, whose latents are SD 1.5's.",
+            search_aliases=["dall-e 3 decoder", "dalle", "consistency decoder", "openai vae", "consistencydecodervae"],
+            inputs=[
+                node_input(
+                    io.Combo,
+                    "decoder",
+                    options=list_consistency_decoders(),
+                    tooltip="The folder of openai/consistency-decoder in models/vae or models/diffusers, or its file.",
+                ),
+                node_input(io.Vae, "vae", tooltip="The normal VAE (sd-vae-ft-ema): encodes, and gives the precision."),
+                node_input(
+                    io.Int,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    optional=True,
+                    tooltip="Of the noise that it decodes from: changes the finest details alone.",
+                ),
+                node_input(
+                    io.Model, "model", optional=True, tooltip="Connected, a PixArt-Sigma is refused before sampling."
+                ),
+            ],
+            outputs=[io.Vae.Output(display_name="vae", tooltip="For VAE Decode, VAE Encode and their tiled kin.")],
+        )
+
+    @classmethod
+    def execute(cls, decoder, vae, seed=0, model=None):
+        return io.NodeOutput(load_consistency_vae(decoder, vae, seed, model))
+
+
+NODES: list[type[io.ComfyNode]] = [LoadConsistencyDecoder]
+
+
+AS_IT_IS = next(iter(DTYPES))
+
+
+class SaveCheckpoint(io.ComfyNode):
+    """Write a PixArt model, with what is on it, in the layout of another program."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtSaveCheckpoint",
+            display_name="Save PixArt Checkpoint",
+            category="PixArt/loaders",
+            description="Write the model, with its LoRAs and merges in it, as a checkpoint of the original layout or "
+            "as diffusers keeps it. The file loads here, in the original's scripts, and in diffusers.",
+            search_aliases=["convert checkpoint", "save model", "export diffusers", "bake lora", "merge lora"],
+            is_output_node=True,
+            inputs=[
+                node_input(io.Model, "model", tooltip="A PixArt model; LoRAs and merges on it go into the file."),
+                node_input(
+                    io.String,
+                    "filename_prefix",
+                    default="diffusion_models/pixart",
+                    tooltip="Folders and the start of the name, below ComfyUI's output folder.",
+                ),
+                node_input(
+                    io.Combo,
+                    "layout",
+                    options=list(LAYOUTS),
+                    default=list(LAYOUTS)[0],
+                    tooltip="original: for ComfyUI and PixArt's own scripts. diffusers: for its pipelines; its layout "
+                    "has no place for the learned null caption, which a single file keeps all the same.",
+                ),
+                choice_input(
+                    "dtype",
+                    DTYPES,
+                    default=AS_IT_IS,
+                    tooltip="Precision of the file. as it is: that of the loaded weights, and fp16 for fp8.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="Where the file or folder is.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix, layout, dtype=AS_IT_IS):
+        path = str(save_model(model, filename_prefix, layout, dtype))
+        show_text(cls.hidden, path)
+        return io.NodeOutput(path, ui=ui.PreviewText(path))
+
+
+NODES: list[type[io.ComfyNode]] = [SaveCheckpoint]

@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 from ..pixart.lora import LAYOUTS
 from .host.lora import DTYPES, convert_lora, extract_lora, list_loras, load_lora
 from .host.schema import choice_input, node_input, schema
-from .host.text import show_text
+from .host.text.captions import show_text
 
 CATEGORY = "PixArt/lora"
 

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from .host.replacements import Replacement
 from .host.schema import node_input, schema
-from .host.t5 import take_t5
+from .host.text.t5 import take_t5
 
 CATEGORY = "PixArt/conditioning"
 LARGEST_PX = 16384

@@ -2,16 +2,16 @@
 
 from comfy_api.latest import io, ui
 
-from ..pixart.diagrams import draw_schedule
+from ..pixart.drawing.diagrams import draw_schedule
 from ..samplers.dpm_solver import LOWER_ORDER_FINAL
 from ..samplers.noise import NOISE_DEVICES
 from ..samplers.presets import PRESETS
 from ..samplers.sa_solver import MODES, OFFICIAL_INTERVALS, TAU_UNITS
 from ..samplers.schedules import SCHEDULES
+from .host.denoiser.sampling import GUIDANCE_MODES, apply_preset, make_sampler, make_sigmas
 from .host.pictures import to_image
-from .host.sampling import GUIDANCE_MODES, apply_preset, make_sampler, make_sigmas
 from .host.schema import choice_input, node_input, schema
-from .host.text import show_text
+from .host.text.captions import show_text
 
 SAMPLERS_CATEGORY = "PixArt/sampling"
 OFFICIAL = "official"

@@ -4,8 +4,8 @@ from comfy_api.latest import io, ui
 
 from ..pixart.training.settings import DTYPES, OPTIMIZERS, PRIOR_TARGETS, SCHEDULES, TARGETS, WEIGHTINGS
 from .host.schema import node_input, schema
-from .host.text import show_text
-from .host.training import AUTO_DTYPE, export_config, make_settings, run_training
+from .host.text.captions import show_text
+from .host.training.runs import AUTO_DTYPE, export_config, make_settings, run_training
 from .host.types import FeaturesType
 
 CATEGORY = "PixArt/training"
@@ -288,8 +288,8 @@ class ExportTrainingConfig(io.ComfyNode):
             node_id="PixArtExportTrainingConfig",
             display_name="Export PixArt Training Config",
             category=CATEGORY,
-            description="Write a training as a YAML file for 'python -m pixart.training run file.yaml', or on many "
-            "GPUs for 'accelerate launch -m pixart.training run file.yaml'. Run it in this pack's folder.",
+            description="Write a training as a YAML file for 'python -m pixart train file.yaml', or on many "
+            "GPUs for 'accelerate launch -m pixart train file.yaml'. Run it in this pack's folder.",
             search_aliases=["accelerate", "multi gpu training", "yaml", "command line"],
             inputs=[
                 _combo("kind", EXPORTED, "LoRA", "What is to be trained."),
@@ -318,7 +318,7 @@ class ExportTrainingConfig(io.ComfyNode):
     ):
         settings = make_settings(EXPORTED[kind], more_settings, base_dtype="fp8" if base_fp8 else "same", **values)
         path = str(export_config(model, features, settings, name, validation, vae, resume))
-        text = f"saved: {path}\nrun: accelerate launch -m pixart.training run {path}"
+        text = f"saved: {path}\nrun: accelerate launch -m pixart train {path}"
         show_text(cls.hidden, text)
         return io.NodeOutput(path, ui=ui.PreviewText(text))
 

@@ -3,10 +3,10 @@
 `layout.py` holds the names, `detection.py` the signs; `storage.py` reads and writes the files.
 """
 
-from .checking import check_weights, expected_shapes
-from .control_layout import control_to_diffusers, control_to_original, split_controlnet
-from .detection import Detection, config_to_tensor, detect_config, explain_detection
-from .layout import (
+from .weights.checking import check_weights, expected_shapes
+from .weights.control_layouts import control_to_diffusers, control_to_original, split_controlnet
+from .weights.detection import Detection, config_to_tensor, detect_config, explain_detection
+from .weights.layouts import (
     CONFIG_KEY,
     NULL_CAPTION_KEY,
     detect_layout,

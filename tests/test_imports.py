@@ -22,21 +22,21 @@ LIBRARIES = {
 MORE_LIBRARIES = {
     "pixart.text": {"transformers", "sentencepiece", "ftfy"},
     "pixart.resolution": {"PIL"},
-    "pixart.sheet": {"PIL"},
-    "pixart.diagrams": {"PIL"},
-    "pixart.remote": {"PIL"},
-    "pixart.compare": {"PIL", "tqdm"},
-    "pixart.edges": {"kornia"},
-    "pixart.sample": {"PIL", "tqdm"},
-    "pixart.text_encoder": {"transformers"},
-    "pixart.run_log": {"PIL", "wandb"},
-    "pixart.evaluate": {"PIL", "tqdm"},
-    "pixart.scores": {"PIL", "torchmetrics", "transformers"},
-    "pixart.captioner": {"transformers", "PIL"},
-    "pixart.autoencoder": {"diffusers"},
-    "pixart.consistency": {"diffusers"},
+    "pixart.drawing.sheets": {"PIL"},
+    "pixart.drawing.diagrams": {"PIL"},
+    "pixart.commands.server": {"PIL"},
+    "pixart.commands.compare": {"PIL", "tqdm"},
+    "pixart.encoders.edges": {"kornia"},
+    "pixart.commands.sample": {"PIL", "tqdm"},
+    "pixart.encoders.t5": {"transformers"},
+    "pixart.tracking.run_log": {"PIL", "wandb"},
+    "pixart.commands.evaluate": {"PIL", "tqdm"},
+    "pixart.commands.scores": {"PIL", "torchmetrics", "transformers"},
+    "pixart.encoders.captioner": {"transformers", "PIL"},
+    "pixart.encoders.autoencoder": {"diffusers"},
+    "pixart.encoders.consistency_decoder": {"diffusers"},
     "pixart.training": {"transformers", "sentencepiece", "PIL", "accelerate", "tqdm", "wandb", "yaml"},
-    "pixart.training.sources": {"datasets"},
+    "pixart.data.sources": {"datasets"},
 }
 # Packages that a package may reach by relative imports, besides itself.
 BELOW = {
@@ -62,8 +62,8 @@ CHECKPOINT = (
 NODE_FILES_MAY_IMPORT = {"comfy_api", "torch"}
 # The nodes that train, those that make what is trained with, and what the demo is taught by are training's only doors.
 TRAINING_DOORS = (
-    *("nodes.training", "nodes.host.training"),
-    *("nodes.dataset", "nodes.features", "nodes.host.dataset", "nodes.host.encoding"),
+    *("nodes.training", "nodes.host.training.runs"),
+    *("nodes.dataset", "nodes.features", "nodes.host.training.dataset", "nodes.host.training.encoding"),
     *("demo.control", "demo.train_control", "demo.finetune", "benchmarks.train"),
 )
 

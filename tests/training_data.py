@@ -4,7 +4,7 @@ from random import Random
 
 import torch
 
-from pixart_pack.pixart.training.examples import Example, ListFeatures
+from pixart_pack.pixart.data.examples import Example, ListFeatures
 from pixart_pack.pixart.training.settings import TrainingSettings
 from pixart_pack.tests.tiny_pixart import make_model, tiny_config
 

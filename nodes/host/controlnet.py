@@ -12,12 +12,12 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...pixart.config import PixArtConfig
-from ...pixart.control_storage import ALPHA_CLASS, SIGMA_CLASS, ControlNetCheckpoint, read_controlnet
 from ...pixart.controlnet import ControlBranch, PixArtControlNet
-from ...pixart.detection import SIGMA
+from ...pixart.weights.controlnets import ALPHA_CLASS, SIGMA_CLASS, ControlNetCheckpoint, read_controlnet
+from ...pixart.weights.detection import SIGMA
+from .denoiser.model import cast_weight, name_tables, with_table
 from .folders import find_file, find_folder, find_folders, list_files
 from .loading import DTYPES, class_name, hints_of, make_model
-from .model import cast_weight, name_tables, with_table
 
 FILE_KINDS, FOLDER_KINDS = ("controlnet",), ("controlnet", "diffusers")
 

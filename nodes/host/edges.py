@@ -10,10 +10,10 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ...pixart.edges import canny_edges, soft_edges
-from ...pixart.hed import FILE_NAME, detect_edges, make_hed
+from ...pixart.encoders.edges import canny_edges, soft_edges
+from ...pixart.encoders.hed import FILE_NAME, detect_edges, make_hed
 from ...pixart.resolution import fit_images, nearest_bin
-from ...pixart.storage import read_tensors
+from ...pixart.weights.reading import read_tensors
 from .folders import find_file, list_files
 
 HED, SOFT, CANNY = METHODS = ("hed", "soft edges", "canny")

@@ -7,10 +7,10 @@ import comfy.utils
 import torch
 
 from ...pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
-from ...pixart.saving import save_checkpoint
+from ...pixart.weights.saving import save_checkpoint
 from .folders import next_output
 from .lora import DTYPES, PREFIX, host_key, patched_weight
-from .text import pixart_config
+from .text.captions import pixart_config
 
 # Layout -> (the file's ending, empty for a folder; the layout's name).
 LAYOUTS = {

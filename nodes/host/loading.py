@@ -8,11 +8,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...pixart.config import ALPHA_VAE_SCALE, CONFIGS, SIGMA_VAE_SCALE, PixArtConfig
-from ...pixart.folder import TRANSFORMER_STEMS, find_weights, read_json
-from ...pixart.storage import Checkpoint, read_checkpoint, read_tensors
+from ...pixart.weights.folders import TRANSFORMER_STEMS, find_weights, read_json
+from ...pixart.weights.reading import Checkpoint, read_checkpoint, read_tensors
+from .denoiser.model import make_patcher
 from .folders import find_file, find_folder, find_folders, list_files
-from .model import make_patcher
-from .t5 import load_t5
+from .text.t5 import load_t5
 
 CHECKPOINT_KINDS = ("diffusion_models", "checkpoints")
 AUTO = "auto"

@@ -10,13 +10,13 @@ import comfy.utils
 import torch
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
 
-from ...pixart.adapters import Difference, Factor, Hadamard, LowRank, set_lengths
 from ...pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
 from ...pixart.lora import PEFT_CONFIG, Target, describe_lora, read_lora, save_lora
-from ...pixart.lora_extraction import extract_lora as extract_factors
+from ...pixart.lora.extracting import extract_lora as extract_factors
+from ...pixart.lora.kinds import Difference, Factor, Hadamard, LowRank, set_lengths
+from .denoiser.model import TABLES
 from .folders import find_file, find_folder, find_folders, list_files, next_output
-from .model import TABLES
-from .text import pixart_config
+from .text.captions import pixart_config
 
 KINDS = ("loras",)
 DTYPES = {"as it is": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

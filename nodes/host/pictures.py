@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...pixart.sheet import comparison_grid, labelled_sheet
+from ...pixart.drawing.sheets import comparison_grid, labelled_sheet
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:

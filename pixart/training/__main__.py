@@ -1,13 +1,13 @@
-"""Training on the command line: `python -m pixart.training caption ...`, `encode ...` and `run ...`.
+"""Training on the command line: `python -m pixart caption ...`, `encode ...` and `run ...`.
 
-`accelerate launch -m pixart.training run config.yaml` does the same on many processes.
+`accelerate launch -m pixart train config.yaml` does the same on many processes.
 """
 
 import sys
 from collections.abc import Sequence
 
-from ..command import make_parser, run_command
-from . import caption, encode, launch
+from ..commands import caption, encode
+from ..commands.console import make_parser, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,8 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..controlnet import PixArtControlNet
 from ..transformer import PixArt
-from .adapters import add_adapters
-from .frozen import freeze
+from .adapters import add_adapters, freeze
 from .objectives import (
     AdapterDistillation,
     ControlPrediction,

@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..data.buckets import BucketSampler
+from ..data.examples import Batch, FeatureSet, collate
 from .adapters import tell_chances
-from .buckets import BucketSampler
-from .draws import draw_batch
-from .dropout import Chances
-from .examples import Batch, FeatureSet, collate
+from .draws import Chances, draw_batch
 from .objectives import Objective
 from .optimizers import MovingAverage, make_optimizer, rate_factor
 from .processes import SingleProcess, like, whole

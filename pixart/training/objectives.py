@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
+from ..data.examples import Batch
 from ..diffusion import TRAIN_STEPS, Diffusion
 from ..transformer import PixArt
 from .adapters import AdaptedLinear, adapters_disabled
 from .draws import Draws
-from .examples import Batch
 from .settings import TrainingSettings
 
 VELOCITY_LIMIT = 200.0  # largest weight of a timestep when all velocities weigh the same

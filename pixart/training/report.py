@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from ..saving import write_atomically
-from ..tracking import has_wandb_account
+from ..tracking.weights_and_biases import has_wandb_account
+from ..weights.atomic import write_atomically
 from .settings import TrainingSettings, settings_to_dict
 
 logger = logging.getLogger(__name__)

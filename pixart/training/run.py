@@ -2,22 +2,27 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from ..saving import write_atomically
+from ..data.examples import FeatureSet
+from ..lora import Target, save_lora
+from ..lora.kinds import LowRank
 from ..transformer import PixArt
-from .build import make_objective
-from .examples import FeatureSet
+from ..weights.atomic import write_atomically
+from ..weights.controlnets import save_controlnet
+from ..weights.saving import save_checkpoint
+from .adapters import AdaptedLinear
+from .build import DTYPES, make_objective
 from .loop import Events, Trainer
-from .objectives import Objective
+from .objectives import ControlPrediction, Objective
 from .processes import SingleProcess
-from .results import save_result
-from .settings import TrainingSettings
+from .settings import TrainingSettings, settings_to_dict
 from .validation import Decode, Validation, ValidationPrompt
 
 RESULT = "result.json"  # in a run's folder, once its result is written: the steps that it has, and where it is
@@ -144,3 +149,53 @@ def check_name(name: str) -> None:
             f"Name of the training cannot be used: got {name!r}, expected a plain name such as 'my_style' without "
             f"folders. Enter another one."
         )
+
+
+SETTINGS_KEY = "pixart_training"  # in a file's header
+
+
+def lora_factors(objective: Objective, weights: Mapping[str, Tensor]) -> dict[Target, LowRank]:
+    """The adapters' changes by the rows that they change; q, k and v apart."""
+    factors = {}
+    for name, module in objective.model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            given = {key: weights.get(f"model.{name}.{key}") for key in ("lora_down", "lora_up", "dora_scale")}
+            factors |= _factors_of(name, module, **given)
+    return factors
+
+
+def _factors_of(name, module, lora_down, lora_up, dora_scale):
+    factors = {}
+    for part in range(module.parts):
+        down, up = lora_down.chunk(module.parts)[part], lora_up.chunk(module.parts)[part]
+        magnitude = None if dora_scale is None else dora_scale.chunk(module.parts)[part]
+        target = Target(f"{name}.weight", part, module.parts)
+        factors[target] = LowRank(down=down, up=up, alpha=module.scale * module.rank, magnitude=magnitude)
+    return factors
+
+
+def model_weights(objective: Objective, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole model in the original layout: trained weights, and what is never trained."""
+    model = objective.model
+    state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    if model.has_null_caption:
+        state["y_embedder.y_embedding"] = model.y_embedder.y_embedding.detach().to("cpu", torch.float32)
+    return state
+
+
+def control_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The ControlNet under the original's names."""
+    return {name.removeprefix("control."): tensor for name, tensor in weights.items()}
+
+
+def save_result(path: Path, objective: Objective, weights: Mapping[str, Tensor], settings: TrainingSettings) -> None:
+    """Write a `.safetensors` file of what was trained, whole or not at all, the settings in its header."""
+    dtype = DTYPES[settings.save_dtype]
+    texts = {SETTINGS_KEY: json.dumps(settings_to_dict(settings)), "pixart_objective": settings.kind}
+    config = objective.model.config
+    if settings.is_adapter:
+        save_lora(path, lora_factors(objective, weights), metadata=texts, dtype=dtype)
+    elif isinstance(objective, ControlPrediction):
+        save_controlnet(path, control_weights(weights), config, dtype=dtype, metadata=texts)
+    else:
+        save_checkpoint(path, model_weights(objective, weights), config, dtype=dtype, metadata=texts)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..diffusion import TRAIN_STEPS
-from ..saving import write_atomically
+from ..weights.atomic import write_atomically
 
 KINDS = ("lora", "full", "dreambooth", "controlnet", "lcm", "lcm_lora")
 ADAPTED = ("lora", "lcm_lora")

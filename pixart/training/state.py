@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..saving import dump, write_atomically
+from ..weights.atomic import dump, write_atomically
 from .settings import TrainingSettings, settings_to_dict
 
 logger = logging.getLogger(__name__)

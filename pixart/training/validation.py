@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import LATENT_DOWNSCALE
 from ..sampling import Captions, Settings, sample_latents
-from ..saving import write_atomically
+from ..weights.atomic import write_atomically
 from .objectives import ControlPrediction, Distillation, Objective
 from .report import Report
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pixart_pack.demo.train import VAE_FILE
-from pixart_pack.pixart.control_storage import ControlNetCheckpoint
+from pixart_pack.pixart.weights.controlnets import ControlNetCheckpoint
 from pixart_pack.tests.host.test_controlnet_host import control_weights
 from pixart_pack.tests.host.test_model import CONFIG, caption, count_forwards, sample
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
@@ -17,17 +17,17 @@ FLOAT_NOISE = {"atol": 2e-3, "rtol": 1e-4}  # float32 noise of the net, multipli
 
 @pytest.fixture(scope="module")
 def host_model(pack):
-    return importlib.import_module("pixart_pack.nodes.host.model")
+    return importlib.import_module("pixart_pack.nodes.host.denoiser.model")
 
 
 @pytest.fixture(scope="module")
 def host_attention(pack):
-    return importlib.import_module("pixart_pack.nodes.host.attention")
+    return importlib.import_module("pixart_pack.nodes.host.denoiser.attention")
 
 
 @pytest.fixture(scope="module")
 def acceleration(pack):
-    return importlib.import_module("pixart_pack.nodes.host.acceleration")
+    return importlib.import_module("pixart_pack.nodes.host.denoiser.acceleration")
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_cache_skips_the_blocks_that_it_is_told(comfy, patcher, acceleration, bl
 
 @pytest.fixture(scope="module")
 def block_cache(pack):
-    return importlib.import_module("pixart_pack.nodes.host.block_cache")
+    return importlib.import_module("pixart_pack.nodes.host.denoiser.block_cache")
 
 
 def on_a_line(positions, bend=0.0):
@@ -269,7 +269,7 @@ def test_every_run_has_a_cache_of_its_own(comfy, patcher, acceleration):
 
 
 def test_a_control_that_ends_is_not_reused(patcher, acceleration):
-    cache_module = importlib.import_module("pixart_pack.nodes.host.block_cache")
+    cache_module = importlib.import_module("pixart_pack.nodes.host.denoiser.block_cache")
     cache = cache_module.BlockCache(1e9, 1, 3, lambda sigma: True, 100)
     options = {"uuids": ["a"], "sigmas": torch.ones(1), cache_module.BLOCK_CACHE: cache}
     net, states = patcher.model.diffusion_model, caption(5, 1)[0]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pixart_pack.demo.client import Interrupted, PromptError
-from pixart_pack.pixart.control_storage import save_controlnet
+from pixart_pack.pixart.weights.controlnets import save_controlnet
 from pixart_pack.tests.host.graph import PictureGraph, write_lora, write_pixart, write_t5
 from pixart_pack.tests.host.test_controlnet_host import control_weights
 from pixart_pack.tests.host.test_controlnet_queue import hint_of

@@ -117,7 +117,7 @@ def test_a_prompt_seen_before_is_not_encoded(comfy, tmp_path):
 @pytest.mark.slow
 def test_decoding_runs_both_ways(comfy, tmp_path):
     from pixart_pack.benchmarks import vae
-    from pixart_pack.pixart.autoencoder import KL_CONFIG
+    from pixart_pack.pixart.encoders.autoencoder import KL_CONFIG
 
     ours, theirs = vae.make_pair(KL_CONFIG)
     runs = [vae.measure(ours, theirs, 64, is_tiled, OPTIONS) for is_tiled in (False, True)]

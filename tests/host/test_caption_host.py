@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixart_pack.pixart.captioner import DESCRIBE, DESCRIBE_CAPTION, CaptionSettings, load_captioner
+from pixart_pack.pixart.encoders.captioner import DESCRIBE, DESCRIBE_CAPTION, CaptionSettings, load_captioner
 from pixart_pack.tests.host.graph import Graph
 from pixart_pack.tests.tiny_llava import write_llava
 

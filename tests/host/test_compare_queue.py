@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from pixart_pack.demo.client import PromptError
-from pixart_pack.pixart import compare
-from pixart_pack.pixart.command import run_command
+from pixart_pack.pixart.commands import compare
+from pixart_pack.pixart.commands.console import run_command
 from pixart_pack.tests.host.graph import PictureGraph, write_pixart, write_t5
 from pixart_pack.tests.tiny_pixart import tiny_config
 

@@ -61,7 +61,7 @@ def test_it_encodes_as_the_normal_vae_and_decodes_in_tiles(network, vae, latents
 
 
 def test_what_does_not_suit_is_refused(network, vae, run_node):
-    from pixart_pack.nodes.host.model import make_patcher
+    from pixart_pack.nodes.host.denoiser.model import make_patcher
 
     config = tiny_config(caption_length=300, vae_scale=0.13025)
     sigma = make_patcher(make_weights(config), config)

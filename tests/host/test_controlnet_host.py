@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from pixart_pack.demo.train import VAE_FILE
-from pixart_pack.pixart.control_storage import save_controlnet
 from pixart_pack.pixart.controlnet import PixArtControlNet
+from pixart_pack.pixart.weights.controlnets import save_controlnet
 from pixart_pack.tests.host.test_model import caption, count_forwards, sample
 from pixart_pack.tests.tiny_pixart import make_model, make_weights, tiny_config
 
@@ -37,7 +37,7 @@ def adapter(pack):
 
 @pytest.fixture(scope="module")
 def host_model(pack):
-    return importlib.import_module("pixart_pack.nodes.host.model")
+    return importlib.import_module("pixart_pack.nodes.host.denoiser.model")
 
 
 @pytest.fixture(scope="module")

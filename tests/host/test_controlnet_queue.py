@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pixart_pack.demo.client import PromptError
-from pixart_pack.pixart.control_storage import save_controlnet
+from pixart_pack.pixart.weights.controlnets import save_controlnet
 from pixart_pack.tests.host.graph import PictureGraph, write_lora, write_pixart, write_t5
 from pixart_pack.tests.host.test_controlnet_host import control_weights, zeroed
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pixart_pack.demo.autoencoder import VAE_SCALE, average_latents
-from pixart_pack.pixart.training.examples import collate
+from pixart_pack.pixart.data.examples import collate
 from pixart_pack.tests import tiny_t5
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -42,7 +42,7 @@ def places(pack):
 
 @pytest.fixture(scope="module")
 def encoders(places):
-    t5 = importlib.import_module("pixart_pack.nodes.host.t5")
+    t5 = importlib.import_module("pixart_pack.nodes.host.text.t5")
     loading = importlib.import_module("pixart_pack.nodes.host.loading")
     clip = t5.load_t5(places.models / "text_encoders" / "pixart_demo_t5.safetensors")
     return {"clip": clip, "vae": loading.read_vae(places.models / "vae" / "pixart_demo_vae.safetensors")}
@@ -78,7 +78,7 @@ def test_a_folder_becomes_features(run_node, encoders, folder):
     picture = torch.tensor(np.asarray(Image.open(folder / "1.png"))).float().movedim(-1, 0)[None] / 255
     expected = average_latents(picture)[0] / VAE_SCALE
     assert (features[1].latent - expected).abs().max() < 0.01  # the encoder sums many averages; then over 0.18
-    text = importlib.import_module("pixart_pack.nodes.host.text")
+    text = importlib.import_module("pixart_pack.nodes.host.text.captions")
     states = text.encode_captions(encoders["clip"], [CAPTIONS[1]], 20)[0][0][0][0]
     assert torch.equal(features[1].caption, states.half())
     assert features.null_caption.shape == (1, 64)
@@ -104,7 +104,7 @@ def test_nothing_is_encoded_twice_and_what_changed_is(run_node, encoders, folder
 
 
 def test_captions_of_a_dataset_do_not_drive_prompts_out_of_their_cache(run_node, encoders, folder):
-    prompt_cache = importlib.import_module("pixart_pack.nodes.host.prompt_cache")
+    prompt_cache = importlib.import_module("pixart_pack.nodes.host.text.prompt_cache")
     shutil.rmtree(prompt_cache.folder(), ignore_errors=True)
     encode(run_node, encoders)
     assert not list(prompt_cache.folder().glob("*"))
@@ -124,7 +124,7 @@ def test_t5_and_vae_leave_memory_and_others_stay(run_node, encoders, folder, com
 
 
 def test_a_patched_text_encoder_is_another(encoders):
-    encoding = importlib.import_module("pixart_pack.nodes.host.encoding")
+    encoding = importlib.import_module("pixart_pack.nodes.host.training.encoding")
     clip = encoders["clip"].clone()
     plain = encoding._identify_clip(clip)
     assert plain == encoding._identify_clip(encoders["clip"])
@@ -273,7 +273,7 @@ def test_the_hosts_training_dataset(run_node, core_nodes, encoders):
 
 
 def test_masked_batches_of_captions(run_node, encoders):
-    text = importlib.import_module("pixart_pack.nodes.host.text")
+    text = importlib.import_module("pixart_pack.nodes.host.text.captions")
     conditioning, _ = text.encode_captions(encoders["clip"], ["one", "two of them here"], 20)
     latent = {"samples": torch.randn(2, 4, 6, 10)}
     features, _ = run_node("PixArtDatasetFromLatents", latents=[latent], conditioning=[conditioning])
@@ -292,7 +292,7 @@ def test_masked_batches_of_captions(run_node, encoders):
 
 def test_an_identity_stays_when_a_model_is_used(encoders):
     """The identity does not depend on where weights are or whether they are in use."""
-    encoding = importlib.import_module("pixart_pack.nodes.host.encoding")
+    encoding = importlib.import_module("pixart_pack.nodes.host.training.encoding")
     vae = encoders["vae"]
     before = encoding._identify(vae.patcher)
     vae.encode(torch.rand(1, 64, 64, 3))
@@ -301,8 +301,8 @@ def test_an_identity_stays_when_a_model_is_used(encoders):
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_an_fp8_text_encoder_has_an_identity(places, scaled):
-    t5 = importlib.import_module("pixart_pack.nodes.host.t5")
-    encoding = importlib.import_module("pixart_pack.nodes.host.encoding")
+    t5 = importlib.import_module("pixart_pack.nodes.host.text.t5")
+    encoding = importlib.import_module("pixart_pack.nodes.host.training.encoding")
     weights = tiny_t5.weights_of(tiny_t5.make_t5())
     found = set()
     for seed in range(2):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pixart_pack.demo.client import Interrupted, PromptError
-from pixart_pack.pixart.training.features import open_features
+from pixart_pack.pixart.data.features import open_features
 from pixart_pack.tests.host.graph import VAE, Graph
 
 T5 = "pixart_demo_t5.safetensors"

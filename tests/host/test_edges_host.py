@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pixart_pack.pixart.edges import canny_edges, soft_edges
-from pixart_pack.pixart.hed import detect_edges, make_hed
+from pixart_pack.pixart.encoders.edges import canny_edges, soft_edges
+from pixart_pack.pixart.encoders.hed import detect_edges, make_hed
 from pixart_pack.tests.goldens import load_golden, take
 
 NODE = "PixArtHEDPreprocessor"

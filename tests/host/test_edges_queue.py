@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pixart_pack.demo.client import Interrupted, PromptError
-from pixart_pack.pixart.edges import soft_edges
+from pixart_pack.pixart.encoders.edges import soft_edges
 from pixart_pack.tests.goldens import load_golden, take
 from pixart_pack.tests.host.graph import Graph
 

@@ -13,12 +13,12 @@ from pixart_pack.tests.host.graph import write_t5
 
 @pytest.fixture(scope="module")
 def text(pack):
-    return importlib.import_module("pixart_pack.nodes.host.text")
+    return importlib.import_module("pixart_pack.nodes.host.text.captions")
 
 
 @pytest.fixture
 def cache(pack, tmp_path, monkeypatch):
-    module = importlib.import_module("pixart_pack.nodes.host.prompt_cache")
+    module = importlib.import_module("pixart_pack.nodes.host.text.prompt_cache")
     monkeypatch.setattr(module, "folder", lambda: tmp_path / "prompts")
     return module
 
@@ -28,7 +28,7 @@ def load(pack, tmp_path_factory):
     """A function that loads the tiny T5, anew each time."""
     path = tmp_path_factory.mktemp("t5") / "tiny.safetensors"
     write_t5(path)
-    return lambda: importlib.import_module("pixart_pack.nodes.host.t5").load_t5(path)
+    return lambda: importlib.import_module("pixart_pack.nodes.host.text.t5").load_t5(path)
 
 
 def encodings(clip, monkeypatch):
@@ -65,7 +65,7 @@ def test_what_changes_the_encoding_is_told_apart(text, cache, load, monkeypatch)
 
 
 def test_another_file_of_the_same_name_is_told_apart(cache, pack, tmp_path):
-    load_t5 = importlib.import_module("pixart_pack.nodes.host.t5").load_t5
+    load_t5 = importlib.import_module("pixart_pack.nodes.host.text.t5").load_t5
     path = tmp_path / "t5.safetensors"
     write_t5(path)
     key = cache.key_of(load_t5(path), [(1, 1.0)])
@@ -204,7 +204,7 @@ def test_parts_of_one_prompt_share_their_tensors(text, cache, load, run_node):
 
 
 def test_another_file_of_the_same_name_is_read_anew(text, cache, load, run_node):
-    nodes = importlib.import_module("pixart_pack.nodes.embeddings")
+    nodes = importlib.import_module("pixart_pack.nodes.text")
     first, _ = text.encode_captions(load(), ["a red circle"], 120)
     (name,) = run_node("PixArtSavePromptEmbeddings", conditioning=first, filename_prefix="embeds/again")
     before = nodes.LoadPromptEmbeddings.fingerprint_inputs(embeddings=name)

@@ -16,10 +16,10 @@ from PIL import Image
 
 from pixart_pack.demo.autoencoder import VAE_SCALE, average_latents
 from pixart_pack.demo.scenes import caption, draw_scene, random_scene
-from pixart_pack.pixart.training.encode import add_parser
-from pixart_pack.pixart.training.examples import collate
-from pixart_pack.pixart.training.features import open_features
-from pixart_pack.pixart.training.pictures import FilePicture, read_picture
+from pixart_pack.pixart.commands.encode import add_parser
+from pixart_pack.pixart.data.examples import collate
+from pixart_pack.pixart.data.features import open_features
+from pixart_pack.pixart.data.pictures import FilePicture, read_picture
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = ROOT / "demo" / "models"

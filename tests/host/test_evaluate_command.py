@@ -1,4 +1,4 @@
-"""`python -m pixart.evaluate` with the demo model: in its own process and through a running ComfyUI."""
+"""`python -m pixart evaluate` with the demo model: in its own process and through a running ComfyUI."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_pack.pixart import evaluate
-from pixart_pack.pixart.command import run_command
+from pixart_pack.pixart.commands import evaluate
+from pixart_pack.pixart.commands.console import run_command
 from pixart_pack.tests import processes
 from pixart_pack.tests.host.graph import PictureGraph, write_pixart, write_t5
 from pixart_pack.tests.host.test_sample_command import FILES, tokenizer  # noqa: F401
@@ -31,7 +31,7 @@ def run(prompts, output, *arguments):
 
 def start(*arguments, launcher=processes.ALONE):
     """The command in a process of its own."""
-    return processes.start("pixart.evaluate", *arguments, launcher=launcher)
+    return processes.start("pixart", "evaluate", *arguments, launcher=launcher)
 
 
 @pytest.fixture

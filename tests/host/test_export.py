@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pixart_pack.pixart.config import PixArtConfig
-from pixart_pack.pixart.storage import read_checkpoint
+from pixart_pack.pixart.weights.reading import read_checkpoint
 from pixart_pack.tests.host.graph import write_lora, write_pixart
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_pack.pixart.remote import PromptError
+from pixart_pack.pixart.commands.server import PromptError
 from pixart_pack.tests.host.graph import PictureGraph, write_lora, write_pixart, write_t5
 from pixart_pack.tests.tiny_pixart import tiny_config
 

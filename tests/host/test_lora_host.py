@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixart_pack.pixart.lora import LoRA, Target, load_lora, merge, read_lora, save_lora
-from pixart_pack.tests.test_lora import NOISE, one_lora, same_weights
-from pixart_pack.tests.test_lora_saving import CONFIG, WIDTH, low_rank, others, packed, shared
+from pixart_pack.tests.lora.test_reading import NOISE, one_lora, same_weights
+from pixart_pack.tests.lora.test_saving import CONFIG, WIDTH, low_rank, others, packed, shared
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 
 TABLE = "scale_shift_table"
@@ -34,7 +34,7 @@ def loras(comfy):
 
 @pytest.fixture
 def make_patcher(pack):
-    module = importlib.import_module("pixart_pack.nodes.host.model")
+    module = importlib.import_module("pixart_pack.nodes.host.denoiser.model")
     return lambda seed=0, config=CONFIG, dtype=torch.float32: module.make_patcher(
         make_weights(config, seed), config, dtype
     )

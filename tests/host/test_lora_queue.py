@@ -10,7 +10,7 @@ from pixart_pack.pixart.checkpoint import config_to_tensor
 from pixart_pack.pixart.lora import merge, read_lora, save_lora
 from pixart_pack.tests.host.graph import PictureGraph, write_pixart, write_t5
 from pixart_pack.tests.host.test_queue import differ, pictures
-from pixart_pack.tests.test_lora import KOHYA, renamed
+from pixart_pack.tests.lora.test_reading import KOHYA, renamed
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 
 FILES = ("lora_tiny.safetensors", "lora_t5.safetensors")

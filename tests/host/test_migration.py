@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pixart_pack.demo.client import PromptError
-from pixart_pack.pixart.detection import detect_config
 from pixart_pack.pixart.resolution import ASPECT_RATIOS
-from pixart_pack.pixart.storage import read_tensors
-from pixart_pack.pixart.t5 import detect_t5_config
+from pixart_pack.pixart.weights.detection import detect_config
+from pixart_pack.pixart.weights.reading import read_tensors
+from pixart_pack.pixart.weights.t5 import detect_t5_config
 from pixart_pack.tests import tiny_t5
 from pixart_pack.tests.host.graph import VAE, Graph, write_lora, write_t5
 

@@ -13,7 +13,7 @@ FLOAT_NOISE = 2e-5  # float32 sums in another order, values of a few units
 
 @pytest.fixture(scope="module")
 def host_model(pack):
-    return importlib.import_module("pixart_pack.nodes.host.model")
+    return importlib.import_module("pixart_pack.nodes.host.denoiser.model")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def count_forwards(model):
 
 
 def test_long_sequences_are_laid_out_anew_and_the_same(comfy, patcher, monkeypatch):
-    from pixart_pack.nodes.host import attention
+    from pixart_pack.nodes.host.denoiser import attention
 
     seen, model, prompts = [], patcher.clone(), (caption(7, 1), caption(3, 2))
 
@@ -85,7 +85,7 @@ def test_long_sequences_are_laid_out_anew_and_the_same(comfy, patcher, monkeypat
 )
 def test_time_and_size_are_embedded_once_without_a_look(comfy, pack, patcher, monkeypatch, options, rows):
     """On a GPU, where to compare rows would be to wait: known of one picture, and of the pack's solvers' batches."""
-    importlib.import_module("pixart_pack.nodes.host.sampling").register_samplers()
+    importlib.import_module("pixart_pack.nodes.host.denoiser.sampling").register_samplers()
     extension, model, options = importlib.import_module("comfy.patcher_extension"), patcher.clone(), dict(options)
     positive, negative, seen = caption(7, 1), caption(3, 2), []
     if options.pop("wrapper", False):

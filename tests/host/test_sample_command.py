@@ -1,4 +1,4 @@
-"""`python -m pixart.sample`: the pictures that ComfyUI makes, without it."""
+"""`python -m pixart sample`: the pictures that ComfyUI makes, without it."""
 
 import os
 import subprocess
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_pack.pixart import sample
-from pixart_pack.pixart.command import run_command
-from pixart_pack.pixart.solvers import PRESETS, SAMPLERS
+from pixart_pack.pixart.commands import sample
+from pixart_pack.pixart.commands.console import run_command
+from pixart_pack.pixart.sampling import PRESETS, SAMPLERS
 from pixart_pack.tests.host.graph import Graph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +132,7 @@ def test_a_real_process_with_a_file_of_prompts_of_several_sizes(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{CAPTION}\n\n{CAPTION} --ar 9:16\na blue square\n", encoding="utf-8")
     output = tmp_path / "pictures"
-    command = [sys.executable, "-m", "pixart.sample", *arguments(output, "--prompts", str(prompts), "--steps", "2")]
+    command = [sys.executable, "-m", "pixart", "sample", *arguments(output, "--prompts", str(prompts), "--steps", "2")]
     done = subprocess.run([*command, "--batch", "2"], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = sorted(output.glob("*.png"))

@@ -25,12 +25,12 @@ BATCH_NOISE = 157.4 * 5e-6  # sigma of the first step times what another batch c
 
 @pytest.fixture(scope="module")
 def host_model(pack):
-    return importlib.import_module("pixart_pack.nodes.host.model")
+    return importlib.import_module("pixart_pack.nodes.host.denoiser.model")
 
 
 @pytest.fixture(scope="module")
 def host_sampling(pack):
-    module = importlib.import_module("pixart_pack.nodes.host.sampling")
+    module = importlib.import_module("pixart_pack.nodes.host.denoiser.sampling")
     module.register_samplers()
     return module
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pixart_pack.pixart.autoencoder import KL_CONFIG, load_autoencoder
-from pixart_pack.pixart.text_encoder import load_text_encoder
+from pixart_pack.pixart.encoders.autoencoder import KL_CONFIG, load_autoencoder
+from pixart_pack.pixart.encoders.t5 import load_text_encoder
 from pixart_pack.tests.tiny_t5 import SIZES, make_t5, weights_of
 
 TINY_KL = {**KL_CONFIG, "block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
@@ -50,7 +50,7 @@ def test_an_autoencoder_from_its_folder_and_its_file(tmp_path, monkeypatch):
     torch.manual_seed(0)
     expected = diffusers.AutoencoderKL.from_config(TINY_KL).eval()
     expected.save_pretrained(tmp_path / "vae")
-    monkeypatch.setattr("pixart_pack.pixart.autoencoder.KL_CONFIG", TINY_KL)
+    monkeypatch.setattr("pixart_pack.pixart.encoders.autoencoder.KL_CONFIG", TINY_KL)
     pictures = torch.rand(2, 3, 32, 48) * 2 - 1
     with torch.no_grad():
         mean = expected.encode(pictures).latent_dist.mean

@@ -28,7 +28,7 @@ def management(comfy):
 
 @pytest.fixture
 def make_model(pack):
-    module = importlib.import_module("pixart_pack.nodes.host.model")
+    module = importlib.import_module("pixart_pack.nodes.host.denoiser.model")
 
     def make(dtype=torch.float32, config=CONFIG):
         with torch.inference_mode():
@@ -81,7 +81,7 @@ def test_loras_on_the_model_are_part_of_what_is_trained_on(run_node, make_model,
                            targets="attention", **{**USUAL, "steps": 5})  # fmt: skip
     module = importlib.import_module("pixart_pack.nodes.host.lora")
     settings = importlib.import_module("pixart_pack.pixart.training.settings").TrainingSettings()
-    training = importlib.import_module("pixart_pack.nodes.host.training")
+    training = importlib.import_module("pixart_pack.nodes.host.training.runs")
     patched = module.add_lora(make_model(), read_lora(file).factors, 0.5)
     with torch.inference_mode(False):
         plain = training.plain_model(patched, settings, torch.device("cpu"))
@@ -93,7 +93,7 @@ def test_loras_on_the_model_are_part_of_what_is_trained_on(run_node, make_model,
 
 def test_merged_and_patched_models_are_trained_on(run_node, core_nodes, make_model, features, output):
     """A merge of two models with a LoRA on it is what is frozen, and what the new LoRA goes onto."""
-    model_of = importlib.import_module("pixart_pack.nodes.host.model").make_patcher
+    model_of = importlib.import_module("pixart_pack.nodes.host.denoiser.model").make_patcher
     weights = [make_weights(CONFIG, seed) for seed in (0, 1)]
     with torch.inference_mode():
         models = [model_of(dict(each), CONFIG, torch.float32) for each in weights]
@@ -103,7 +103,7 @@ def test_merged_and_patched_models_are_trained_on(run_node, core_nodes, make_mod
     trained, second, *_ = run_node("PixArtTrainLoRA", model=patched, name="on_patches", **{**usual, "seed": 2})
     expected = {name: 0.25 * weights[0][name] + 0.75 * weights[1][name] for name in weights[0]}
     settings = importlib.import_module("pixart_pack.pixart.training.settings").TrainingSettings()
-    training = importlib.import_module("pixart_pack.nodes.host.training")
+    training = importlib.import_module("pixart_pack.nodes.host.training.runs")
     for model, lora in ((blend, None), (patched, first)):
         expected = merge(expected, read_lora(lora)) if lora else expected
         with torch.inference_mode(False):
@@ -174,7 +174,7 @@ def test_a_base_of_any_precision_is_trained_on(run_node, make_model, features, d
 
 
 def test_an_interruption_saves_and_gives_what_is_there(run_node, make_model, features, management, monkeypatch):
-    training = importlib.import_module("pixart_pack.nodes.host.training")
+    training = importlib.import_module("pixart_pack.nodes.host.training.runs")
     usual = {"model": make_model(), "features": features, "name": "cut", "rank": 2, "targets": "attention"}
     stepped = training._HostEvents.stepped
 
@@ -266,7 +266,7 @@ def test_more_settings_win(run_node, make_model, features, output):
 
 
 def test_a_model_without_a_null_caption_uses_the_datasets(run_node, pack, features):
-    module = importlib.import_module("pixart_pack.nodes.host.model")
+    module = importlib.import_module("pixart_pack.nodes.host.denoiser.model")
     weights = make_weights(CONFIG)
     del weights["y_embedder.y_embedding"]
     model = module.make_patcher(weights, CONFIG, torch.float32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pixart_pack.demo.train import VAE_FILE
-from pixart_pack.pixart.control_storage import ControlNetCheckpoint
+from pixart_pack.pixart.weights.controlnets import ControlNetCheckpoint
 from pixart_pack.samplers import SAMPLERS
 from pixart_pack.samplers.presets import PRESETS
 from pixart_pack.tests.host.test_controlnet_host import COPIES, control_weights

@@ -1,0 +1,1 @@
+"""PixArt as one of the host's own models: weights, attention, conditions, noise levels and solvers."""

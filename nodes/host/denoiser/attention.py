@@ -1,0 +1,48 @@
+"""The host's attention backends, and the patches that replace a block or its attention."""
+
+import functools
+
+from comfy.cli_args import args
+from comfy.ldm.modules import attention as host_backends
+
+from ....pixart.layers import LONG_SEQUENCE, gather_heads, split_heads
+
+
+def block_replacement(transformer_options, kind, index, depth):
+    """The patch that replaces block `index`, or its self-attention: patches_replace[kind][("double_block", index)].
+
+    UNet-minded patches of "attn1" name the middle block as ("middle", 0): here block depth // 2.
+    """
+    replaced = transformer_options.get("patches_replace", {}).get(kind, {})
+    found = replaced.get(("double_block", index))
+    if found is None and kind == "attn1" and index == depth // 2:
+        found = replaced.get(("middle", 0))
+    return found
+
+
+def host_attention(transformer_options):
+    """The host's attention, in whatever backend it runs, as a function like `pixart.layers.attend`."""
+    return functools.partial(_host_attend, transformer_options)
+
+
+def _host_attend(transformer_options, q, k, v, num_heads, mask=None):
+    attend, layout = _backend(q.device.type), {}
+    if q.device.type == "cpu" and attend is host_backends.attention_pytorch and k.shape[1] >= LONG_SEQUENCE:
+        q, k, v = (split_heads(t, num_heads) for t in (q, k, v))
+        k, v, layout = gather_heads(k), gather_heads(v), {"skip_reshape": True}
+    return attend(q, k, v, num_heads, mask=mask, transformer_options=transformer_options, **layout)
+
+
+def _backend(device_type):
+    """The host's choice of attention; on the CPU, where it chooses by memory alone, PyTorch's unless told otherwise."""
+    chosen = host_backends.optimized_attention
+    told = args.use_quad_cross_attention or args.force_upcast_attention
+    if device_type == "cpu" and chosen is host_backends.attention_sub_quad and not told:
+        return host_backends.attention_pytorch  # less than half the time on two cores, and no more memory
+    return chosen
+
+
+def replaced_attention(replacement, transformer_options, q, k, v, num_heads, mask=None):
+    """A self-attention that a patch put in place of the model's, called as `pixart.layers.attend` is."""
+    options = {**transformer_options, "n_heads": num_heads, "dim_head": q.shape[2] // num_heads}
+    return replacement(q, k, v, options)

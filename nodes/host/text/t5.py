@@ -1,0 +1,204 @@
+"""T5 text encoders as the host's CLIP: finds the files and loads them."""
+
+import functools
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.sd
+import comfy.sd1_clip
+import comfy.text_encoders.pixart_t5
+import comfy.text_encoders.sd3_clip
+import comfy.text_encoders.spiece_tokenizer
+import comfy.utils
+import folder_paths
+import torch
+from transformers import T5TokenizerFast
+
+from ....pixart.weights.folders import TEXT_ENCODER_STEMS, find_weights, read_json
+from ....pixart.weights.reading import read_tensors
+from ....pixart.weights.t5 import detect_t5_config, encoder_weights, is_t5_folder
+from ..folders import find_folders
+
+AUTO, BUILT_IN = "auto", "built-in"
+DEVICES = ("default", "cpu")
+FOLDER_KINDS = ("text_encoders", "diffusers")
+T5_NAME = "t5xxl"  # the host's name for a T5 of any size: its tokens and LoRA keys go by it
+T5_METADATA = "t5_config"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_VOCABULARY_SLACK = 256  # rows without a token: T5 has 32128 for 32100, or for the 32000 of its spiece.model
+
+
+def list_text_encoders() -> list[str]:
+    """What Load T5 Text Encoder offers: files by their names, folders with a slash at the end. No single shards."""
+    files = [name for name in folder_paths.get_filename_list("text_encoders") if not _SHARD.search(name)]
+    return [*files, *find_folders(FOLDER_KINDS, is_t5_folder)]
+
+
+def list_tokenizers() -> list[str]:
+    """`auto`, the host's own, and all folders with a T5 tokenizer."""
+    return [AUTO, BUILT_IN, *find_folders(FOLDER_KINDS, _is_tokenizer_folder)]
+
+
+def find_text_encoder(name: str) -> Path:
+    """The path of one of list_text_encoders. Raises FileNotFoundError."""
+    path = find_folders(FOLDER_KINDS, is_t5_folder).get(name) or folder_paths.get_full_path("text_encoders", name)
+    if path is None:
+        raise FileNotFoundError(
+            f"Text encoder not found: got {name}, expected a file or folder in models/text_encoders, models/clip or "
+            f"models/diffusers. Press R to refresh the lists, and choose another one."
+        )
+    return Path(path)
+
+
+def find_tokenizer(choice: str, encoder: Path) -> Path | None:
+    """The folder of one of list_tokenizers, None for the host's own. `auto`: one that lies with the encoder's folder.
+
+    Raises FileNotFoundError.
+    """
+    if choice == AUTO:
+        near = (encoder, encoder.parent / "tokenizer") if encoder.is_dir() else ()
+        return next((folder for folder in near if _is_tokenizer_folder(folder)), None)
+    if choice == BUILT_IN:
+        return None
+    folder = find_folders(FOLDER_KINDS, _is_tokenizer_folder).get(choice)
+    if folder is None:
+        raise FileNotFoundError(
+            f"Tokenizer not found: got {choice}, expected a folder with spiece.model or tokenizer.json. "
+            f"Press R to refresh the lists, or choose {BUILT_IN}."
+        )
+    return folder
+
+
+def _is_tokenizer_folder(folder: Path) -> bool:
+    if (folder / "spiece.model").is_file():
+        return True
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    try:
+        config = read_json(folder / "tokenizer_config.json")
+    except (OSError, ValueError):
+        return False
+    return str(config.get("tokenizer_class")).startswith("T5")
+
+
+def load_t5(
+    path: Path, tokenizer: Path | None = None, device: str = "default", disable_dynamic: bool = False
+) -> comfy.sd.CLIP:
+    """Load a T5 v1.1 encoder of any size as the host's PixArt CLIP.
+
+    path: a file, or a folder with one file or shards. tokenizer: a folder, None for the host's own.
+    device: one of DEVICES. disable_dynamic: passed on to the host.
+    Raises FileNotFoundError for missing shards and ValueError for other files; both name the file.
+    """
+    path = Path(path)
+    weights, config = _read_t5(path)
+    tokens = _make_tokenizer(tokenizer, config, path.name)
+    quantised = comfy.text_encoders.sd3_clip.t5_xxl_detect(weights)
+    target = SimpleNamespace(
+        params={}, clip=comfy.text_encoders.pixart_t5.pixart_te(**quantised), tokenizer=lambda **_: tokens
+    )
+    options = {f"{T5_NAME}_model_config": config}
+    if device == "cpu":
+        options["load_device"] = options["offload_device"] = torch.device("cpu")
+    try:
+        clip = comfy.sd.CLIP(
+            target,
+            parameters=comfy.utils.calculate_parameters(weights),
+            state_dict=[weights],
+            model_options=options,
+            disable_dynamic=disable_dynamic,
+        )
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"Text encoder cannot be loaded: got {str(error).splitlines()[-1].strip()} in {path.name}, expected a "
+            f"T5 v1.1 encoder. Download the file again."
+        ) from error
+    clip.patcher.cached_patcher_init = (_load_patcher, (path, tokenizer, device))
+    return clip
+
+
+def take_t5(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    """The T5 of a CLIP that holds several encoders, as one that has it alone; its weights are shared.
+
+    Raises ValueError when there is none.
+    """
+    t5 = getattr(clip.cond_stage_model, T5_NAME, None)
+    if t5 is None:
+        raise ValueError(
+            f"No T5 in this CLIP: got {type(clip.cond_stage_model).__name__}, expected one with {T5_NAME}. "
+            f"Load a T5 v1.1 XXL with Load T5 Text Encoder."
+        )
+    rows, width = t5.transformer.get_input_embeddings().weight.shape
+    alone = clip.clone()
+    alone.tokenizer = _make_tokenizer(None, {"d_model": width, "vocab_size": rows}, "this CLIP")
+    alone.cond_stage_model = comfy.sd1_clip.SD1ClipModel(clip_name=T5_NAME, name=T5_NAME, clip_model=lambda **_: t5)
+    return alone
+
+
+def _load_patcher(path, tokenizer, device, disable_dynamic=False):
+    """What the host calls to load the same weights once more, for another device or without dynamic memory."""
+    return load_t5(path, tokenizer, device, disable_dynamic).patcher
+
+
+def _read_t5(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(weights under their Hugging Face names with the host's quantisation marks, T5 config)."""
+    if path.is_dir():
+        files, _ = find_weights(path, TEXT_ENCODER_STEMS)
+    else:
+        files = (path,)
+    state_dict, metadata = {}, {}
+    for file in files:
+        tensors, texts = read_tensors(file)
+        state_dict |= tensors
+        metadata |= texts
+    if hasattr(comfy.utils, "convert_old_quants"):
+        state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
+    weights = encoder_weights(state_dict, path.name)
+    return weights, detect_t5_config(weights, path.name, _declared_config(path, metadata))
+
+
+def _declared_config(path: Path, metadata: dict[str, str]) -> dict:
+    if (path / "config.json").is_file():
+        return read_json(path / "config.json")
+    try:
+        config = json.loads(metadata.get(T5_METADATA, "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"Damaged metadata: got {T5_METADATA} that is no JSON in {path.name}. Save it again."
+        ) from error
+    return config if isinstance(config, dict) else {}
+
+
+def _make_tokenizer(folder: Path | None, config: dict, name: str) -> comfy.sd1_clip.SD1Tokenizer:
+    """The host's tokenizer for prompts (weights, embeddings) over T5's; a None folder is the host's own vocabulary.
+
+    Raises ValueError when the encoder has not the same vocabulary.
+    """
+    folder = folder or Path(comfy.text_encoders.pixart_t5.__file__).parent / "t5_tokenizer"
+    piece = folder / "spiece.model"
+    is_piece = piece.is_file()
+    kind = functools.partial(
+        comfy.sd1_clip.SDTokenizer,
+        str(piece if is_piece else folder),
+        tokenizer_class=comfy.text_encoders.spiece_tokenizer.SPieceTokenizer if is_piece else T5TokenizerFast,
+        embedding_size=config["d_model"],
+        embedding_key=T5_NAME,
+        has_start_token=False,
+        pad_with_end=False,
+        pad_to_max_length=False,
+        max_length=99999999,  # the caption is cut by the text node, which says so
+        min_length=1,
+    )
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    tokenizer = comfy.sd1_clip.SD1Tokenizer(embedding_directory=embeddings, clip_name=T5_NAME, tokenizer=kind)
+    pieces = 1 + max(getattr(tokenizer, tokenizer.clip).inv_vocab)
+    if not pieces <= config["vocab_size"] < pieces + _VOCABULARY_SLACK:
+        raise ValueError(
+            f"Vocabulary mismatch: got {config['vocab_size']} rows in {name}, expected about {pieces} as in the "
+            f"tokenizer {folder.name}. Choose a T5 v1.1 encoder, or the tokenizer that belongs to this one."
+        )
+    return tokenizer

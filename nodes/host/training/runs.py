@@ -1,0 +1,327 @@
+"""Trainings inside a graph: weights out of a MODEL, results into one, with the host's progress and interruption.
+
+A prompt runs under `torch.inference_mode`, whose tensors take no part in a backward pass: a training leaves it, and
+copies what comes in.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from PIL import Image
+
+from ....pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
+from ....pixart.config import LATENT_DOWNSCALE, PixArtConfig
+from ....pixart.data.cache import MANIFEST, CachedFeatures
+from ....pixart.data.examples import FeatureSet
+from ....pixart.training.build import DTYPES
+from ....pixart.training.loop import Events, Progress
+from ....pixart.training.processes import SingleProcess
+from ....pixart.training.report import draw_curve
+from ....pixart.training.run import TrainingResult, check_name, choose_folder, lora_factors, train
+from ....pixart.training.settings import RunConfig, TrainingSettings, parse_settings, write_config
+from ....pixart.training.validation import Decode, ValidationPrompt, write_prompts
+from ....pixart.transformer import PixArt
+from ....pixart.weights.controlnets import read_controlnet
+from ....pixart.weights.saving import save_checkpoint, write_weights
+from ..controlnet import make_control
+from ..loading import AUTO, load_patcher
+from ..lora import PREFIX, add_lora, host_key, patched_weight
+from ..pictures import to_image
+from ..text.captions import pixart_config, show_text
+
+logger = logging.getLogger(__name__)
+
+RUNS = "pixart_training"  # below the output folder
+# Where results go, below the output folder: the host looks for models there.
+PLACES = {"lora": "loras", "lcm_lora": "loras", "controlnet": "controlnet"}
+WHOLE_MODELS = "diffusion_models"
+AUTO_DTYPE = "auto"
+_PREVIEW_PX = 768
+_PREVIEW_EVERY_S, _TEXT_EVERY_S = 2.0, 0.5
+_VALIDATION_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class TrainingOutputs:
+    """What a training node gives. trained: MODEL or CONTROL_NET. curve, samples: IMAGE. info: in lines of text."""
+
+    trained: object
+    file: str
+    curve: torch.Tensor
+    samples: torch.Tensor
+    info: str
+
+
+def make_settings(kind: str, more: str, dtype: str = AUTO_DTYPE, **values) -> TrainingSettings:
+    """Settings out of a node's inputs. more: further ones, in lines of "name: value", which win.
+
+    dtype: of build.DTYPES, or "auto": bf16 on a GPU that has it, otherwise fp32. Raises ValueError for bad ones.
+    """
+    if dtype == AUTO_DTYPE:
+        device = comfy.model_management.get_torch_device()
+        dtype = "bf16" if device.type == "cuda" and comfy.model_management.should_use_bf16(device) else "fp32"
+    return parse_settings(more, {"kind": kind, "dtype": dtype, **values})
+
+
+def run_training(
+    model,
+    features: FeatureSet,
+    settings: TrainingSettings,
+    name: str,
+    *,
+    resume: bool = True,
+    validation=None,
+    vae=None,
+    hidden=None,
+) -> TrainingOutputs:
+    """Train what the settings say on a MODEL, which stays as it is; LoRAs on it count as part of its weights.
+
+    validation: CONDITIONING of prompts to sample, None takes captions of the dataset; vae: decodes the pictures, None
+    for no pictures. An interruption ends the training alone: everything is saved, and the graph goes on with what is
+    there; a second one ends the prompt. Before the first step it ends the prompt at once.
+    Raises ValueError for inputs that cannot be trained on, TrainingDiverged, and OSError for a full disk.
+    """
+    config = pixart_config(model)
+    root = Path(folder_paths.get_output_directory())
+    folder = choose_folder(root / RUNS, name, resume, settings.steps)
+    place = PLACES.get(settings.kind, WHOLE_MODELS)
+    device = model.load_device
+    events = _HostEvents(settings, hidden)
+    with torch.inference_mode(False), torch.enable_grad():
+        plain = plain_model(model, settings, device)
+        prompts = _prompts(validation, features, settings, config)
+        try:
+            result = train(
+                plain,
+                features,
+                settings,
+                folder,
+                resume=resume,
+                processes=SingleProcess(device),
+                events=events,
+                prompts=prompts if vae is not None else (),
+                decode=None if vae is None else _decoder(vae),
+                show=events.show_pictures,
+                file=root / place / f"{folder.name}.safetensors",
+            )
+        finally:
+            comfy.model_management.soft_empty_cache()
+        if result.step == 0:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        _go_on_after_interruption()
+        trained = _trained(model, result, settings)
+    return _outputs(trained, result, settings)
+
+
+def plain_model(model, settings: TrainingSettings, device: torch.device) -> PixArt:
+    """The MODEL's weights, with its LoRAs and merges in them, as a PixArt of PyTorch's own operations on `device`.
+
+    What is to be trained, or to be copied for it, comes in fp32, a base to be frozen in the dtype of the maths. The
+    MODEL leaves the graphics memory first, and weights come one by one, so that none is there twice.
+    """
+    config = pixart_config(model)
+    dtype = DTYPES[settings.dtype] if settings.is_adapter else torch.float32
+    if not comfy.model_management.is_device_cpu(device):
+        comfy.model_management.unload_all_models()
+    names = set(expected_shapes(config))
+    if not model.model.has_null_caption:
+        names.discard(NULL_CAPTION_KEY)
+    patches = model.get_key_patches(PREFIX)
+    weights = {name: patched_weight(patches, host_key(name), device).to(dtype) for name in names}
+    plain = PixArt(config, device="meta")
+    plain.load_state_dict(weights, assign=True)
+    if not model.model.has_null_caption:
+        plain.to(device)
+    return plain
+
+
+def export_config(
+    model, features, settings: TrainingSettings, name: str, validation=None, vae=None, resume=True
+) -> Path:
+    """Write a configuration for `python -m pixart train`, and beside it what it needs; returns its path.
+
+    A model with LoRAs or merges on it is written there whole, any other is named where it lies. For validation
+    pictures their prompts and the VAE are written too.
+    Raises ValueError when the dataset is not on disk, and for validation prompts without a VAE.
+    """
+    check_name(name)
+    root = Path(folder_paths.get_output_directory()) / RUNS
+    if not isinstance(features, CachedFeatures):
+        raise ValueError(
+            f"Encoded pictures are not on disk: got {type(features).__name__}, expected the output of PixArt Encode "
+            f"Dataset. Connect that node."
+        )
+    if validation is not None and vae is None and settings.sample_every:
+        raise ValueError(
+            "No VAE for the validation pictures: got prompts alone, expected a VAE with them. Connect one, or set "
+            "sample_every to 0."
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    config = pixart_config(model)
+    prompts = () if vae is None else _prompts(validation, features, settings, config)
+    own = {"validation": f"{name}.prompts.safetensors", "vae": f"{name}.vae.safetensors"} if prompts else {}
+    if prompts:
+        write_prompts(root / own["validation"], prompts)
+        write_weights(root / own["vae"], vae.get_sd(), {"format": "pt"})
+    path = root / f"{name}.yaml"
+    write_config(
+        path,
+        RunConfig(
+            model=str(_model_path(model, root / f"{name}.model.safetensors", config)),
+            features=str(Path(features.shards.folder).resolve() / MANIFEST),
+            settings=settings,
+            output=str(root.resolve()),
+            name=name,
+            resume=resume,
+            **own,
+        ),
+    )
+    return path
+
+
+def _model_path(model, own: Path, config: PixArtConfig) -> Path:
+    source = getattr(model, "cached_patcher_init", None)
+    if source is not None and source[0] is load_patcher and not model.patches:
+        return Path(source[1][0]).resolve()
+    with torch.inference_mode(False):
+        plain = plain_model(model, TrainingSettings(kind="full"), torch.device("cpu"))
+    weights = plain.state_dict()
+    if not plain.has_null_caption:
+        del weights[NULL_CAPTION_KEY]
+    save_checkpoint(own, weights, config)
+    return own.resolve()
+
+
+def _trained(model, result: TrainingResult, settings: TrainingSettings):
+    """The MODEL or CONTROL_NET that the graph goes on with."""
+    if settings.is_adapter:
+        return add_lora(model, lora_factors(result.objective, result.weights))
+    if settings.kind == "controlnet":
+        return make_control(read_controlnet(result.file))
+    return load_patcher(result.file, AUTO)
+
+
+def _outputs(trained, result: TrainingResult, settings: TrainingSettings) -> TrainingOutputs:
+    lines = [f"saved: {result.file}", f"steps: {result.step} of {settings.steps}"]
+    if result.step < settings.steps:
+        lines.append("stopped: queue it again to go on")
+    samples = result.strip or Image.new("RGB", (64, 64), (128, 128, 128))
+    return TrainingOutputs(trained, str(result.file), to_image(result.curve), to_image(samples), "\n".join(lines))
+
+
+def _go_on_after_interruption() -> None:
+    """The interruption was for the training: what comes after it in the graph is not meant."""
+    if comfy.model_management.processing_interrupted():
+        logger.info("PixArt training was interrupted: saved, and the graph goes on with what is there")
+        comfy.model_management.interrupt_current_processing(False)
+
+
+class _HostEvents(Events):
+    """Progress, time left and previews on the node; the host's interruption ends the training."""
+
+    def __init__(self, settings: TrainingSettings, hidden):
+        self.bar = comfy.utils.ProgressBar(settings.steps)
+        self.hidden = hidden
+        self.losses: list[tuple[int, float]] = []
+        self.pictures: Image.Image | None = None
+        self.shown_at = self.told_at = 0.0
+        self.is_interrupted = False
+
+    def stepped(self, progress: Progress) -> None:
+        now = time.monotonic()
+        is_last = progress.step == progress.steps
+        self.losses.append((progress.step, progress.loss))
+        preview = None
+        if now - self.shown_at >= _PREVIEW_EVERY_S or is_last:
+            preview, self.shown_at = ("JPEG", self._picture(), _PREVIEW_PX), now
+        try:
+            self.bar.update_absolute(progress.step, progress.steps, preview)
+        except comfy.model_management.InterruptProcessingException:  # the bar met it first, and took it back
+            self.is_interrupted = True
+        if now - self.told_at >= _TEXT_EVERY_S or is_last:
+            self.told_at = now
+            show_text(self.hidden, describe_progress(progress))
+
+    def should_stop(self) -> bool:
+        return self.is_interrupted or comfy.model_management.processing_interrupted()
+
+    def show_pictures(self, pictures: Image.Image) -> None:
+        """Validation pictures, under the curve from now on."""
+        self.pictures, self.shown_at = pictures, 0.0
+
+    def _picture(self) -> Image.Image:
+        curve = draw_curve(self.losses)
+        if self.pictures is None:
+            return curve
+        scale = min(curve.width / self.pictures.width, 2.0)
+        size = (round(self.pictures.width * scale), round(self.pictures.height * scale))
+        both = Image.new("RGB", (curve.width, curve.height + size[1]), (255, 255, 255))
+        both.paste(curve, (0, 0))
+        both.paste(self.pictures.resize(size), (0, curve.height))
+        return both
+
+
+def describe_progress(progress: Progress) -> str:
+    """One line: step, loss, and the time that is left."""
+    left = round(progress.seconds_left)
+    hours, minutes = left // 3600, left % 3600 // 60
+    time_left = f"{hours} h {minutes:02} min" if hours else f"{minutes} min {left % 60:02} s"
+    return (
+        f"step {progress.step} of {progress.steps}, loss {progress.smoothed:.4f}, {time_left} left, "
+        f"{progress.seconds_per_step:.2f} s a step"
+    )
+
+
+def _decoder(vae) -> Decode:
+    def decode(latent):
+        with torch.inference_mode():
+            pictures = vae.decode(latent.cpu())
+        return pictures.reshape(-1, *pictures.shape[-3:]).clone()
+
+    return decode
+
+
+def _prompts(validation, features: FeatureSet, settings, config: PixArtConfig) -> list[ValidationPrompt]:
+    """What is to be sampled: each prompt of a CONDITIONING, or the dataset's first different captions."""
+    if not settings.sample_every:
+        return []
+    if validation is not None and settings.kind != "controlnet":
+        common = Counter(map(tuple, features.bins)).most_common(1)[0][0]
+        return [prompt for states, extra in validation for prompt in _prompts_of(states, extra, common, config)]
+    chosen: dict[str, ValidationPrompt] = {}
+    for index in range(len(features)):
+        example = features[index]
+        size = tuple(example.latent.shape[-2:])
+        key = example.text or str(index)
+        chosen.setdefault(key, ValidationPrompt(example.caption.clone(), size, example.hint, example.text))
+        if len(chosen) == _VALIDATION_PROMPTS:
+            break
+    return list(chosen.values())
+
+
+def _prompts_of(states, extra: Mapping, common: Sequence[int], config: PixArtConfig) -> Iterator[ValidationPrompt]:
+    if states.shape[-1] != config.caption_channels:
+        raise ValueError(
+            f"Caption width mismatch: got {states.shape[-1]}, expected {config.caption_channels} in the validation "
+            f"prompts. Encode them with the T5 text encoder of this PixArt model."
+        )
+    size_px = extra.get("pixart_size")
+    size = tuple(side // LATENT_DOWNSCALE for side in size_px) if size_px else tuple(common)
+    mask = extra.get("attention_mask")
+    for row, caption in enumerate(states):
+        keep = slice(None) if mask is None else mask[row % len(mask)].bool().cpu()
+        yield ValidationPrompt(caption.detach().cpu()[keep].clone(), size)
+
+
+def register_folders() -> None:
+    """Let ControlNets that were trained here be found by every loader, as the host does for its own kinds."""
+    kind = PLACES["controlnet"]
+    folder_paths.add_model_folder_path(kind, str(Path(folder_paths.get_output_directory(), kind)))

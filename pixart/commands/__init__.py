@@ -1,0 +1,1 @@
+"""What `python -m pixart <command>` runs: one module a command, and what they share."""

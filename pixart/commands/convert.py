@@ -1,0 +1,185 @@
+"""Convert checkpoints, ControlNets, LoRAs and T5 text encoders between the layouts that programs read.
+
+    python -m pixart convert PixArt-XL-2-1024-MS.pth pixart.safetensors --dtype fp16
+    python -m pixart convert PixArt-XL-2-1024-MS.pth PixArt-diffusers/ --to diffusers
+    python -m pixart convert diffusers-folder/ model.pth
+    python -m pixart convert peft-folder/ lora.safetensors --to kohya
+    python -m pixart convert text_encoder/ t5xxl_bf16.safetensors --dtype bf16
+
+What the file is, is read from its content. A name without an ending is a folder in diffusers' or PEFT's layout.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..lora import LAYOUTS as LORA_LAYOUTS
+from ..lora import PEFT_CONFIG, read_lora, save_lora
+from ..weights.atomic import write_atomically, write_folder_atomically
+from ..weights.controlnets import read_controlnet, save_controlnet
+from ..weights.folders import TEXT_ENCODER_STEMS, find_weights
+from ..weights.layouts import CONTROL, CONTROLNET, detect_layout, unwrap
+from ..weights.reading import read_checkpoint, read_tensors
+from ..weights.saving import names_file, save_checkpoint
+from ..weights.t5 import MARKER, detect_t5_config, encoder_weights, is_t5_folder
+from .console import DTYPES, make_parser, run_command
+
+MODEL_LAYOUTS = ("original", "diffusers")
+T5_LAYOUTS = ("single", "folder")
+LORA_SIGNS = (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".hada_w", ".lokr_w")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """layouts: that --to may name, the default first. convert: (options, layout, dtype) -> what it wrote, in words."""
+
+    layouts: tuple[str, ...]
+    convert: Callable[[argparse.Namespace, str, torch.dtype | None], str]
+
+
+def _convert_checkpoint(options, layout, dtype):
+    hints = {"variant": options.variant} if options.variant else {}
+    checkpoint = read_checkpoint(options.source, weights=options.weights, **hints)
+    shard_bytes = int(options.shard_gb * 1e9) if options.shard_gb else None
+    save_checkpoint(
+        options.target, checkpoint.state_dict, checkpoint.config, layout, dtype, checkpoint.metadata, shard_bytes
+    )
+    return f"PixArt-{checkpoint.detection.family} trained at {checkpoint.config.base_px} px"
+
+
+def _convert_controlnet(options, layout, dtype):
+    hints = {"variant": options.variant} if options.variant else {}
+    control = read_controlnet(options.source, weights=options.weights, **hints)
+    # Only the original's files hold a base model beside the control.
+    base = control.base.state_dict if control.base and layout == "original" and names_file(options.target) else None
+    save_controlnet(options.target, control.state_dict, control.config, layout, dtype, base=base)
+    return f"a ControlNet of {control.num_copies} blocks{' with its base model' if base else ''}"
+
+
+def _convert_lora(options, layout, dtype):
+    lora = read_lora(options.source)
+    save_lora(options.target, lora.factors, layout=layout, metadata=lora.metadata, dtype=dtype)
+    return f"a LoRA of {len(lora.factors)} layers"
+
+
+def _convert_t5(options, layout, dtype):
+    source = options.source
+    weights, config = {}, None
+    for file in find_weights(source, TEXT_ENCODER_STEMS)[0] if source.is_dir() else (source,):
+        weights |= read_tensors(file)[0]
+    weights = encoder_weights(weights, source.name)
+    config = {**detect_t5_config(weights, source.name), "feed_forward_proj": "gated-gelu"}
+    weights = {name: tensor.to(dtype).contiguous() if dtype else tensor for name, tensor in weights.items()}
+
+    def write(path: Path) -> None:
+        save_file(weights, path, metadata={"format": "pt", "t5_config": json.dumps(config)})
+
+    def fill(folder: Path) -> None:
+        write(folder / "model.safetensors")
+        texts = {"architectures": ["T5EncoderModel"], "model_type": "t5", **config}
+        (folder / "config.json").write_text(json.dumps(texts, indent=2) + "\n", encoding="utf-8")
+
+    if layout == "single":
+        write_atomically(options.target, write)
+    else:
+        write_folder_atomically(options.target, fill)
+    return f"a T5 encoder of {config['num_layers']} layers and width {config['d_model']}"
+
+
+KINDS = {
+    "checkpoint": Kind(MODEL_LAYOUTS, _convert_checkpoint),
+    "controlnet": Kind(MODEL_LAYOUTS, _convert_controlnet),
+    "lora": Kind(LORA_LAYOUTS, _convert_lora),
+    "t5": Kind(T5_LAYOUTS, _convert_t5),
+}
+
+
+def detect_kind(source: Path) -> str:
+    """The key of KINDS that a file or folder is. Raises FileNotFoundError, ValueError for what cannot be read."""
+    if not source.exists():
+        raise FileNotFoundError(f"Not found: got '{source}', expected a file or folder. Correct the path.")
+    if source.is_dir():
+        if (source / PEFT_CONFIG).is_file():
+            return "lora"
+        if (source / "transformer").is_dir():
+            return "checkpoint"
+        if is_t5_folder(source):
+            return "t5"
+        files = [path for path in sorted(source.iterdir()) if path.suffix in (".safetensors", ".bin")]
+        return detect_kind(files[0]) if files else "checkpoint"
+    tensors, _ = read_tensors(source, unwrap)
+    if any(name.endswith(MARKER) for name in tensors):
+        return "t5"
+    if any(sign in name for name in tensors for sign in LORA_SIGNS):
+        return "lora"
+    return "controlnet" if detect_layout(tensors) in (CONTROL, CONTROLNET) else "checkpoint"
+
+
+def choose_layout(kind: Kind, options: argparse.Namespace) -> str:
+    """What --to says; without it, what the target's name says. Raises ValueError for another kind's layout."""
+    if options.to is None:
+        is_file = names_file(options.target)
+        return kind.layouts[0] if is_file else {"host": "peft"}.get(kind.layouts[0], kind.layouts[1])
+    if options.to not in kind.layouts:
+        raise ValueError(
+            f"Layout does not fit: got --to {options.to}, expected {' or '.join(kind.layouts)} for this file. "
+            f"Choose one of them."
+        )
+    return options.to
+
+
+def main(options: argparse.Namespace) -> None:
+    """Writes the target and says what it is. Raises FileExistsError unless --force."""
+    name = options.kind or detect_kind(options.source)
+    layout = choose_layout(KINDS[name], options)
+    target = options.target
+    if target.exists() and not options.force and (target.is_file() or any(target.iterdir())):
+        raise FileExistsError(f"Exists already: got '{target}', expected a new name. Use --force to replace it.")
+    if target.exists() and target.resolve() == options.source.resolve():
+        raise ValueError(f"Source and target are the same: got '{target}', expected another name.")
+    replaced = target if target.is_dir() and any(target.iterdir()) else None
+    if replaced:
+        _require_model_folder(replaced)
+        options.target = replaced.with_name(f"{replaced.name}.new")
+    found = KINDS[name].convert(options, layout, DTYPES.get(options.dtype))
+    if replaced:  # only now: a failed conversion leaves the old one
+        shutil.rmtree(replaced)
+        options.target.rename(replaced)
+    sys.stdout.write(f"{target}: {found}, {layout} layout\n")
+
+
+def _require_model_folder(folder: Path) -> None:
+    """Raises ValueError for a folder that holds more than what this command writes."""
+    own = {".json", ".safetensors", ".bin"}
+    strange = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in own]
+    if strange:
+        raise ValueError(
+            f"Folder is not a model's alone: got '{strange[0]}', expected only model files in a folder that --force "
+            f"is to replace. Choose another name."
+        )
+
+
+def parse() -> argparse.ArgumentParser:
+    parser = make_parser("convert", __doc__)
+    parser.add_argument("source", type=Path, help="a file or folder")
+    parser.add_argument("target", type=Path, help="a .safetensors or .pth file, or a folder")
+    parser.add_argument("--kind", choices=list(KINDS), help="default: by the content")
+    layouts = ", ".join(f"{name}: {' | '.join(kind.layouts)}" for name, kind in KINDS.items())
+    parser.add_argument("--to", metavar="LAYOUT", help=layouts)
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: as it is")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="of a training checkpoint with both")
+    parser.add_argument("--variant", help="which released model it is, such as alpha-512, where the file does not say")
+    parser.add_argument("--shard-gb", type=float, help="largest file of a diffusers folder; default: one file")
+    parser.add_argument("--force", action="store_true", help="replace a target that is there")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, parse()))

@@ -1,0 +1,211 @@
+"""Evaluate a model: a picture for every prompt of a file, scores, and a report with pictures.
+
+    python -m pixart evaluate captions_val2014.json --count 30000 --output coco/ --model PixArt-XL-2-1024-MS/ \\
+        --real val2014/ --inception weights-inception.pth --clip clip-vit-large-patch14/
+    python -m pixart evaluate color_val.txt --output color/ --per-prompt 10 --compbench \\
+        --workflow workflow_api.json --prompt-node 6.text --seed-node 3.seed
+
+Prompt files: one prompt on each line (T2I-CompBench's too), COCO's captions, or a JSON list of texts or of objects with
+`prompt`. Pictures come from a running ComfyUI with --workflow (in API format), or from this process with --model.
+Run it again to go on; pictures that are there are not made again. Without ComfyUI, --batch makes several at a time; a
+picture is told by its seed, whatever the batch. With `accelerate launch` (or RANK and WORLD_SIZE set) each process
+makes its share, and the one that finishes last scores.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from PIL import Image
+
+from ..weights.atomic import write_atomically
+from .compare import fill, make_cell, parse_target, read_workflow
+from .console import make_parser, own_device, process_rank, run_command
+from .sample import add_models, add_settings, load_pipeline, picture_size, read_settings, to_pictures
+from .scores import INCEPTION, Scores, load_scorer, measure, write_report
+from .server import ComfyServer
+
+SETTINGS = "settings.json"
+NAME_LIMIT = 200  # of a prompt in a file's name; file systems take 255 bytes
+
+
+@dataclass(frozen=True)
+class Task:
+    """A picture to make. prompt_index: counts the file's prompts."""
+
+    prompt_index: int
+    prompt: str
+    seed: int
+    path: Path
+
+
+Maker = Callable[[Sequence[Task]], list[Image.Image]]
+
+
+def read_prompts(path: Path, count: int | None = None) -> list[str]:
+    """The prompts of a file, of COCO the first caption of each picture; `count` at most.
+
+    Raises FileNotFoundError, and ValueError for a file without prompts.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".json":
+        try:
+            prompts = _json_prompts(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"Prompts cannot be read: got {type(error).__name__} ({error}) in '{path.name}', expected COCO's "
+                f"captions or a list of texts. Choose another file."
+            ) from error
+    else:
+        # T2I-CompBench's newer files have more columns behind a tab.
+        prompts = [line.split("\t")[0] for line in text.split("\n")]
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise ValueError(f"No prompts: got an empty '{path.name}', expected one on each line. Choose another file.")
+    return prompts[:count]
+
+
+def _json_prompts(content) -> list[str]:
+    if isinstance(content, dict):
+        firsts: dict[int, str] = {}
+        for each in sorted(content["annotations"], key=lambda each: (each["image_id"], each["id"])):
+            firsts.setdefault(each["image_id"], each["caption"])
+        return list(firsts.values())
+    return [each if isinstance(each, str) else each["prompt"] for each in content]
+
+
+def plan(prompts: Sequence[str], folder: Path, per_prompt: int, seed: int, compbench: bool) -> list[Task]:
+    """All pictures, each with a seed of its own. compbench: under the names that T2I-CompBench's scripts look for."""
+    tasks = []
+    for index, prompt in enumerate(prompts):
+        for number in range(per_prompt):
+            count = index * per_prompt + number
+            name = f"{prompt.replace('/', ' ')[:NAME_LIMIT]}_{count:06}" if compbench else f"{count:06}"
+            tasks.append(Task(index, prompt, seed + count, folder / "samples" / f"{name}.png"))
+    return tasks
+
+
+def remote_maker(options: argparse.Namespace) -> tuple[Maker, dict]:
+    """(what makes pictures on a running ComfyUI, the settings that decide it). Raises ValueError for wrong nodes."""
+    if not options.prompt_node:
+        raise ValueError("No place for the prompt: got no --prompt-node, expected one such as 6.text. Add it.")
+    if options.per_prompt > 1 and not options.seed_node:
+        raise ValueError("No place for the seed: got no --seed-node, expected one such as 3.seed. Add it.")
+    workflow = read_workflow(options.workflow)
+    places = [parse_target(f"{place}=0", workflow)[:2] for place in (options.prompt_node, options.seed_node) if place]
+    server = ComfyServer(options.server)
+
+    def make(task: Task) -> Image.Image:
+        filled = fill(workflow, places, (task.prompt, task.seed)[: len(places)])
+        return make_cell(server, filled, None, options.timeout_s)
+
+    return lambda tasks: [make(task) for task in tasks], {
+        "workflow": fill(workflow, places, (None, None)[: len(places)])
+    }
+
+
+def local_maker(options: argparse.Namespace) -> tuple[Maker, dict]:
+    """(what makes pictures in this process, the settings that decide it); models are loaded at the first picture."""
+    settings, loaded = read_settings(options), []
+
+    def make(tasks: Sequence[Task]) -> list[Image.Image]:
+        if not loaded:
+            loaded.append(load_pipeline(options))
+        pipeline = loaded[0]
+        base_px = pipeline.model.config.base_px
+        height, width = picture_size(options.size or f"{base_px}x{base_px}", None)
+        prompts, seeds = [task.prompt for task in tasks], [task.seed for task in tasks]
+        return to_pictures(pipeline.generate(prompts, options.negative, height, width, seeds, settings))
+
+    names = ("model", "t5", "vae", "variant", "dtype", "size", "negative")
+    return make, {**asdict(settings), **{name: str(getattr(options, name)) for name in names}}
+
+
+def check_settings(folder: Path, settings: dict, force: bool) -> None:
+    """Write down what decides the pictures. Raises ValueError when the folder's pictures were made otherwise."""
+    path = folder / SETTINGS
+    text = json.dumps(settings, indent=1, sort_keys=True)
+    if path.is_file() and path.read_text(encoding="utf-8") != text and not force:
+        raise ValueError(
+            f"Other settings: got a folder '{folder}' with pictures of another prompt file, model or setting, "
+            f"expected those of now. Choose another --output, or make all anew with --force."
+        )
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def make_pictures(tasks: Sequence[Task], make: Maker, batch_size: int, force: bool) -> None:
+    """Make the pictures that are not there; with force all."""
+    from tqdm import tqdm
+
+    missing = [task for task in tasks if force or not task.path.is_file()]
+    with tqdm(total=len(missing), unit="picture") as bar:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            for task, picture in zip(batch, make(batch), strict=True):
+                write_atomically(task.path, lambda file, picture=picture: picture.convert("RGB").save(file, "PNG"))
+            bar.update(len(batch))
+
+
+def main(options: argparse.Namespace) -> None:
+    """Makes this process's pictures; scores when all are there."""
+    if min(options.per_prompt, options.batch, 1 if options.count is None else options.count) < 1:
+        raise ValueError("Numbers out of range: got --per-prompt, --batch or --count below 1, expected 1 or more.")
+    if bool(options.workflow) == bool(options.model):
+        raise ValueError("Which pictures: got both or none, expected one of --workflow and --model. Name one.")
+    options.device = own_device(options.device)
+    scores = Scores(options.real, options.inception, options.clip, load_scorer(options.scorer), options.device)
+    prompts = read_prompts(options.prompts, options.count)
+    tasks = plan(prompts, options.output, options.per_prompt, options.seed, options.compbench)
+    scores.check(len(tasks))
+    make, settings = (remote_maker if options.workflow else local_maker)(options)
+    digest = sha256("\n".join(prompts).encode()).hexdigest()
+    settings |= {"prompts": digest, "seed": options.seed, "per_prompt": options.per_prompt}
+    check_settings(options.output, settings, options.force)
+    rank, world_size = process_rank()
+    # Through a server one by one: each is kept as soon as it is made.
+    make_pictures(tasks[rank::world_size], make, 1 if options.workflow else options.batch, options.force)
+    missing = sum(not task.path.is_file() for task in tasks)
+    if missing:
+        sys.stderr.write(f"{missing} pictures of other processes are not there yet; run it again to score.\n")
+        return
+    pictures = [(task.path, task.prompt) for task in tasks]
+    report = write_report(options.output, options.prompts.name, settings, pictures, measure(scores, pictures))
+    sys.stdout.write(f"{report}\n")
+
+
+def parse() -> argparse.ArgumentParser:
+    parser = make_parser("evaluate", __doc__)
+    add = parser.add_argument
+    add("prompts", type=Path)
+    add("--output", type=Path, required=True, help="folder for the pictures, scores and report")
+    add("--count", type=int, help="only the first so many prompts")
+    add("--per-prompt", type=int, default=1, help="pictures of each; default: %(default)s")
+    add("--compbench", action="store_true", help="name pictures as T2I-CompBench's scripts expect them")
+    add("--force", action="store_true", help="make all pictures anew")
+    remote = parser.add_argument_group("a running ComfyUI")
+    remote.add_argument("--workflow", type=Path, help="in API format")
+    remote.add_argument("--prompt-node", metavar="NODE.INPUT")
+    remote.add_argument("--seed-node", metavar="NODE.INPUT", help="each picture has a seed of its own")
+    remote.add_argument("--server", default="http://127.0.0.1:8188", help="default: %(default)s")
+    remote.add_argument("--timeout-s", type=float, default=3600, help="for one picture; default: %(default)s")
+    add_models(parser, required=False)
+    add_settings(parser)
+    add("--negative", default="", help="what to avoid, without ComfyUI")
+    add("--batch", type=int, default=1, help="pictures at a time, without ComfyUI; default: %(default)s")
+    add("--size", help="WIDTHxHEIGHT in pixels, without ComfyUI; default: the trained size")
+    scores = parser.add_argument_group("scores")
+    scores.add_argument("--real", type=Path, help="folder of real pictures, for FID")
+    scores.add_argument("--inception", type=Path, help=f"torch-fidelity's {INCEPTION}")
+    scores.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
+    scores.add_argument(
+        "--scorer", metavar="MODULE:FUNCTION", help="(picture, prompt) -> {name: number}, for scores of your own"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, parse()))

@@ -1,0 +1,194 @@
+"""Make pictures without ComfyUI.
+
+    python -m pixart sample --model PixArt-XL-2-1024-MS.pth --t5 t5xxl_fp16.safetensors --tokenizer t5/ \\
+        --vae sd-vae-ft-ema/ --prompt "a cactus with a happy face" --preset "alpha DPM-Solver++ 20"
+    python -m pixart sample --model PixArt-Sigma-XL-2-1024-MS/ --prompts prompts.txt --output pictures/ --batch 4
+
+A diffusers folder brings its own text encoder and autoencoder. With the seed and settings of a KSampler in ComfyUI the
+pictures are the same to rounding.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ..config import LATENT_DOWNSCALE
+from ..encoders.autoencoder import load_autoencoder
+from ..encoders.t5 import load_text_encoder
+from ..resolution import parse_prompt_flags
+from ..sampling import PRESETS, SAMPLERS, SCHEDULES, Settings
+from ..text import clean_prompt
+from ..transformer import PixArt
+from ..weights.atomic import write_atomically
+from ..weights.reading import read_checkpoint
+from .console import DTYPES, add_device, make_parser, run_command
+from .pipeline import Pipeline
+
+
+def add_models(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The options that `load_pipeline` reads."""
+    models = parser.add_argument_group("models")
+    models.add_argument("--model", type=Path, required=required, help="a checkpoint file, or a diffusers folder")
+    models.add_argument("--t5", type=Path, help="the text encoder's file or folder; default: the diffusers folder's")
+    models.add_argument("--tokenizer", type=Path, help="its folder; default: beside the text encoder")
+    models.add_argument("--vae", type=Path, help="the autoencoder's file or folder; default: the diffusers folder's")
+    models.add_argument("--variant", help="which released model it is, such as alpha-512, where the file does not say")
+    add_device(models)
+
+
+def load_pipeline(options: argparse.Namespace) -> Pipeline:
+    """Model, text encoder and autoencoder. Raises FileNotFoundError and ValueError naming the file."""
+    parts = {"--t5": options.t5, "--vae": options.vae}
+    for (flag, given), folder in zip(list(parts.items()), ("text_encoder", "vae"), strict=True):
+        own = options.model / folder
+        if given is None and not own.is_dir():
+            raise FileNotFoundError(
+                f"No {folder.replace('_', ' ')}: got {options.model.name} without one, expected a diffusers folder "
+                f"with {folder}/, or {flag}. Name the file or folder with {flag}."
+            )
+        parts[flag] = given or own
+    dtype = DTYPES[options.dtype]
+    hints = {"variant": options.variant} if options.variant else {}
+    checkpoint = read_checkpoint(options.model, **hints)
+    with torch.device("meta"):
+        model = PixArt(checkpoint.config)
+    weights = {name: tensor.to(options.device, dtype) for name, tensor in checkpoint.state_dict.items()}
+    model.load_state_dict(weights, assign=True)
+    # The networks that read texts and draw pictures overflow in fp16.
+    safe = torch.float32 if dtype == torch.float16 else dtype
+    text_encoder = load_text_encoder(parts["--t5"], options.tokenizer, safe, options.device)
+    autoencoder = load_autoencoder(parts["--vae"], safe, options.device)
+    return Pipeline(model.eval().requires_grad_(False), text_encoder, autoencoder)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that `read_settings` reads."""
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--preset", choices=list(PRESETS), help="a published setting; the options below change it")
+    sampling.add_argument("--solver", choices=list(SAMPLERS), help="default: dpm_solver")
+    sampling.add_argument("--schedule", choices=list(SCHEDULES), help="default: uniform")
+    sampling.add_argument("--steps", type=int, help="default: 20")
+    sampling.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is off; default: 4.5")
+    sampling.add_argument("--seed", type=int, default=0)
+
+
+def read_settings(options: argparse.Namespace) -> Settings:
+    """The preset's settings with what was given changed."""
+    preset = PRESETS.get(options.preset)
+    settings = Settings()
+    if preset:
+        settings = Settings(preset.sampler, preset.schedule, preset.steps, preset.guidance, preset.options)
+    solver = options.solver or settings.solver
+    schedule = options.schedule or (settings.schedule if solver == settings.solver else _own_schedule(solver))
+    return Settings(
+        solver,
+        schedule,
+        settings.steps if options.steps is None else options.steps,
+        settings.guidance if options.guidance is None else options.guidance,
+        settings.options if solver == settings.solver else {},
+    )
+
+
+def _own_schedule(solver: str) -> str:
+    return solver if solver in SCHEDULES else "uniform"
+
+
+def parse() -> argparse.ArgumentParser:
+    parser = make_parser("sample", __doc__)
+    add_models(parser)
+    add_settings(parser)
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--prompt", action="append", help="may be given several times")
+    texts.add_argument("--prompts", type=Path, help="a text file with one prompt on each line")
+    parser.add_argument("--negative", default="", help="what to avoid; default: the empty caption")
+    parser.add_argument("--clean", action="store_true", help="clean prompts as PixArt-alpha's captions were")
+    parser.add_argument("--size", help="WIDTHxHEIGHT in pixels; default: the trained size, or --ar in the prompt")
+    parser.add_argument("--batch", type=int, default=1, help="prompts at a time")
+    parser.add_argument("--output", type=Path, default=Path("output"), help="the folder for the pictures")
+    parser.add_argument("--force", action="store_true", help="overwrite pictures that are there")
+    return parser
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """The prompts, without empty lines. Raises ValueError when there are none."""
+    prompts = options.prompt or [line.strip() for line in options.prompts.read_text(encoding="utf-8-sig").splitlines()]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError(f"No prompts: got an empty {options.prompts or 'text'}, expected one on each line.")
+    return prompts
+
+
+def picture_size(text: str | None, flags) -> tuple[int, int]:
+    """(height_px, width_px). Raises ValueError for a size that is no multiple of 8 or not of the form 1024x768."""
+    if text is None:
+        return flags.bin_px
+    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
+    size = (int(match[2]), int(match[1])) if match else (0, 0)
+    if min(size) < LATENT_DOWNSCALE or size[0] % LATENT_DOWNSCALE or size[1] % LATENT_DOWNSCALE:
+        raise ValueError(f"Picture size out of range: got {text}, expected multiples of 8 such as 1024x768.")
+    return size
+
+
+def plan(prompts: list[str], options: argparse.Namespace, base_px: int) -> Iterator[tuple[tuple[int, int], list]]:
+    """Batches of (size, [(number, text)]): prompts that follow each other and have one size."""
+    batch, size = [], None
+    for number, prompt in enumerate(prompts):
+        flags = parse_prompt_flags(prompt, base_px)
+        own = picture_size(options.size, flags)
+        if batch and (own != size or len(batch) == options.batch):
+            yield size, batch
+            batch = []
+        size = own
+        batch.append((number, clean_prompt(flags.prompt) if options.clean else flags.prompt.strip()))
+    yield size, batch
+
+
+def main(options: argparse.Namespace) -> None:
+    """Writes one PNG for each prompt, its settings within."""
+    from tqdm import tqdm
+
+    if options.batch < 1:
+        raise ValueError(f"Batch size out of range: got {options.batch}, expected at least 1. Enter 1 or more.")
+    settings, prompts = read_settings(options), read_prompts(options)
+    paths = [options.output / f"{number:05}_{file_words(prompt)}.png" for number, prompt in enumerate(prompts)]
+    there = [path for path in paths if path.exists()]
+    if there and not options.force:
+        raise FileExistsError(f"Picture exists: got {there[0]}, expected a new file. Use --force, or another --output.")
+    pipeline = load_pipeline(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    base_px = min((256, 512, 1024, 2048), key=lambda side: abs(side - pipeline.model.config.base_px))
+    with tqdm(total=len(prompts) * settings.steps, unit="step") as bar:
+        for (height, width), batch in plan(prompts, options, base_px):
+            texts = [text for _, text in batch]
+            seeds = [options.seed + number for number, _ in batch]
+            on_step = partial(_advance, bar, len(texts))
+            pictures = pipeline.generate(texts, options.negative, height, width, seeds, settings, on_step)
+            for (number, text), seed, picture in zip(batch, seeds, to_pictures(pictures), strict=True):
+                notes = PngInfo()
+                notes.add_itxt("parameters", f"{text}\nNegative prompt: {options.negative}\n{settings}, seed: {seed}")
+                write_atomically(paths[number], partial(picture.save, format="PNG", pnginfo=notes))
+
+
+def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
+    """(B, H, W, 3) in [0, 1] -> pictures."""
+    return [Image.fromarray(each.numpy()) for each in (pixels * 255).round().to(torch.uint8)]
+
+
+def _advance(bar, count: int, _state: dict) -> None:
+    bar.update(count)
+
+
+def file_words(prompt: str) -> str:
+    """The first words of a prompt as a part of a file's name."""
+    return re.sub(r"\W+", "-", prompt.lower())[:40].strip("-") or "picture"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, parse()))

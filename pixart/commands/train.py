@@ -1,0 +1,136 @@
+"""The command `run`: one training outside a graph, in one process or in those of `accelerate launch`."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..data.features import open_features
+from ..encoders.autoencoder import load_autoencoder
+from ..training.loop import Events, Progress
+from ..training.processes import AcceleratedProcesses, SingleProcess
+from ..training.run import choose_folder, train
+from ..training.settings import RunConfig, read_config
+from ..training.validation import Decode, read_prompts
+from ..transformer import PixArt
+from ..weights.reading import read_checkpoint
+from .console import describe
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """Train as a configuration file says. The result, checkpoints, log and pictures come into a new folder,
+numbered; a training that was ended goes on in its own. Ctrl-C ends it with its result, a second one at once."""
+EXAMPLES = """examples:
+  python -m pixart train training.yaml
+  accelerate launch --multi_gpu --num_processes 8 -m pixart train training.yaml
+
+  # training.yaml; paths are relative to it
+  model: PixArt-XL-2-512x512.pth
+  features: features
+  output: runs
+  name: my_style
+  settings: {kind: lora, steps: 2000, batch_size: 4, learning_rate: 1e-4, rank: 16, dtype: bf16}"""
+SAME_SIGNAL_S = 2.0  # the launchers pass on a Ctrl-C which the terminal has sent to their processes, too
+
+
+def add_parser(commands) -> None:
+    """Register the command with an argparse object of subparsers."""
+    parser = commands.add_parser("run", help="train by a configuration file", **describe(DESCRIPTION, EXAMPLES))
+    parser.add_argument("config", help="YAML or JSON, as Export PixArt Training Config writes it")
+    parser.add_argument("--device", help="of a training in one process; default: the GPU, or else the CPU")
+    parser.set_defaults(main=main)
+
+
+def main(options) -> None:
+    """Train. Raises ValueError and FileNotFoundError for what is wrong with the configuration."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_config(read_config(options.config), options.device)
+
+
+def run_config(config: RunConfig, device: str | None = None):
+    """Train as a configuration says; returns the TrainingResult."""
+    processes = _processes(config, device)
+    model = load_model(config.model)
+    features = open_features(config.features)
+    prompts = read_prompts(Path(config.validation)) if config.validation else ()
+    if processes.world_size > 1 and processes.rank == 0:
+        kind = "the weights are shared out (FSDP)" if processes.is_sharded else "each has all weights (DDP)"
+        logger.info("%d processes: %s", processes.world_size, kind)
+    with tqdm(total=config.settings.steps, unit="step", disable=processes.rank > 0 or None) as bar:
+        result = train(
+            model,
+            features,
+            config.settings,
+            _folder(config, processes),
+            resume=config.resume,
+            processes=processes,
+            events=_Bar(bar),
+            prompts=prompts,
+            decode=_decoder(config, processes.device) if prompts else None,
+        )
+    if processes.rank == 0:
+        logger.info("%d steps are done: %s", result.step, result.file)
+    return result
+
+
+class _Bar(Events):
+    """Progress on a terminal. The first Ctrl-C ends the training with its result written, a second one at once."""
+
+    def __init__(self, bar: tqdm):
+        self.bar, self.stopped_at = bar, None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._stop)
+
+    def _stop(self, number, _frame) -> None:
+        if self.stopped_at is None:
+            self.stopped_at = time.monotonic()
+        elif time.monotonic() - self.stopped_at > SAME_SIGNAL_S:
+            raise KeyboardInterrupt
+
+    def should_stop(self) -> bool:
+        return self.stopped_at is not None
+
+    def stepped(self, progress: Progress) -> None:
+        self.bar.update(progress.step - self.bar.n)
+        self.bar.set_postfix(loss=f"{progress.smoothed:.4f}", rate=f"{progress.learning_rate:.2g}", refresh=False)
+
+
+def _processes(config: RunConfig, device: str | None) -> SingleProcess:
+    if device is None and (int(os.environ.get("WORLD_SIZE", "1")) > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ):
+        return AcceleratedProcesses(config.settings)
+    return SingleProcess(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _folder(config: RunConfig, processes: SingleProcess) -> Path:
+    """The run's folder; every process chooses before the first one makes it."""
+    folder = choose_folder(Path(config.output), config.name, config.resume, config.settings.steps)
+    processes.wait()
+    return folder
+
+
+def load_model(path: str) -> PixArt:
+    """The PixArt of a checkpoint file or folder, in the dtype of its weights."""
+    checkpoint = read_checkpoint(path)
+    model = PixArt(checkpoint.config, device="meta")
+    model.load_state_dict(checkpoint.state_dict, assign=True)
+    return model
+
+
+def _decoder(config: RunConfig, device) -> Decode:
+    if config.vae is None:
+        raise ValueError(
+            "No autoencoder for the validation pictures: got none, expected its file as 'vae' in the configuration. "
+            "Add it, or remove 'validation'."
+        )
+    autoencoder = load_autoencoder(config.vae, device=device)
+
+    def decode(latent):
+        return (autoencoder.decode(latent).float() / 2 + 0.5).movedim(1, -1)  # (B, H, W, 3) in [0, 1]
+
+    return decode

@@ -1,0 +1,364 @@
+"""Encodes a dataset once: captions by T5, pictures by the autoencoder, into a cache of content-keyed shards."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import LATENT_DOWNSCALE
+from ..resolution import ASPECT_RATIOS, fit_images
+from ..text import clean_prompt
+from ..weights.atomic import write_atomically
+from .examples import Example
+from .identity import digest
+from .pictures import Picture, measure_picture, read_picture
+from .records import Record
+from .shards import ShardFolder, ShardWriter
+
+VERSION = 1  # of keys and manifests: raised when the same settings come to mean something else
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SIZE_CONDITIONS = ("bin", "picture")
+MANIFEST = "features.json"
+LANCZOS_FROM_PX = 2048  # PixArt-Sigma prepared its largest pictures so
+_LATENT_CHANNELS = 4
+_GRID_PX = 2 * LATENT_DOWNSCALE
+_CAPTIONS_AT_ONCE = 16
+
+EncodeText = Callable[[list[str]], list[torch.Tensor]]  # captions -> (L, D) states each, without padding
+# (B, H, W, 3) in [0, 1] -> unscaled mean (B, 4, H / 8, W / 8), and the deviation of the same shape or None
+EncodeImage = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+MakeHint = Callable[[torch.Tensor], torch.Tensor]  # (B, H, W, 3) -> (B, H, W, 3), such as edges
+Progress = Callable[[int, int, torch.Tensor | None], None]  # done, of how many, a picture (H, W, 3) to show
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How a dataset is encoded. Each field is part of the keys of what it changes.
+
+    base_px: the size that the model was trained at; pictures go to the nearest of its bins, or with `square` all to
+    the square one. flip: add the mirrored picture of each. caption_length: in tokens; `clean`: as the official ones.
+    caption_dtype: of DTYPES. size_condition: the size that the model is told, of SIZE_CONDITIONS: the bin's as when
+    pictures are made, or the picture's own as in PixArt-alpha's training.
+    """
+
+    base_px: int = 512
+    square: bool = False
+    flip: bool = False
+    caption_length: int = 120
+    clean: bool = False
+    caption_dtype: str = "fp16"
+    size_condition: str = SIZE_CONDITIONS[0]
+
+    def __post_init__(self):
+        for name, allowed in (("caption_dtype", tuple(DTYPES)), ("size_condition", SIZE_CONDITIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"Unknown {name}: got '{getattr(self, name)}', expected one of {', '.join(allowed)}. Choose one."
+                )
+        if self.base_px < _GRID_PX:
+            raise ValueError(
+                f"Resolution out of range: got {self.base_px}, expected at least {_GRID_PX}. Enter the size in pixels "
+                f"that the model was trained at, or connect the model and enter 0."
+            )
+
+
+def training_bins(base_px: int, square: bool = False) -> dict[float, tuple[int, int]]:
+    """{nominal ratio: (height_px, width_px)}: PixArt's table, or for another size the table scaled to whole tokens."""
+    if square:
+        side = _to_grid(base_px)
+        return {1.0: (side, side)}
+    if base_px in ASPECT_RATIOS:
+        return ASPECT_RATIOS[base_px]
+    table = ASPECT_RATIOS[1024].items()
+    return {ratio: (_to_grid(h * base_px / 1024), _to_grid(w * base_px / 1024)) for ratio, (h, w) in table}
+
+
+def _to_grid(side_px: float) -> int:
+    return max(round(side_px / _GRID_PX), 1) * _GRID_PX
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A picture to be encoded under a key. edges: its hint is to be made of it."""
+
+    key: str
+    name: str
+    picture: Picture
+    content: str
+    bin_px: tuple[int, int]
+    flipped: bool
+    edges: bool = False
+
+
+class DatasetEncoder:
+    """The encoding of some records: what is in the cache already is known, the rest is encoded on demand.
+
+    text_identity, image_identity: tell the encoders apart (see identity.fingerprint). hint_identity: tells apart how
+    hints are made of pictures that have no control picture; empty: they have none.
+    rank, world_size: this process encodes its share alone; the caches of all are one folder.
+    progress: told while the contents of all pictures are read, which say what is in the cache.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        folder: Path,
+        settings: EncodeSettings,
+        text_identity: str,
+        image_identity: str,
+        hint_identity: str = "",
+        rank: int = 0,
+        world_size: int = 1,
+        progress: Progress | None = None,
+    ):
+        self.settings, self.shards = settings, ShardFolder(folder)
+        self._text_identity, self._image_identity, self._hint_identity = text_identity, image_identity, hint_identity
+        self._rank, self._world_size = rank, world_size
+        self._bins = training_bins(settings.base_px, settings.square)
+        self._captions: dict[str, str] = {}
+        self._jobs: dict[str, _Job] = {}
+        self.null_key = self._plan_caption("")
+        self.items: list[dict] = []
+        for number, record in enumerate(records, 1):
+            self.items += self._plan(record)
+            _report(progress, number, len(records), None)
+
+    @property
+    def missing_captions(self) -> dict[str, str]:
+        """{key: text} of this process's share that is not in the cache."""
+        return {key: text for key, text in self._share(self._captions.items()) if key not in self.shards}
+
+    @property
+    def missing_pictures(self) -> list[_Job]:
+        """This process's share of pictures and hints that are not in the cache."""
+        return [job for key, job in self._share(self._jobs.items()) if key not in self.shards]
+
+    def encode_captions(self, encode_text: EncodeText, progress: Progress | None = None) -> None:
+        """Encode the missing captions. Whatever ends it, what is done stays. Raises ValueError for NaN."""
+        missing = list(self.missing_captions.items())
+        missing.sort(key=lambda entry: len(entry[1]))  # captions of like length make full batches
+        with ShardWriter(self.shards.folder) as writer:
+            for done, batch in _batches(missing, _CAPTIONS_AT_ONCE):
+                states = encode_text([text for _, text in batch])
+                for (key, text), caption in zip(batch, states, strict=True):
+                    caption = caption.to(DTYPES[self.settings.caption_dtype])
+                    _check_finite(caption, f"the caption {text[:60]!r}", "text encoder")
+                    writer.add(key, {"caption": caption})
+                _report(progress, done + len(batch), len(missing), None)
+        self.shards.scan()
+
+    def encode_pictures(
+        self,
+        encode_image: EncodeImage,
+        batch_size: int = 1,
+        make_hint: MakeHint | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Encode the missing pictures and hints, in batches of one bin. Whatever ends it, what is done stays.
+
+        Raises ValueError for an autoencoder that gives NaN or latents of another shape.
+        """
+        missing = self.missing_pictures
+        missing.sort(key=lambda job: (job.bin_px, job.edges))
+        groups = (list(_batches(group, batch_size)) for group in _runs(missing, lambda job: (job.bin_px, job.edges)))
+        done = 0
+        with ShardWriter(self.shards.folder) as writer:
+            for batch in (batch for group in groups for _, batch in group):
+                pixels = torch.stack([self._prepare(job) for job in batch])
+                if batch[0].edges:
+                    pixels = make_hint(pixels)
+                mean, deviation = encode_image(pixels)
+                _check_latents(mean, batch)
+                for row, job in enumerate(batch):
+                    parts = {"mean": mean[row].float()}
+                    if deviation is not None:
+                        parts["deviation"] = deviation[row].float()
+                    writer.add(job.key, parts)
+                done += len(batch)
+                _report(progress, done, len(missing), pixels[-1])
+        self.shards.scan()
+
+    def features(self, manifest: str = MANIFEST) -> "CachedFeatures":
+        """The encoded dataset; its list is written into the cache's folder under the name `manifest`.
+
+        Raises FileNotFoundError while other processes have not encoded their share.
+        """
+        self.shards.scan()
+        content = {
+            "version": VERSION,
+            "settings": asdict(self.settings),
+            "null_caption": self.null_key,
+            "items": self.items,
+        }
+        path = self.shards.folder / manifest
+        features = CachedFeatures(self.shards, content, path)
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return features
+
+    def _share(self, entries: Iterable[tuple]) -> list[tuple]:
+        return list(entries)[self._rank :: self._world_size]
+
+    def _plan_caption(self, text: str) -> str:
+        settings = self.settings
+        text = clean_prompt(text) if settings.clean else text
+        key = digest(
+            "caption", str(VERSION), text, str(settings.caption_length), settings.caption_dtype, self._text_identity
+        )
+        self._captions[key] = text
+        return key
+
+    def _plan(self, record: Record) -> Iterator[dict]:
+        """The items of a record, one or with its mirror two."""
+        caption_key = self._plan_caption(record.caption or "")
+        data = record.picture.content()
+        size_px = height, width = measure_picture(record.picture, data)
+        ratio = min(self._bins, key=lambda nominal: abs(nominal - height / width))
+        bin_px = self._bins[ratio]
+        content = digest(data)
+        control = None if record.control is None else digest(record.control.content())
+        for flipped in (False, True)[: 1 + self.settings.flip]:
+            hint = None
+            if control is not None:
+                hint = self._plan_picture(record.name, record.control, control, bin_px, flipped)
+            elif self._hint_identity:
+                hint = self._plan_picture(record.name, record.picture, content, bin_px, flipped, edges=True)
+            yield {
+                "name": record.name,
+                "text": self._captions[caption_key],
+                "caption": caption_key,
+                "picture": self._plan_picture(record.name, record.picture, content, bin_px, flipped),
+                "hint": hint,
+                "bin_px": list(bin_px),
+                "size_px": list(bin_px if self.settings.size_condition == "bin" else size_px),
+                "aspect_ratio": ratio,
+                "is_prior": record.is_prior,
+            }
+
+    def _plan_picture(self, name, picture, content: str, bin_px, flipped: bool, edges: bool = False) -> str:
+        method = [self._fit_method, "flipped" if flipped else "", self._hint_identity if edges else ""]
+        key = digest("picture", str(VERSION), content, "{}x{}".format(*bin_px), *method, self._image_identity)
+        self._jobs[key] = _Job(key, name, picture, content, bin_px, flipped, edges)
+        return key
+
+    @property
+    def _fit_method(self) -> str:
+        return "lanczos" if self.settings.base_px >= LANCZOS_FROM_PX else "bicubic"
+
+    def _prepare(self, job: _Job) -> torch.Tensor:
+        """(H, W, 3) of the bin's size, as PixArt's training pictures were prepared."""
+        pixels = read_picture(job.picture, job.bin_px, job.content)
+        fitted = fit_images(pixels.movedim(-1, 0)[None], *job.bin_px, self._fit_method)[0].movedim(0, -1)
+        return fitted.flip(1) if job.flipped else fitted
+
+
+def _batches(entries: list, size: int) -> Iterator[tuple[int, list]]:
+    for start in range(0, len(entries), size):
+        yield start, entries[start : start + size]
+
+
+def _runs(entries: list, key: Callable) -> Iterator[list]:
+    groups: dict = {}
+    for entry in entries:
+        groups.setdefault(key(entry), []).append(entry)
+    yield from groups.values()
+
+
+def _report(progress: Progress | None, done: int, total: int, picture: torch.Tensor | None) -> None:
+    if progress is not None:
+        progress(done, total, picture)
+
+
+def _check_finite(tensor: torch.Tensor, what: str, who: str) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"The {who} overflows: got NaN or infinity for {what}, expected numbers. "
+            f"Load the {who} in fp32 or bf16, or choose one that was made for fp16."
+        )
+
+
+def _check_latents(mean: torch.Tensor, batch: list[_Job]) -> None:
+    height, width = (side // LATENT_DOWNSCALE for side in batch[0].bin_px)
+    expected = (len(batch), _LATENT_CHANNELS, height, width)
+    if tuple(mean.shape) != expected:
+        raise ValueError(
+            f"Wrong autoencoder: got latents of the shape {tuple(mean.shape)} for {batch[0].name}, expected "
+            f"{expected}. Connect the VAE of PixArt: sd-vae-ft-ema for alpha, the SDXL VAE for Sigma."
+        )
+    for job, latent in zip(batch, mean, strict=True):
+        _check_finite(latent, f"the picture {job.name}", "VAE")
+
+
+class CachedFeatures:
+    """A FeatureSet over a cache: only what is asked for is read. It can be copied into other processes.
+
+    path: the dataset's list, with which open_features gives the same again. settings: the fields of EncodeSettings.
+    """
+
+    def __init__(self, shards: ShardFolder, content: dict, path: Path):
+        self.shards, self.items, self.settings, self.path = shards, content["items"], content["settings"], path
+        self._null_key = content["null_caption"]
+        wanted = {item[part] for item in self.items for part in ("caption", "picture", "hint") if item[part]}
+        missing = sum(key not in shards for key in {*wanted, self._null_key})
+        if missing:
+            raise FileNotFoundError(
+                f"Cache is not complete: got {missing} of {len(wanted) + 1} entries missing in '{shards.folder}', "
+                f"expected all. Let the other processes finish, or encode the dataset again; only those are encoded."
+            )
+        self.bins = [self.shards.shape_of(item["picture"], "mean")[-2:] for item in self.items]
+        self.is_prior = [item["is_prior"] for item in self.items]
+
+    @property
+    def null_caption(self) -> torch.Tensor:
+        return self.shards.read(self._null_key)["caption"]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Example:
+        item = self.items[index]
+        picture = self.shards.read(item["picture"])
+        return Example(
+            latent=picture["mean"],
+            deviation=picture.get("deviation"),
+            caption=self.shards.read(item["caption"])["caption"],
+            size_px=tuple(item["size_px"]),
+            aspect_ratio=item["aspect_ratio"],
+            hint=self.shards.read(item["hint"])["mean"] if item["hint"] else None,
+            is_prior=item["is_prior"],
+            text=item["text"],
+        )
+
+
+def open_cached(path: str | Path) -> CachedFeatures:
+    """A dataset that was encoded before. path: its list, or a cache's folder that holds a single one.
+
+    Raises FileNotFoundError where there is none, or entries are missing, and ValueError for another file.
+    """
+    path = Path(path)
+    lists = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+    if not lists:
+        raise FileNotFoundError(
+            f"Encoded dataset not found: got '{path}', expected {MANIFEST}. Encode a dataset first."
+        )
+    if len(lists) > 1:
+        names = ", ".join(entry.name for entry in lists)
+        raise ValueError(
+            f"Which encoded dataset is meant: got {names} in '{path}', expected one. Enter the file's path."
+        )
+    try:
+        content = json.loads(lists[0].read_text(encoding="utf-8"))
+        if content["version"] == VERSION and content["items"]:
+            return CachedFeatures(ShardFolder(lists[0].parent), content, lists[0])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _wrong_list(lists[0]) from error
+    raise _wrong_list(lists[0])
+
+
+def _wrong_list(path: Path) -> ValueError:
+    return ValueError(
+        f"Not an encoded dataset: got '{path.name}', expected a list of version {VERSION} with pictures in it. "
+        f"Encode the dataset again."
+    )

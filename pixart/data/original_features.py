@@ -1,0 +1,241 @@
+"""Features in the files of PixArt-alpha's own training: one .npz a caption, one .npy a picture.
+
+Source: PixArt-alpha, tools/extract_features.py and diffusion/data/datasets/InternalData.py, SA.py.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..config import ALPHA_CAPTION_LENGTH, LATENT_DOWNSCALE
+from ..weights.atomic import write_atomically
+from .cache import training_bins
+from .examples import Example, FeatureSet
+
+CAPTION_FOLDERS = ("caption_feature_wmask", "caption_features", "caption_features_new")
+# By preference; {px} is the trained size. "fatures" is the original's own spelling.
+LATENT_FOLDERS = (
+    "img_vae_fatures_{px}_multiscale/ms",
+    "img_vae_features_{px}_multiscale/ms",
+    "img_sdxl_vae_features_{px}resolution_ms_new",
+    "img_vae_features_{px}resolution/noflip",
+    "img_vae_feature/train_vae_{px}/noflip",
+)
+_LISTS = ("partition_filter/data_info.json", "partition/data_info.json", "data_info.json")
+
+
+@dataclass(frozen=True)
+class OriginalEntry:
+    """The two files of a picture and what the list says of it. size_px: (height, width)."""
+
+    caption: Path
+    latent: Path
+    size_px: tuple[int, int]
+    aspect_ratio: float
+    text: str = ""
+
+
+class OriginalFeatures:
+    """A FeatureSet over such files. null_caption: T5 states (L, D) of the empty caption, which the layout has not."""
+
+    def __init__(self, entries: Sequence[OriginalEntry], null_caption: torch.Tensor | None = None):
+        self.entries, self.null_caption = list(entries), null_caption
+        self.bins = [_latent_size(entry.latent) for entry in self.entries]
+        self.is_prior = [False] * len(self.bins)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Example:
+        entry = self.entries[index]
+        with _reading(entry.latent):
+            moments = torch.from_numpy(np.load(entry.latent)).float()
+        mean, deviation = moments.chunk(2) if len(moments) == 8 else (moments, None)
+        return Example(
+            latent=mean,
+            deviation=deviation,
+            caption=_read_caption(entry.caption),
+            size_px=entry.size_px,
+            aspect_ratio=entry.aspect_ratio,
+            text=entry.text,
+        )
+
+
+def _read_caption(path: Path) -> torch.Tensor:
+    """(L, D), the rows that the mask keeps; all of them without a mask."""
+    with _reading(path), np.load(path) as file:
+        states = torch.from_numpy(file["caption_feature"]).flatten(0, -2)
+        mask = torch.from_numpy(file["attention_mask"]).reshape(-1) if "attention_mask" in file.files else None
+    return states if mask is None else states[: int(mask.ne(0).sum())]
+
+
+def _latent_size(path: Path) -> tuple[int, int]:
+    """(h, w) of a picture's latent, of which only the header is read."""
+    with _reading(path):
+        shape = np.load(path, mmap_mode="r").shape
+    if len(shape) != 3 or shape[0] not in (4, 8):
+        raise ValueError(
+            f"Wrong latent: got the shape {shape} in {path.name}, expected (8, h, w), or (4, h, w) without deviation. "
+            f"Extract the features with the VAE of PixArt."
+        )
+    return shape[1:]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises ValueError naming the file when numpy cannot read it."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile) as error:
+        raise ValueError(
+            f"Feature file cannot be read: got {error} in {path.name}, expected an array that numpy wrote. Extract the "
+            f"features of this picture again, or remove '{path}'."
+        ) from error
+
+
+def is_original(root: Path) -> bool:
+    """True for a folder with captions in the original's files."""
+    return any((root / name).is_dir() for name in CAPTION_FOLDERS)
+
+
+def find_original_features(root: str | Path, base_px: int | None = None) -> OriginalFeatures:
+    """The features below the root of a dataset of the original, by its data_info.json or, without one, by their names.
+
+    base_px: the trained size, which names the folder of latents; None takes the only one there is.
+    Pictures of which a file is missing are left out. Raises FileNotFoundError when there are none, ValueError when
+    there are latents of several sizes to choose from.
+    """
+    root = Path(root)
+    captions = next((root / name for name in CAPTION_FOLDERS if (root / name).is_dir()), None)
+    if captions is None:
+        raise FileNotFoundError(
+            f"Features not found: got '{root}' without {' or '.join(CAPTION_FOLDERS)}, expected one of them. "
+            f"Choose the root of the dataset."
+        )
+    latents, found_px = _find_latents(root, base_px)
+    listed = next((root / name for name in _LISTS if (root / name).is_file()), None)
+    rows = _read_list(listed) if listed else _rows_by_name(latents)
+    several = "multiscale" in latents.as_posix() or latents.name.endswith("_ms_new")
+    entries = [entry for row in rows if (entry := _make_entry(row, captions, latents, found_px, several))]
+    if not entries:
+        raise FileNotFoundError(
+            f"Features not found: got none of {len(rows)} listed pictures in '{captions}' and '{latents}', expected "
+            f"an .npz and an .npy for each. Extract the features again."
+        )
+    return OriginalFeatures(entries)
+
+
+def _find_latents(root: Path, base_px: int | None) -> tuple[Path, int]:
+    found = []
+    for pattern in LATENT_FOLDERS:
+        shape = re.compile(re.escape(pattern).replace(re.escape("{px}"), r"(\d+)"))
+        for folder in sorted(root.glob(pattern.replace("{px}", "*"))):
+            match = shape.fullmatch(folder.relative_to(root).as_posix())
+            if match and base_px in (None, int(match[1])):
+                found.append((folder, int(match[1])))
+    if not found:
+        wanted = "one of any size" if base_px is None else f"one of {base_px} px"
+        raise FileNotFoundError(
+            f"Latents not found: got no folder such as {LATENT_FOLDERS[3].format(px=base_px or 512)} in '{root}', "
+            f"expected {wanted}. Extract the VAE features, or enter their resolution."
+        )
+    if base_px is None and len({px for _, px in found}) > 1:
+        names = ", ".join(folder.relative_to(root).as_posix() for folder, _ in found)
+        raise ValueError(f"Which latents are meant: got {names}, expected one size. Enter the resolution.")
+    return found[0]
+
+
+def _read_list(path: Path) -> list[dict]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise _wrong_list(path, f"no JSON ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "path" in row for row in rows):
+        raise _wrong_list(path, "other JSON")
+    return rows
+
+
+def _wrong_list(path: Path, got: str) -> ValueError:
+    return ValueError(
+        f"Unreadable '{path.name}': got {got}, expected a list of objects with path. Correct '{path}' or extract the "
+        f"features again."
+    )
+
+
+def _rows_by_name(latents: Path) -> list[dict]:
+    return [{"path": f"{path.stem}.png", "prompt": ""} for path in sorted(latents.glob("*.npy"))]
+
+
+def _make_entry(row: dict, captions: Path, latents: Path, base_px: int, several: bool) -> OriginalEntry | None:
+    path = PurePosixPath(os.path.splitext(str(row["path"]).replace("\\", "/"))[0])
+    joined = path.parent.with_name(f"{path.parent.name}_{path.name}") if path.parent.name else path
+    names = [name for name in (joined, PurePosixPath(path.name)) if ".." not in name.parts and not name.is_absolute()]
+    caption = next(filter(os.path.isfile, (captions / f"{name}.npz" for name in names)), None)
+    latent = next(filter(os.path.isfile, (latents / f"{name}.npy" for name in names)), None)
+    if caption is None or latent is None:
+        return None
+    size_px, ratio = (base_px, base_px), 1.0
+    if several:
+        height, width = (side * LATENT_DOWNSCALE for side in _latent_size(latent))
+        size_px = int(row.get("height") or height), int(row.get("width") or width)
+        ratio = min(training_bins(base_px), key=lambda nominal: abs(nominal - height / width))
+    return OriginalEntry(caption, latent, size_px, ratio, str(row.get("prompt") or ""))
+
+
+def write_original_features(
+    features: FeatureSet,
+    root: str | Path,
+    base_px: int,
+    square: bool = False,
+    caption_length: int = ALPHA_CAPTION_LENGTH,
+) -> None:
+    """Write captions (1, caption_length, D) with masks, latents (8, h, w) = mean and deviation, and data_info.json.
+
+    square: into the folder of the single-size training, else of the multi-size one. Pictures are named by number.
+    Raises ValueError for a caption that is longer than caption_length.
+    """
+    root = Path(root)
+    captions = root / CAPTION_FOLDERS[0]
+    latents = root / LATENT_FOLDERS[3 if square else 0].format(px=base_px)
+    rows = []
+    for index in range(len(features)):
+        example, name = features[index], f"{index:06d}"
+        moments = torch.cat([example.latent, _or_zeros(example.deviation, example.latent)]).float().numpy()
+        arrays = _pad_caption(example.caption, caption_length, example.text)
+        write_atomically(captions / f"{name}.npz", lambda file, arrays=arrays: _save(file, np.savez, **arrays))
+        write_atomically(latents / f"{name}.npy", lambda file, moments=moments: _save(file, np.save, moments))
+        height, width = example.size_px
+        rows.append({"path": f"{name}.png", "prompt": example.text, "height": height, "width": width})
+        rows[-1]["ratio"] = height / width
+    text = json.dumps(rows, ensure_ascii=False, indent=1)
+    write_atomically(root / _LISTS[1], lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _save(path: Path, write, *args, **arrays) -> None:
+    with path.open("wb") as file:  # by name numpy would add a suffix
+        write(file, *args, **arrays)
+
+
+def _or_zeros(deviation: torch.Tensor | None, latent: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(latent) if deviation is None else deviation
+
+
+def _pad_caption(caption: torch.Tensor, caption_length: int, text: str) -> dict[str, np.ndarray]:
+    if len(caption) > caption_length:
+        raise ValueError(
+            f"Caption too long: got {len(caption)} tokens for {text[:60]!r}, expected at most {caption_length}. "
+            f"Encode the dataset with a caption length of {caption_length}, or write longer ones."
+        )
+    rest = caption_length - len(caption)
+    mask = F.pad(torch.ones(len(caption), dtype=torch.int64), (0, rest))
+    padded = F.pad(caption.float(), (0, 0, 0, rest))
+    return {"caption_feature": padded[None].numpy(), "attention_mask": mask[None].numpy()}

@@ -1,0 +1,1 @@
+"""Pictures with words: sheets, diagrams and the letters on them."""

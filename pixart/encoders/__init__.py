@@ -1,0 +1,1 @@
+"""The networks beside the transformer: T5, autoencoders, the captioner, edge detectors."""

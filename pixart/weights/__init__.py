@@ -1,0 +1,1 @@
+"""Files of weights: layouts, detection, reading and writing."""

@@ -1,0 +1,74 @@
+"""Files and folders that appear complete or not at all."""
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+
+def dump(content: dict, path: Path) -> None:
+    """torch.save, by a file of Python's, which alone says what is wrong when the disk is full."""
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file next to `path`, then put it in place in one step; on failure leave nothing.
+
+    Raises OSError also for what safetensors and torch raise in its place, such as when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    try:
+        with temporary.open("xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors makes its files readable to their owner alone
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:  # an interrupted write leaves nothing behind either
+        temporary.unlink(missing_ok=True)
+        number = _system_error(error)
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The number of the operating system's error behind a failed write, None for another failure."""
+    while isinstance(error, RuntimeError) and error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    return int(found[1]) if found else None
+
+
+def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` fill a temporary folder next to `path`, then put it in place in one step; on failure leave nothing.
+
+    Raises ValueError when there is a folder with content already.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"Folder is not empty: got '{path}', expected a new one. Choose another name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    temporary.mkdir()
+    try:
+        fill(temporary)
+        if path.is_dir():
+            path.rmdir()
+        os.replace(temporary, path)
+    except BaseException:  # an interrupted write leaves nothing behind either
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -1,0 +1,386 @@
+"""Finds the configuration of PixArt weights by their shapes and by every other sign at hand, strongest first."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from ..config import (
+    ALPHA_CAPTION_LENGTH,
+    ALPHA_VAE_SCALE,
+    CONFIGS,
+    LATENT_DOWNSCALE,
+    RELEASES,
+    SIGMA_CAPTION_LENGTH,
+    SIGMA_VAE_SCALE,
+    PixArtConfig,
+)
+from .layouts import CONFIG_KEY, DIFFUSERS, NULL_CAPTION_KEY, RECOMPUTED_KEYS, merge_plan, require_pixart, unwrap
+
+ALPHA, SIGMA = "alpha", "sigma"
+FAMILIES = (ALPHA, SIGMA)
+CAPTION_LENGTH = {ALPHA: ALPHA_CAPTION_LENGTH, SIGMA: SIGMA_CAPTION_LENGTH}
+VAE_SCALE = {ALPHA: ALPHA_VAE_SCALE, SIGMA: SIGMA_VAE_SCALE}
+# Signs, in the words that a user reads.
+CHOSEN, SAVED, CONFIG_JSON, VAE = "chosen by you", "saved configuration", "config.json", "autoencoder next to it"
+_LARGEST = 1e9  # no number of a configuration comes near it; NaN is not below it either
+_BLOCK_NAME = re.compile(r"blocks\.([0-9]{1,4})\.(.+)")
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What was found out about a checkpoint, and by which sign.
+
+    layout: see `layout.detect_layout`. family: "alpha" or "sigma".
+    variant: the row of CONFIGS with the same family and trained size, or None for a size that was never released.
+    signs: config field, or "family", -> the sign that decided it, in words.
+    conflicts: signs that said otherwise and were overruled, in words.
+    """
+
+    config: PixArtConfig
+    layout: str
+    family: str
+    variant: str | None
+    signs: dict[str, str]
+    conflicts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """Everything that can be known about a checkpoint. row: the chosen row of CONFIGS; saved: see `saved_fields`."""
+
+    shapes: dict[str, tuple[int, ...]]
+    facts: dict
+    row: PixArtConfig | None
+    saved: dict
+    model_config: Mapping | None
+    vae_config: Mapping | None
+    name: str
+
+
+def detect_config(state_dict: Mapping, **hints) -> PixArtConfig:
+    """The configuration of the model that these weights belong to; `explain_detection` with the reasons left out."""
+    return explain_detection(state_dict, **hints).config
+
+
+def explain_detection(
+    state_dict: Mapping,
+    *,
+    variant: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    model_config: Mapping | None = None,
+    vae_config: Mapping | None = None,
+    name: str = "",
+    **overrides,
+) -> Detection:
+    """Find the configuration of PixArt weights in any layout, wrapped or not.
+
+    What the weights' shapes say is taken from them. For the rest the first sign in this order decides: `overrides`
+    (fields of PixArtConfig) and `variant` (a row of CONFIGS); the configuration saved by this package (safetensors
+    `metadata`, or a tensor of the same name); rows of the learned null caption (120 or 300); micro-conditioning;
+    `vae_config` (the config.json of the autoencoder next to it); `model_config` (diffusers' config.json); tokens of
+    the stored position grid; `name` (of file or folder); and a default. The order differs where a sign is direct:
+    the trained size and scale are taken from `model_config` before the position grid.
+    Raises ValueError when the weights are no PixArt model or lack what every PixArt has.
+    """
+    weights = unwrap(state_dict)
+    if variant is not None and variant not in CONFIGS:
+        raise ValueError(f"Unknown variant: got '{variant}', expected one of {', '.join(CONFIGS)}. Choose one of them.")
+    saved = saved_fields(weights, metadata)
+    layout = require_pixart(weights)
+    shapes = _original_shapes(weights, layout)
+    facts = _fields_from_shapes(shapes)
+    row = CONFIGS[variant] if variant is not None else None
+    evidence = _Evidence(shapes, facts, row, saved, model_config, vae_config, name)
+    family, family_sign, conflicts = _choose_family(evidence)
+    found = {field: (value, "shapes of the weights") for field, value in facts.items()}
+    found["base_size"] = _choose_base_size(evidence, family)
+    found["pe_scale"] = _choose_pe_scale(evidence, family, found["base_size"][0])
+    found["num_heads"] = _choose_heads(evidence)
+    found["vae_scale"] = _choose_vae_scale(evidence, family)
+    found["caption_length"] = _choose_caption_length(evidence, family)
+    _apply_overrides(found, overrides)
+    config = PixArtConfig(**{field: value for field, (value, _) in found.items()})
+    signs = {"family": family_sign, **{field: sign for field, (_, sign) in found.items()}}
+    released = f"{family}-{config.base_px}"
+    return Detection(config, layout, family, released if released in CONFIGS else None, signs, conflicts)
+
+
+def config_to_tensor(config: PixArtConfig) -> torch.Tensor:
+    """The configuration as a uint8 tensor to save under CONFIG_KEY, where a writer keeps tensors but no metadata."""
+    return torch.tensor(list(json.dumps(asdict(config)).encode()), dtype=torch.uint8)
+
+
+def saved_fields(weights: dict, metadata: Mapping[str, str] | None) -> dict:
+    """The configuration that this package saved with the weights; taken out of `weights`. Empty when there is none."""
+    tensor = weights.pop(CONFIG_KEY, None)
+    text = (metadata or {}).get(CONFIG_KEY)
+    if text is None and isinstance(tensor, torch.Tensor) and tensor.dtype == torch.uint8:
+        text = bytes(tensor.flatten().tolist())
+    if text is None:
+        return {}
+    defaults = {field.name: field.default for field in fields(PixArtConfig)}
+    try:
+        saved = {name: _checked(value, defaults[name]) for name, value in json.loads(text).items() if name in defaults}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"Unreadable saved configuration: got {text!r:.80}, expected the JSON of a PixArt configuration. "
+            f"Save the model again, or choose the original file."
+        ) from error
+    return saved
+
+
+def _checked(value, default):
+    """`value` as read from JSON when it has the kind of `default` and is usable; raises ValueError otherwise."""
+    if isinstance(default, bool):
+        fits = isinstance(value, bool)
+    elif isinstance(default, tuple):
+        fits = isinstance(value, list) and all(type(item) is int for item in value)
+    else:
+        kinds = (int,) if isinstance(default, int) else (int, float)
+        fits = type(value) in kinds and 0 < value < _LARGEST
+    if not fits:
+        raise ValueError(f"got {value!r}, expected a value like {default!r}")
+    return tuple(value) if isinstance(default, tuple) else value
+
+
+def _original_shapes(weights: Mapping, layout: str) -> dict[str, tuple[int, ...]]:
+    """Original name -> shape, whatever the layout; nothing is merged for it."""
+    if layout != DIFFUSERS:
+        return {name: tuple(value.shape) for name, value in weights.items()}
+    shapes = {name: tuple(weights[name].shape) for name in RECOMPUTED_KEYS if name in weights}
+    names = [name for name in weights if name not in RECOMPUTED_KEYS]
+    for name, parts in merge_plan(names).items():
+        found = [tuple(weights[part].shape) for part in parts]
+        shapes[name] = (sum(shape[0] for shape in found if shape), *found[0][1:])
+    return shapes
+
+
+def _shape(shapes: Mapping, name: str, dimensions: int) -> tuple[int, ...]:
+    shape = shapes.get(name)
+    if shape is None:
+        raise ValueError(
+            f"Weights are missing: got no '{name}', expected it in every PixArt model. "
+            f"Download the complete checkpoint."
+        )
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(
+            f"Wrong shape of '{name}': got {shape}, expected {dimensions} dimensions. Download the checkpoint again."
+        )
+    return shape
+
+
+def _fields_from_shapes(shapes: Mapping) -> dict:
+    """The fields of PixArtConfig that the tensors' shapes settle."""
+    hidden, in_channels, patch_size, _ = _shape(shapes, "x_embedder.proj.weight", 4)
+    blocks = [match for match in map(_BLOCK_NAME.fullmatch, shapes) if match]
+    indices = {int(match[1]) for match in blocks}
+    if indices != set(range(len(indices))) or not indices:
+        raise ValueError(
+            f"Blocks are missing: got {len(indices)} of them up to number {max(indices, default=0)}, "
+            f"expected every one from 0 on. Download the complete checkpoint."
+        )
+    outputs = _shape(shapes, "final_layer.linear.weight", 2)[0] / patch_size**2
+    if outputs not in (in_channels, 2 * in_channels):
+        raise ValueError(
+            f"Wrong shape of 'final_layer.linear.weight': got {outputs:g} output channels, expected {in_channels} or "
+            f"{2 * in_channels}. Choose a PixArt checkpoint."
+        )
+    ratios = {int(match[1]): _shape(shapes, match[0], 4)[-1] for match in blocks if match[2] == "attn.sr.weight"}
+    if len(set(ratios.values())) > 1:
+        raise ValueError(
+            f"Key and value compression differs between blocks: got ratios {sorted(set(ratios.values()))}, "
+            f"expected one. Choose a released checkpoint."
+        )
+    return {
+        "depth": len(indices),
+        "hidden_size": hidden,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "mlp_ratio": mlp_ratio(_shape(shapes, "blocks.0.mlp.fc1.weight", 2)[0], hidden),
+        "caption_channels": _shape(shapes, "y_embedder.y_proj.fc1.weight", 2)[1],
+        "learn_sigma": outputs == 2 * in_channels,
+        "micro_condition": any(name.startswith(("csize_embedder.", "ar_embedder.")) for name in shapes),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in shapes,
+        "kv_compress_ratio": next(iter(ratios.values()), 1),
+        "kv_compress_layers": tuple(sorted(ratios)),
+    }
+
+
+def mlp_ratio(inner: int, hidden: int) -> float:
+    """The ratio whose product with `hidden`, cut to an integer, is `inner` again."""
+    ratio = inner / hidden
+    return ratio if int(hidden * ratio) == inner else math.nextafter(ratio, math.inf)
+
+
+def _choose_family(evidence: _Evidence) -> tuple[str, str, tuple[str, ...]]:
+    """(ALPHA or SIGMA, the sign that decided, the signs overruled): see `explain_detection` for the order."""
+    votes = []
+    if evidence.row is not None:
+        votes.append((SIGMA if evidence.row.is_sigma else ALPHA, CHOSEN))
+    if "vae_scale" in evidence.saved:
+        saved_sigma = abs(evidence.saved["vae_scale"] - SIGMA_VAE_SCALE) < 1e-4
+        votes.append((SIGMA if saved_sigma else ALPHA, SAVED))
+    rows = _null_rows(evidence.shapes)
+    votes += [
+        (family, f"learned null caption of {rows} tokens") for family in FAMILIES if rows == CAPTION_LENGTH[family]
+    ]
+    if evidence.facts["micro_condition"]:
+        votes.append((ALPHA, "micro-conditioning weights"))
+    scale = _number(evidence.vae_config, "scaling_factor") or 0
+    votes += [(family, VAE) for family in FAMILIES if abs(scale - VAE_SCALE[family]) < 1e-4]
+    votes += [(family, CONFIG_JSON) for family in _family_of_model_config(evidence.model_config)]
+    if _stored_tokens(evidence.shapes) == 128**2:
+        votes.append((SIGMA, "stored position grid of 2048 px"))
+    named = read_name(evidence.name)[0]
+    if named:
+        votes.append((named, "file name"))
+    # Without any other sign a small grid is far likelier alpha's, and a model of unknown size Sigma's 1024.
+    default = ALPHA if _stored_tokens(evidence.shapes) in (16**2, 32**2) else SIGMA
+    family, sign = votes[0] if votes else (default, "no sign: the most common model of this kind")
+    return family, sign, tuple(f"{other_sign} says {other}" for other, other_sign in votes if other != family)
+
+
+def _family_of_model_config(model_config: Mapping | None) -> list[str]:
+    """Sigma's diffusers files spell out that there is no micro-conditioning, or hold sizes and scales of its own."""
+    if model_config is None:
+        return []
+    size, scale = _number(model_config, "sample_size"), _number(model_config, "interpolation_scale")
+    extra = model_config.get("use_additional_conditions")
+    if size == 32 and scale == 1 or extra is True:
+        return [ALPHA]
+    if size == 256 or scale in (0.5, 4.0) or extra is False:
+        return [SIGMA]
+    return [ALPHA] if size in (32, 64) and extra is None else []
+
+
+def _choose_base_size(evidence: _Evidence, family: str) -> tuple[int, str]:
+    """(tokens per side at the trained size, the sign that decided)."""
+    tokens_per_px = 1 / (LATENT_DOWNSCALE * evidence.facts["patch_size"])
+    if evidence.row is not None:
+        return evidence.row.base_size, CHOSEN
+    if "base_size" in evidence.saved:
+        return evidence.saved["base_size"], SAVED
+    sample_size = _number(evidence.model_config, "sample_size")
+    if sample_size and sample_size >= evidence.facts["patch_size"]:
+        return int(sample_size * LATENT_DOWNSCALE * tokens_per_px), CONFIG_JSON
+    tokens = _stored_tokens(evidence.shapes)
+    if tokens:
+        return math.isqrt(tokens), "stored position grid"
+    base_px = read_name(evidence.name)[1]
+    if base_px:
+        return max(int(base_px * tokens_per_px), 1), "file name"
+    sign = "no sign: the most common size of this family"
+    if evidence.facts["micro_condition"]:
+        sign = "micro-conditioning weights"
+    base_px = 1024 if family == SIGMA or evidence.facts["micro_condition"] else 512
+    return max(int(base_px * tokens_per_px), 1), sign
+
+
+def _choose_pe_scale(evidence: _Evidence, family: str, base_size: int) -> tuple[float, str]:
+    """(divisor of the position grid, the sign that decided); base_size: tokens per side at the trained size."""
+    if evidence.row is not None:
+        return evidence.row.pe_scale, CHOSEN
+    if "pe_scale" in evidence.saved:
+        return float(evidence.saved["pe_scale"]), SAVED
+    scale = _number(evidence.model_config, "interpolation_scale")
+    if scale and scale > 0:
+        return float(scale), CONFIG_JSON
+    sample_size = _number(evidence.model_config, "sample_size")
+    if sample_size:
+        return float(max(sample_size // 64, 1)), CONFIG_JSON  # diffusers' own rule where the scale is null
+    base_px = base_size * evidence.facts["patch_size"] * LATENT_DOWNSCALE
+    released = CONFIGS.get(f"{family}-{base_px}")
+    if released is not None:
+        return released.pe_scale, "trained size"
+    return (base_px / 512 if family == SIGMA else max(base_px / 512, 1.0)), "trained size"
+
+
+def _choose_heads(evidence: _Evidence) -> tuple[int, str]:
+    """(heads, the sign that decided). Shapes do not tell; without another sign the width of a head is guessed.
+
+    The guess: 72 as in XL/2 where it divides hidden_size, else 64 as in the smaller DiT models, else the largest
+    divisor below 64.
+    """
+    if "num_heads" in evidence.saved:
+        return evidence.saved["num_heads"], SAVED
+    heads = _number(evidence.model_config, "num_attention_heads")
+    if heads and heads >= 1:
+        return int(heads), CONFIG_JSON
+    heads = guess_heads(evidence.facts["hidden_size"])
+    return heads, f"guess: heads of width {evidence.facts['hidden_size'] // heads}"
+
+
+def guess_heads(hidden_size: int) -> int:
+    """A likely number of heads: see `_choose_heads`."""
+    return hidden_size // next(width for width in (72, *range(64, 0, -1)) if hidden_size % width == 0)
+
+
+def _choose_vae_scale(evidence: _Evidence, family: str) -> tuple[float, str]:
+    """(factor between the autoencoder's latent and the model's, the sign that decided)."""
+    if evidence.row is not None:
+        return evidence.row.vae_scale, CHOSEN
+    if "vae_scale" in evidence.saved:
+        return evidence.saved["vae_scale"], SAVED
+    scale = _number(evidence.vae_config, "scaling_factor")
+    if scale and scale > 0:
+        return float(scale), VAE
+    return VAE_SCALE[family], "family"
+
+
+def _choose_caption_length(evidence: _Evidence, family: str) -> tuple[int, str]:
+    """(caption tokens, the sign that decided)."""
+    if evidence.row is not None:
+        return evidence.row.caption_length, CHOSEN
+    rows = _null_rows(evidence.shapes)
+    if rows:
+        return rows, "learned null caption"
+    if "caption_length" in evidence.saved:
+        return evidence.saved["caption_length"], SAVED
+    return CAPTION_LENGTH[family], "family"
+
+
+def _apply_overrides(found: dict, overrides: dict) -> None:
+    unknown = set(overrides) - set(found)
+    if unknown:
+        raise ValueError(
+            f"Unknown settings: got {', '.join(sorted(unknown))}, expected fields of PixArtConfig. Correct their names."
+        )
+    found.update({field: (value, CHOSEN) for field, value in overrides.items() if value is not None})
+
+
+def _null_rows(shapes: Mapping) -> int:
+    """Tokens of the learned null caption, 0 without one."""
+    shape = shapes.get(NULL_CAPTION_KEY, ())
+    return shape[0] if len(shape) == 2 else 0
+
+
+def _stored_tokens(shapes: Mapping) -> int:
+    """Tokens of the position grid in the file when it is a square one, else 0."""
+    for name in RECOMPUTED_KEYS:
+        shape = shapes.get(name, ())
+        if len(shape) == 3 and math.isqrt(shape[1]) ** 2 == shape[1]:
+            return shape[1]
+    return 0
+
+
+def read_name(name: str) -> tuple[str | None, int | None]:
+    """(family, trained size in px) as a file or folder name tells them; None for what it does not tell."""
+    lowered = name.lower()
+    known = [release for release in RELEASES if release.lower() in lowered]
+    if known:
+        row = RELEASES[max(known, key=len)]
+        return row.split("-")[0], CONFIGS[row].base_px
+    sizes = re.findall(r"(?<![0-9])(256|512|1024|2048|[12]k)(?![0-9a-z])", lowered.replace("px", "").replace("x", " "))
+    size = {"1k": "1024", "2k": "2048"}.get(sizes[-1], sizes[-1]) if sizes else None
+    family = SIGMA if "sigma" in lowered else ALPHA if re.search("alpha|pixart-xl|lcm|dmd", lowered) else None
+    return family, int(size) if size else None
+
+
+def _number(values: Mapping | None, key: str) -> float | None:
+    value = values.get(key) if isinstance(values, Mapping) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < _LARGEST else None

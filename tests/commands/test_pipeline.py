@@ -1,0 +1,53 @@
+"""Sampling without ComfyUI: captions are read once, and what comes out is what reading them at each step gives."""
+
+import pytest
+import torch
+
+from pixart_pack.pixart.sampling import Captions, GuidedModel, Settings, sample_latents
+from pixart_pack.tests.tiny_pixart import make_model, tiny_config
+
+CONFIG = tiny_config("alpha-1024")
+
+
+def captions(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Captions.of([torch.randn(length, CONFIG.caption_channels, generator=generator) for length in lengths])
+
+
+@pytest.fixture
+def reads():
+    """A model, and a list that grows whenever one of its blocks reads a caption."""
+    model, calls = make_model(CONFIG), []
+    for block in model.blocks:
+        block.cross_attn.kv_linear.register_forward_hook(lambda *_: calls.append(1))
+    return model, calls
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_captions_are_read_once(reads, guidance):
+    model, calls = reads
+    given = (captions(7, 4), captions(1, 1, seed=1), 72, 104, [5, 6], Settings(steps=3, guidance=guidance))
+    kept = sample_latents(model, *given, keep=True)
+    assert len(calls) == CONFIG.depth
+    exact = sample_latents(model, *given)
+    assert len(calls) == CONFIG.depth * (1 + 3)
+    torch.testing.assert_close(kept, exact, atol=1e-4, rtol=1e-5)  # float32 noise of three steps
+
+
+def test_memory_for_captions_is_bounded(reads, monkeypatch):
+    model, calls = reads
+    monkeypatch.setattr("pixart_pack.pixart.sampling.KEPT_KEYS_BYTES", 1000)
+    sample_latents(model, captions(7), captions(1), 64, 64, [5], Settings(steps=3), keep=True)
+    assert len(calls) == CONFIG.depth * 3
+
+
+def test_the_model_is_told_the_size_in_pixels():
+    model, caption = make_model(CONFIG), captions(5)
+    x, sigma = torch.randn(1, 4, 9, 13, generator=torch.Generator().manual_seed(1)), torch.tensor([2.0])
+    seen = []
+    model.register_forward_hook(lambda _, given, out: seen.append((given, out)))
+    with torch.no_grad():
+        GuidedModel(model, caption, caption, 1.0)(x, sigma)
+        (latent, time, *_), found = seen[0]
+        size, ratio = torch.tensor([[72.0, 104.0]]), torch.tensor([[72 / 104]])
+        assert torch.equal(model(latent, time, caption.states, caption.mask, size, ratio), found)

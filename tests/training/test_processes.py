@@ -1,0 +1,216 @@
+"""Training on several processes, really launched: the same losses as one process with the same global batch."""
+
+import signal
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pixart_pack.pixart.data.cache import DatasetEncoder, EncodeSettings
+from pixart_pack.pixart.data.sources import read_dataset
+from pixart_pack.pixart.lora import read_lora
+from pixart_pack.pixart.training.processes import _check_sharded
+from pixart_pack.pixart.training.report import read_log
+from pixart_pack.pixart.training.settings import RunConfig, write_config
+from pixart_pack.pixart.training.state import Checkpoints
+from pixart_pack.pixart.training.validation import ValidationPrompt, write_prompts
+from pixart_pack.pixart.weights.saving import save_checkpoint
+from pixart_pack.tests import processes
+from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
+from pixart_pack.tests.training_data import WIDTH, tiny_settings
+
+pytest.importorskip("accelerate")
+STEPS = 4
+VAE = processes.ROOT / "demo" / "models" / "vae" / "pixart_demo_vae.safetensors"
+FSDP = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"  # as the README has it
+SHARDED = "the weights are shared out (FSDP)"
+LAUNCHERS = {
+    "one": processes.ALONE,
+    "ddp": processes.accelerate(),
+    "fsdp": processes.accelerate(*FSDP.split(), "--fsdp_transformer_layer_cls_to_wrap", "PixArtBlock"),
+    "torchrun": processes.TORCHRUN,
+}
+
+
+def encode_text(captions):
+    generator = torch.Generator().manual_seed(len(captions[0]))
+    return [torch.randn(len(caption.split()) + 1, WIDTH, generator=generator) for caption in captions]
+
+
+def encode_image(pixels):
+    means = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8) * 4
+    return torch.cat([means, means.sum(1, keepdim=True)], 1), None
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model and an encoded dataset on disk."""
+    folder = tmp_path_factory.mktemp("processes")
+    config = tiny_config()
+    save_checkpoint(folder / "model.safetensors", make_weights(config), config)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for number in range(10):
+        size = (64, 64) if number % 3 else (96, 64)
+        noise = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text("a word " * (number % 4 + 1))
+    records = [
+        replace(each, is_prior=number % 4 == 1, control=each.picture)
+        for number, each in enumerate(read_dataset(pictures))
+    ]
+    encoder = DatasetEncoder(records, folder / "features", EncodeSettings(base_px=64), "text", "image")
+    encoder.encode_captions(encode_text)
+    encoder.encode_pictures(encode_image)
+    encoder.features()
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    prompts = [ValidationPrompt(random(3, WIDTH), (8, width), random(4, 8, width)) for width in (8, 10)]
+    write_prompts(folder / "prompts.safetensors", prompts)
+    return folder
+
+
+def begin(place, name, launcher, **fields):
+    """Start a configuration, which the test's place gets, with validation pictures."""
+    usual = {"steps": STEPS, "batch_size": 4, "checkpoint_every": 2, "ema_decay": 0.9, "accumulation": 2,
+             "dropout": 0.1}  # fmt: skip
+    if fields.get("kind", "lora") == "lora":
+        usual["prior_target"] = "model"  # which asks the frozen model in some batches and not in others
+    settings = tiny_settings(**{**usual, "sample_every": 2, "sample_steps": 2, **fields})
+    more = {"output": "runs", "name": name, "validation": "prompts.safetensors", "vae": str(VAE)}
+    write_config(place / f"{name}.yaml", RunConfig("model.safetensors", "features", settings, **more))
+    command = ["run", place / f"{name}.yaml", *(["--device", "cpu"] if launcher == "one" else [])]
+    return processes.start("pixart.training", *command, launcher=LAUNCHERS[launcher])
+
+
+def launch(place, name, launcher, **fields):
+    """Run a configuration; returns (the run's folder, what was printed)."""
+    process = begin(place, name, launcher, **fields)
+    said, errors = processes.finish(process)
+    assert process.returncode == 0, said[-2000:] + errors[-4000:]
+    return place / "runs" / f"{name}_001", said + errors
+
+
+def losses(folder):
+    return [entry["loss"] for entry in read_log(folder / "log.jsonl")]
+
+
+def assert_like_one(folder, alone):
+    # float32: the mean over four pictures, or of two means over two
+    assert losses(folder) == pytest.approx(losses(alone), rel=1e-5)
+    given, expected = (Checkpoints(each / "checkpoints", 1).load() for each in (folder, alone))
+    for part in ("parameters", "average", "extra"):
+        ours, theirs = (each[part]["shadow"] if part == "average" else each[part] for each in (given, expected))
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-5)  # Adam divides by small numbers
+    for path in (alone / "samples").glob("*.png"):
+        one, other = (np.asarray(Image.open(each / "samples" / path.name), np.int16) for each in (folder, alone))
+        assert np.abs(one - other).max() <= 1 and one.std() > 1
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """A function: kind -> the folder of that training in one process, each made once."""
+
+    @cache
+    def folder(kind):
+        return launch(place, f"alone_{kind}", "one", kind=kind)[0]
+
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher, kind", [("ddp", "lora"), ("torchrun", "full"), ("fsdp", "lora"), ("fsdp", "full")])
+def test_two_processes_train_as_one_does(place, alone, launcher, kind):
+    folder, text = launch(place, f"{launcher}_{kind}", launcher, kind=kind, batch_size=2)
+    assert len(losses(folder)) == STEPS and len(list((folder / "samples").iterdir())) == 3
+    assert_like_one(folder, alone(kind))
+    assert text.count("steps are done") == 1 and text.count(SHARDED) == (launcher == "fsdp")
+    if kind == "lora":
+        assert not read_lora(folder / f"{folder.name}.safetensors").unmatched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lcm", "lcm_lora", "controlnet"])
+def test_sharded_teachers_averages_and_copied_blocks_train_and_go_on_as_one_process_does(place, alone, kind):
+    fields = {"kind": kind, "batch_size": 2}
+    launch(place, f"shared_{kind}", "fsdp", **fields, steps=2)
+    folder, text = launch(place, f"shared_{kind}", "fsdp", **fields)
+    assert SHARDED in text and "goes on after step 2" in text
+    assert_like_one(folder, alone(kind))
+    results = [load_file(each / f"{each.name}.safetensors") for each in (folder, alone(kind))]
+    for name, expected in results[1].items():
+        torch.testing.assert_close(results[0][name], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, is_second, match",
+    [
+        ({}, False, "FSDP of the first version: got fsdp_version 1, expected 2. Launch with --fsdp_version 2"),
+        ({"optimizer": "came"}, True, "Optimiser cannot be sharded: got 'came', expected adamw or lion"),
+        ({"dtype": "fp16"}, True, "fp16 cannot be sharded: got dtype fp16 .* Set dtype to bf16"),
+    ],
+)
+def test_what_cannot_be_sharded_is_told_before_any_work(fields, is_second, match):
+    with pytest.raises(ValueError, match=match):
+        _check_sharded(tiny_settings(**fields), is_second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["one", "ddp", "fsdp"])
+def test_a_signal_ends_a_training_with_its_result_and_it_goes_on(place, launcher):
+    """SIGTERM to one process, Ctrl-C to many."""
+    name, batch_size = f"cut_{launcher}", 4 if launcher == "one" else 2
+    process = begin(place, name, launcher, steps=100_000, batch_size=batch_size, checkpoint_every=0, sample_every=0)
+    folder = place / "runs" / f"{name}_001"
+    processes.wait_until(lambda: len(read_log(folder / "log.jsonl")) > 2, process)
+    process.send_signal(signal.SIGTERM) if launcher == "one" else processes.interrupt(process)
+    said, errors = processes.finish(process)
+    steps = len(losses(folder))
+    assert steps > 2 and (launcher != "one" or process.returncode == 0), said + errors
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{steps:08d}.pt"]
+    assert not read_lora(folder / f"{folder.name}.safetensors").unmatched, said + errors
+    more = {"steps": steps + 2, "checkpoint_every": 0, "sample_every": 0}
+    launch(place, name, launcher, batch_size=batch_size, **more)
+    whole, _ = launch(place, f"whole_{launcher}", "one", **more)
+    assert len(losses(folder)) == steps + 2
+    assert_like_one(folder, whole) if launcher != "one" else assert_equal(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_from_its_last_checkpoint(place):
+    fields = {"checkpoint_every": 3, "sample_every": 0}
+    process = begin(place, "killed", "one", steps=100_000, **fields)
+    folder = place / "runs" / "killed_001"
+    checkpoints = Checkpoints(folder / "checkpoints", 1)
+    processes.wait_until(lambda: len(checkpoints.all()) > 1, process)
+    process.kill()
+    processes.finish(process)
+    steps = checkpoints.load()["step"]
+    assert steps > 3 and not (folder / "result.json").exists()
+    launch(place, "killed", "one", steps=steps + 2, **fields)
+    whole, _ = launch(place, "unbroken", "one", steps=steps + 2, **fields)
+    assert_equal(folder, whole)
+
+
+def assert_equal(folder, whole):
+    assert losses(folder) == losses(whole)
+    given, expected = (Checkpoints(each / "checkpoints", 1).load()["parameters"] for each in (folder, whole))
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_sharded_weights_of_several_precisions(place):
+    """A base in bf16 and 8 bits under adapters in fp32, as a large model is trained."""
+    fields = {"kind": "lora", "dtype": "bf16", "base_dtype": "fp8", "targets": "all-linear", "checkpointing": True}
+    alone, _ = launch(place, "narrow_alone", "one", **fields)
+    folder, text = launch(place, "narrow_fsdp", "fsdp", **fields, batch_size=2)
+    assert SHARDED in text
+    assert losses(folder) == pytest.approx(losses(alone), rel=1e-2)  # bfloat16 has 8 bits
