@@ -16,7 +16,7 @@ from .host.loading import (
     load_pipeline,
     load_vae,
 )
-from .host.lora import DTYPES
+from .host.lora import DTYPES as SAVED_DTYPES
 from .host.schema import choice_input, node_input, schema
 from .host.text.captions import show_text
 
@@ -222,7 +222,7 @@ class LoadConsistencyDecoder(io.ComfyNode):
 NODES: list[type[io.ComfyNode]] = [LoadConsistencyDecoder]
 
 
-AS_IT_IS = next(iter(DTYPES))
+AS_IT_IS = next(iter(SAVED_DTYPES))
 
 
 class SaveCheckpoint(io.ComfyNode):
@@ -256,7 +256,7 @@ class SaveCheckpoint(io.ComfyNode):
                 ),
                 choice_input(
                     "dtype",
-                    DTYPES,
+                    SAVED_DTYPES,
                     default=AS_IT_IS,
                     tooltip="Precision of the file. as it is: that of the loaded weights, and fp16 for fp8.",
                 ),

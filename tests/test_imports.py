@@ -3,68 +3,25 @@
 import ast
 import graphlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from pixart_pack.tests.architecture import DOORS, LADDER, OPTIONAL, ROOMS, allowed, room_of
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("samplers", "pixart", "nodes", "demo", "benchmarks", "devtools", "editor")
 OWN_NAMES = {*PACKAGES, "tests", "pixart_pack"}
-# What a package may import from outside besides the standard library. The host brings all of it.
-LIBRARIES = {
-    "samplers": {"torch", "tqdm"},
-    "pixart": {"torch", "safetensors", "numpy", "einops"},
-    "devtools": set(),
-    "editor": {"numpy", "PIL"},
-}
-MORE_LIBRARIES = {
-    "pixart.text": {"transformers", "sentencepiece", "ftfy"},
-    "pixart.resolution": {"PIL"},
-    "pixart.drawing.sheets": {"PIL"},
-    "pixart.drawing.diagrams": {"PIL"},
-    "pixart.commands.server": {"PIL"},
-    "pixart.commands.compare": {"PIL", "tqdm"},
-    "pixart.encoders.edges": {"kornia"},
-    "pixart.commands.sample": {"PIL", "tqdm"},
-    "pixart.encoders.t5": {"transformers"},
-    "pixart.tracking.run_log": {"PIL", "wandb"},
-    "pixart.commands.evaluate": {"PIL", "tqdm"},
-    "pixart.commands.scores": {"PIL", "torchmetrics", "transformers"},
-    "pixart.encoders.captioner": {"transformers", "PIL"},
-    "pixart.encoders.autoencoder": {"diffusers"},
-    "pixart.encoders.consistency_decoder": {"diffusers"},
-    "pixart.training": {"transformers", "sentencepiece", "PIL", "accelerate", "tqdm", "wandb", "yaml"},
-    "pixart.data.sources": {"datasets"},
-}
-# Packages that a package may reach by relative imports, besides itself.
-BELOW = {
-    "samplers": set(),
-    "pixart": set(),
-    "devtools": set(),
-    "nodes": {"pixart", "samplers"},
-    "editor": {"pixart", "samplers", "demo", "devtools"},
-}
-LADDER = ("pixart.config", "pixart.layers", "pixart.transformer", "pixart.controlnet")
-# These read and write files: of the model they know its configuration alone.
-CHECKPOINT = (
-    "checkpoint",
-    "control_layout",
-    "control_storage",
-    "detection",
-    "layout",
-    "folder",
-    "pth",
-    "storage",
-    "saving",
-)
-NODE_FILES_MAY_IMPORT = {"comfy_api", "torch"}
+MOST_MODULES = 14  # of a package's folder
+# The solvers lie beside the model, which is a package of its own on the command line.
+ABSOLUTE = {"pixart.sampling": "samplers"}
 # The nodes that train, those that make what is trained with, and what the demo is taught by are training's only doors.
 TRAINING_DOORS = (
-    *("nodes.training", "nodes.host.training.runs"),
-    *("nodes.dataset", "nodes.features", "nodes.host.training.dataset", "nodes.host.training.encoding"),
-    *("demo.control", "demo.train_control", "demo.finetune", "benchmarks.train"),
+    *("nodes.training", "nodes.dataset", "nodes.features", "nodes.host.training"),
+    *("demo.control", "demo.train_control", "demo.finetune", "benchmarks.train", "pixart.commands"),
 )
 
 
@@ -132,25 +89,45 @@ def test_the_imports_are_seen():
 
 def test_own_modules_are_imported_relatively():
     """ComfyUI registers the pack under its folder's name, and `import nodes` would give ComfyUI's own file."""
-    assert not broken(lambda each: not each.relative and each.target_package in OWN_NAMES)
-
-
-@pytest.mark.parametrize("package", LIBRARIES)
-def test_libraries(package):
-    def allowed(module: str) -> set[str]:
-        more = [names for prefix, names in MORE_LIBRARIES.items() if f"{module}.".startswith(f"{prefix}.")]
-        return LIBRARIES[package].union(sys.stdlib_module_names, *more)
-
-    foreign = broken(
-        lambda each: each.package == package and not each.relative and each.target_package not in allowed(each.module)
+    assert not broken(
+        lambda each: (
+            not each.relative and each.target_package in OWN_NAMES and ABSOLUTE.get(each.module) != each.target_package
+        )
     )
-    assert not foreign
 
 
-@pytest.mark.parametrize("package", BELOW)
-def test_packages_reach_down_only(package):
-    reachable = {package, *BELOW[package]}
-    assert not broken(lambda each: each.package == package and each.relative and each.target_package not in reachable)
+@pytest.mark.parametrize("room", [room for room, (_, _, libraries) in ROOMS.items() if libraries is not None])
+def test_libraries(room):
+    def foreign(each: Import) -> bool:
+        usual = {*ROOMS[room][2], *sys.stdlib_module_names, *OPTIONAL.get(each.module, ()), *OWN_NAMES}
+        return room_of(each.module) == room and not each.relative and each.target_package not in usual
+
+    assert not broken(foreign)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_reach_down_only(room):
+    wrong = [
+        f"{each.module} imports {target}"
+        for each, target in INNER
+        if target and room_of(each.module) == room
+        if room_of(target) not in {*allowed(room), *DOORS.get(each.module, ())}
+    ]
+    assert not wrong
+
+
+def test_the_table_holds_nothing_that_no_import_needs():
+    used = {(room_of(each.module), room_of(target)) for each, target in INNER if target}
+    used |= {("pixart", "samplers")}
+    idle = [(room, each) for room, (_, targets, _) in ROOMS.items() for each in targets if each != "pixart.*"]
+    assert not [pair for pair in idle if pair not in used]
+    assert all(module in FILES for module in (*DOORS, *OPTIONAL, *ABSOLUTE, *LADDER))
+
+
+def test_folders_hold_about_a_dozen_modules():
+    counts = Counter(path.parent for path in FILES.values() if path.is_relative_to(ROOT / "pixart"))
+    counts += Counter(path.parent for path in FILES.values() if path.is_relative_to(ROOT / "nodes"))
+    assert {str(folder): count for folder, count in counts.items() if count > MOST_MODULES} == {}
 
 
 def test_modules_form_no_circle():
@@ -168,28 +145,27 @@ def test_the_model_is_a_ladder():
                 assert target in LADDER[:rung], f"{module} imports {each.target}"
 
 
-def test_checkpoints_know_the_configuration_alone():
-    family = {f"pixart.{name}" for name in CHECKPOINT}
-    wrong = [each for each, target in INNER if each.module in family and target not in {"pixart.config", *family}]
-    assert not wrong
+def test_files_of_weights_know_the_configuration_alone():
+    targets = {target for each, target in INNER if room_of(each.module) == "pixart.weights"}
+    assert {target for target in targets if room_of(target) == "pixart"} == {"pixart.config"}
 
 
-def test_nothing_imports_training():
-    def trains(name: str) -> bool:
-        return f"{name}.".startswith("pixart.training.")
+def test_only_some_doors_lead_to_training():
+    def lies_in(module: str, names) -> bool:
+        return any(f"{module}.".startswith(f"{name}.") for name in names)
 
     wrong = [
-        each
+        f"{each.module} imports {target}"
         for each, target in INNER
-        if trains(target) and not trains(each.module) and each.module not in TRAINING_DOORS
+        if lies_in(target, ["pixart.training"]) and not lies_in(each.module, ["pixart.training", *TRAINING_DOORS])
     ]
     assert not wrong
 
 
 def test_only_the_host_adapter_reaches_into_comfyui():
     files = {module for module in FILES if module.startswith("nodes") and not module.startswith("nodes.host")}
-    allowed = NODE_FILES_MAY_IMPORT.union(sys.stdlib_module_names)
-    assert not broken(lambda each: each.module in files and not each.relative and each.target_package not in allowed)
+    usual = {*ROOMS["nodes"][2], *sys.stdlib_module_names}
+    assert not broken(lambda each: each.module in files and not each.relative and each.target_package not in usual)
 
 
 def test_node_files_do_not_import_each_other():

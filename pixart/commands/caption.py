@@ -23,7 +23,7 @@ from ..encoders.captioner import (
     load_captioner,
 )
 from ..weights.atomic import write_atomically
-from .console import DTYPES, add_device, describe, own_device, process_rank
+from .console import DTYPES, add_device, make_parser, own_device, process_rank
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,9 @@ EXAMPLES = """examples:
   python -m pixart caption short.csv --model llava-1.5-7b-hf/ --refine --output dense.json"""
 
 
-def add_parser(subparsers) -> argparse.ArgumentParser:
-    """Add the command `caption`; its `main` takes the parsed options."""
+def parse() -> argparse.ArgumentParser:
     usual = CaptionSettings()
-    parser = subparsers.add_parser(
-        "caption", help="describe pictures with a vision-language model", **describe(DESCRIPTION, EXAMPLES)
-    )
+    parser = make_parser("caption", DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     add("dataset", type=Path, help="folder of pictures, or a table that names them")
     add("--model", type=Path, required=True, help="folder of LLaVA or another image-text-to-text model")
@@ -57,7 +54,6 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add("--seed", type=int, default=usual.seed, help="default: %(default)s")
     add("--force", action="store_true", help="caption again what has a caption")
     add_device(parser)
-    parser.set_defaults(main=main)
     return parser
 
 

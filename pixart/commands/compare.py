@@ -19,7 +19,7 @@ from PIL import Image
 from ..drawing.axes import Axis, Grid, parse_axis
 from ..drawing.sheets import comparison_grid, labelled_sheet
 from ..weights.atomic import write_atomically
-from .console import make_parser, run_command
+from .console import make_parser
 from .server import ComfyServer
 
 
@@ -118,7 +118,3 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--timeout-s", type=float, default=3600, help="for one picture; default: %(default)s")
     parser.add_argument("--force", action="store_true", help="replace a sheet that is there")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main, parse()))

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -11,14 +12,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
-def make_parser(name: str, text: str) -> argparse.ArgumentParser:
-    """The parser of `python -m pixart.<name>`. text: the module's: a summary, and after an empty line the examples."""
-    return argparse.ArgumentParser(f"python -m pixart.{name}", **describe(*text.split("\n\n", 1)))
+def program() -> str:
+    """How this program was called: by the script that pip installs, or as a module."""
+    return "pixart" if Path(sys.argv[0]).stem == "pixart" else "python -m pixart"
 
 
-def describe(summary: str, examples: str) -> dict:
-    """What a parser of argparse is given to show both as they are written."""
-    return {"description": summary, "epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
+def make_parser(name: str, summary: str, examples: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the command `name`; both texts are shown as they are written.
+
+    examples: by default what follows the first empty line of the summary.
+    """
+    if examples is None:
+        summary, examples = summary.split("\n\n", 1)
+    shown = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"{program()} {name}", description=summary, epilog=examples, formatter_class=shown)
 
 
 def run_command(

@@ -29,7 +29,7 @@ from ..weights.layouts import CONTROL, CONTROLNET, detect_layout, unwrap
 from ..weights.reading import read_checkpoint, read_tensors
 from ..weights.saving import names_file, save_checkpoint
 from ..weights.t5 import MARKER, detect_t5_config, encoder_weights, is_t5_folder
-from .console import DTYPES, make_parser, run_command
+from .console import DTYPES, make_parser
 
 MODEL_LAYOUTS = ("original", "diffusers")
 T5_LAYOUTS = ("single", "folder")
@@ -179,7 +179,3 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--shard-gb", type=float, help="largest file of a diffusers folder; default: one file")
     parser.add_argument("--force", action="store_true", help="replace a target that is there")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main, parse()))

@@ -18,7 +18,7 @@ from ..encoders.t5 import find_tokenizer, load_text_encoder
 from ..text import tokenizer_file
 from ..weights.folders import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS, find_weights
 from ..weights.reading import read_tensors
-from .console import DTYPES, add_device, describe, own_device, process_rank
+from .console import DTYPES, add_device, make_parser, own_device, process_rank
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,8 @@ EXAMPLES = """examples:
   accelerate launch --multi_gpu -m pixart encode pictures/ --output features/ --text-encoder t5/ --vae vae/"""
 
 
-def add_parser(subparsers) -> argparse.ArgumentParser:
-    """Add the command `encode`; its `main` takes the parsed options."""
-    parser = subparsers.add_parser("encode", help="encode a dataset for training", **describe(DESCRIPTION, EXAMPLES))
+def parse() -> argparse.ArgumentParser:
+    parser = make_parser("encode", DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     add("dataset", type=Path, help="folder of pictures with .txt captions, table, or any of --kind")
     add("--output", type=Path, required=True, help="folder of the encoded dataset; it may hold others")
@@ -48,7 +47,6 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add_device(parser)
     _add_dataset_options(parser.add_argument_group("dataset"))
     _add_settings(parser.add_argument_group("encoding"))
-    parser.set_defaults(main=main)
     return parser
 
 

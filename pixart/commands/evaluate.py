@@ -24,7 +24,7 @@ from PIL import Image
 
 from ..weights.atomic import write_atomically
 from .compare import fill, make_cell, parse_target, read_workflow
-from .console import make_parser, own_device, process_rank, run_command
+from .console import make_parser, own_device, process_rank
 from .sample import add_models, add_settings, load_pipeline, picture_size, read_settings, to_pictures
 from .scores import INCEPTION, Scores, load_scorer, measure, write_report
 from .server import ComfyServer
@@ -205,7 +205,3 @@ def parse() -> argparse.ArgumentParser:
         "--scorer", metavar="MODULE:FUNCTION", help="(picture, prompt) -> {name: number}, for scores of your own"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main, parse()))

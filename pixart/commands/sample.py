@@ -10,7 +10,6 @@ pictures are the same to rounding.
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..text import clean_prompt
 from ..transformer import PixArt
 from ..weights.atomic import write_atomically
 from ..weights.reading import read_checkpoint
-from .console import DTYPES, add_device, make_parser, run_command
+from .console import DTYPES, add_device, make_parser
 from .pipeline import Pipeline
 
 
@@ -188,7 +187,3 @@ def _advance(bar, count: int, _state: dict) -> None:
 def file_words(prompt: str) -> str:
     """The first words of a prompt as a part of a file's name."""
     return re.sub(r"\W+", "-", prompt.lower())[:40].strip("-") or "picture"
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main, parse()))

@@ -1,5 +1,6 @@
-"""The command `run`: one training outside a graph, in one process or in those of `accelerate launch`."""
+"""`python -m pixart train`: one training outside a graph, in one process or in those of `accelerate launch`."""
 
+import argparse
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ from ..training.settings import RunConfig, read_config
 from ..training.validation import Decode, read_prompts
 from ..transformer import PixArt
 from ..weights.reading import read_checkpoint
-from .console import describe
+from .console import make_parser
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,11 @@ EXAMPLES = """examples:
 SAME_SIGNAL_S = 2.0  # the launchers pass on a Ctrl-C which the terminal has sent to their processes, too
 
 
-def add_parser(commands) -> None:
-    """Register the command with an argparse object of subparsers."""
-    parser = commands.add_parser("run", help="train by a configuration file", **describe(DESCRIPTION, EXAMPLES))
+def parse() -> argparse.ArgumentParser:
+    parser = make_parser("train", DESCRIPTION, EXAMPLES)
     parser.add_argument("config", help="YAML or JSON, as Export PixArt Training Config writes it")
     parser.add_argument("--device", help="of a training in one process; default: the GPU, or else the CPU")
-    parser.set_defaults(main=main)
+    return parser
 
 
 def main(options) -> None:

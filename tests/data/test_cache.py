@@ -26,7 +26,7 @@ from pixart_pack.pixart.data.shards import ShardFolder, ShardWriter
 from pixart_pack.pixart.data.sources import read_dataset
 from pixart_pack.tests.training_data import interrupting
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = EncodeSettings(base_px=64, caption_length=20)
 SIZES = ((64, 64), (96, 64), (64, 96), (128, 64), (64, 64))
 

@@ -10,7 +10,7 @@ from pixart_pack.editor.templates.__main__ import INSET_GAP_PX, INSET_PX, card, 
 from pixart_pack.editor.templates.files import DEMO_MODEL, FILES
 from pixart_pack.editor.templates.rehearsal import CAPTIONS, LESSONS, halve_bins, rehearse
 
-API = Path(__file__).parent.parent / "workflows" / "api"
+API = Path(__file__).parents[2] / "workflows" / "api"
 
 
 def read(name: str) -> dict:

@@ -58,7 +58,7 @@ def run(dataset, model, *arguments):
 def start(dataset, model, *arguments, launcher=processes.ALONE):
     """The command in a process of its own."""
     usual = ["--model", model, "--temperature", 0, "--device", "cpu", "--dtype", "fp32", "--batch-size", 1]
-    return processes.start("pixart.training", "caption", dataset, *usual, *arguments, launcher=launcher)
+    return processes.start("pixart", "caption", dataset, *usual, *arguments, launcher=launcher)
 
 
 def captions_of(path, kind="auto"):

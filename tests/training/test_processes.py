@@ -87,7 +87,7 @@ def begin(place, name, launcher, **fields):
     more = {"output": "runs", "name": name, "validation": "prompts.safetensors", "vae": str(VAE)}
     write_config(place / f"{name}.yaml", RunConfig("model.safetensors", "features", settings, **more))
     command = ["run", place / f"{name}.yaml", *(["--device", "cpu"] if launcher == "one" else [])]
-    return processes.start("pixart.training", *command, launcher=LAUNCHERS[launcher])
+    return processes.start("pixart", *command, launcher=LAUNCHERS[launcher])
 
 
 def launch(place, name, launcher, **fields):

@@ -26,7 +26,7 @@ CONFIG = PixArtConfig(
     depth=2, hidden_size=72, num_heads=1, caption_channels=16, caption_length=120, micro_condition=False, base_size=32,
     pe_scale=1.0,
 )  # fmt: skip
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def random_weights(config=CONFIG, dtype=torch.float32, seed=0):

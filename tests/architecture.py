@@ -1,0 +1,78 @@
+"""Which room may import from which: one table, read by the import test and drawn on the architecture page."""
+
+# room: (what is in it, the rooms that it may import from, and the libraries beside the standard one)
+ROOMS = {
+    "samplers": ("the maths of one solver per file", (), ("torch", "tqdm")),
+    "pixart": ("the model, and what describes it", ("samplers",), ("torch", "numpy", "einops", "safetensors")),
+    "pixart.weights": ("files of weights", ("pixart",), ("torch", "numpy", "safetensors")),
+    "pixart.lora": ("adapters", ("pixart", "pixart.weights"), ("torch", "safetensors")),
+    "pixart.encoders": ("networks beside the transformer", ("pixart", "pixart.weights"), ("torch",)),
+    "pixart.drawing": ("pictures with words", ("pixart",), ("PIL",)),
+    "pixart.tracking": ("what made a picture or a training", ("pixart.weights",), ("PIL", "wandb")),
+    "pixart.data": ("data sets", ("pixart", "pixart.weights"), ("torch", "numpy", "safetensors", "PIL")),
+    "pixart.training": (
+        "objectives and the loop",
+        ("pixart", "pixart.weights", "pixart.lora", "pixart.tracking", "pixart.data"),
+        ("torch", "numpy", "safetensors", "PIL", "accelerate", "tqdm", "wandb", "yaml"),
+    ),
+    "pixart.commands": (
+        "`python -m pixart <command>`",
+        (
+            *("pixart", "pixart.weights", "pixart.lora", "pixart.encoders"),
+            *("pixart.drawing", "pixart.data", "pixart.training"),
+        ),
+        ("torch", "numpy", "safetensors", "PIL", "tqdm"),
+    ),
+    "nodes.host": ("all that reaches into ComfyUI", ("samplers", "pixart.*"), None),
+    "nodes": ("thin nodes", ("nodes.host", "samplers", "pixart.*"), ("comfy_api", "torch")),
+    "demo": ("the small built-in model", ("samplers", "pixart.*"), None),
+    "benchmarks": ("what the published numbers come from", ("samplers", "pixart.*", "nodes.host", "demo"), None),
+    "devtools": ("what dev.py is made of", (), ()),
+    "editor": ("writes workflows and help pages", ("samplers", "pixart.*", "demo", "devtools"), ("numpy", "PIL")),
+}
+# What single modules may import beyond their room's row.
+DOORS = {
+    "pixart.checkpoint": ("pixart.weights",),  # the public names of a lower floor
+    "pixart.__main__": ("pixart.commands",),
+}
+# Within the model, each knows only those before it.
+LADDER = ("pixart.config", "pixart.layers", "pixart.transformer", "pixart.controlnet")
+# Optional libraries of single modules.
+OPTIONAL = {
+    "pixart.text": {"transformers", "sentencepiece", "ftfy"},
+    "pixart.resolution": {"PIL"},
+    "pixart.commands.scores": {"torchmetrics", "transformers"},
+    "pixart.encoders.t5": {"transformers"},
+    "pixart.encoders.autoencoder": {"diffusers"},
+    "pixart.encoders.consistency_decoder": {"diffusers"},
+    "pixart.encoders.captioner": {"transformers", "PIL"},
+    "pixart.encoders.edges": {"kornia"},
+    "pixart.data.sources": {"datasets"},
+}
+
+
+def room_of(module: str) -> str:
+    """The room of a module: the longest row that it lies in."""
+    parts = module.split(".")
+    rooms = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((room for room in rooms if room in ROOMS), "")
+
+
+def allowed(room: str) -> set[str]:
+    """The rooms that a room may import from, itself among them; `pixart.*` stands for the model and all over it."""
+    rooms = {room}
+    for name in ROOMS[room][1]:
+        rooms |= {each for each in ROOMS if f"{each}.".startswith("pixart.")} if name == "pixart.*" else {name}
+    return rooms
+
+
+def draw() -> str:
+    """The arrows as a Mermaid diagram: the table that the architecture page shows."""
+    lines = ["flowchart BT"]
+    ids = {room: room.replace(".", "_") for room in ROOMS}
+    lines += [f'    {ids[room]}["{room}<br><small>{text}</small>"]' for room, (text, _, _) in ROOMS.items()]
+    for room, (_, targets, _) in ROOMS.items():
+        for target in targets:
+            names = ["pixart_commands", "pixart_training"] if target == "pixart.*" else [ids[target]]
+            lines += [f"    {ids[room]} --> {name}" for name in names]
+    return "\n".join(lines)
