@@ -1,6 +1,6 @@
 """Speed and memory of the model alone, without ComfyUI: `python benchmarks/plain.py --device cuda --dtypes bf16`.
 
-Needs torch, numpy, einops and safetensors beside `pixart/` and `samplers/`. Weights are random. Beside each figure
+Needs torch, numpy and safetensors beside `pixart/` and `samplers/`. Weights are random. Beside each figure
 stands the roofline: the least time by the operations and bytes counted and the rates measured on this machine. Where
 diffusers is installed, its transformer runs in turns with ours, on the same weights.
 """

@@ -3,7 +3,7 @@
 # room: (what is in it, the rooms that it may import from, and the libraries beside the standard one)
 ROOMS = {
     "samplers": ("the maths of one solver per file", (), ("torch", "tqdm")),
-    "pixart": ("the model, and what describes it", ("samplers",), ("torch", "numpy", "einops", "safetensors")),
+    "pixart": ("the model, and what describes it", ("samplers",), ("torch", "numpy", "safetensors")),
     "pixart.weights": ("files of weights", ("pixart",), ("torch", "numpy", "safetensors")),
     "pixart.lora": ("adapters", ("pixart", "pixart.weights"), ("torch", "safetensors")),
     "pixart.encoders": ("networks beside the transformer", ("pixart", "pixart.weights"), ("torch",)),

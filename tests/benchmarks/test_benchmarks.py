@@ -181,8 +181,8 @@ def run_plain(tmp_path, options, before=""):
 
 
 def test_plain_script_needs_four_libraries(tmp_path):
-    """torch, numpy, einops and safetensors, with what they need: nothing else that is installed here is found."""
-    allowed = allowed_packages(["torch", "numpy", "einops", "safetensors"])
+    """torch, numpy and safetensors, with what they need: nothing else that is installed here is found."""
+    allowed = allowed_packages(["torch", "numpy", "safetensors"])
     others = sorted(set(metadata.packages_distributions()) - allowed)
     assert {"transformers", "diffusers", "tqdm"} <= set(others)
     hide = f"""

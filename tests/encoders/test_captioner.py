@@ -18,7 +18,7 @@ from pixart_pack.pixart.encoders.captioner import (
     fill_prompt,
     load_captioner,
 )
-from pixart_pack.pixart.training.__main__ import main
+from pixart_pack.pixart.__main__ import main
 from pixart_pack.tests import processes
 from pixart_pack.tests.tiny_llava import write_llava
 

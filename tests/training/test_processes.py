@@ -86,7 +86,7 @@ def begin(place, name, launcher, **fields):
     settings = tiny_settings(**{**usual, "sample_every": 2, "sample_steps": 2, **fields})
     more = {"output": "runs", "name": name, "validation": "prompts.safetensors", "vae": str(VAE)}
     write_config(place / f"{name}.yaml", RunConfig("model.safetensors", "features", settings, **more))
-    command = ["run", place / f"{name}.yaml", *(["--device", "cpu"] if launcher == "one" else [])]
+    command = ["train", place / f"{name}.yaml", *(["--device", "cpu"] if launcher == "one" else [])]
     return processes.start("pixart", *command, launcher=LAUNCHERS[launcher])
 
 
