@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pixart_pack.pixart.__main__ import main
 from pixart_pack.pixart.commands import caption
 from pixart_pack.pixart.data.sources import SAM, read_dataset
 from pixart_pack.pixart.encoders import captioner as captioners
@@ -18,7 +19,6 @@ from pixart_pack.pixart.encoders.captioner import (
     fill_prompt,
     load_captioner,
 )
-from pixart_pack.pixart.__main__ import main
 from pixart_pack.tests import processes
 from pixart_pack.tests.tiny_llava import write_llava
 
