@@ -1,4 +1,4 @@
 """What dev.py is made of, in the standard library only.
 
-Lowest first: process, environment, browser_package, browser, server, commands.
+Lowest first: process, checks, environment, browser_package, browser, server, commands.
 """

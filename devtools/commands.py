@@ -9,6 +9,7 @@ import sys
 import time
 
 from .browser import browser_offered, runs_browser_tests
+from .checks import lint_commands
 from .environment import DEFAULT_HOST, HOSTS, Environment, choose_environment, prepare
 from .process import LAUNCH, ROOT, DevError, child_environment, foreground, say, stop_on_signals, tail
 from .server import PACK, Server, device_flags, link_pack, prepare_base
@@ -96,9 +97,8 @@ def test(options: argparse.Namespace) -> int:
 
 def lint(options: argparse.Namespace) -> int:
     environment = ready(options)
-    checks = [["check", "--fix"], ["format"]] if options.fix else [["check"], ["format", "--check"]]
-    ruff = [environment.python, "-m", "ruff"]
-    return max([foreground([*ruff, *check, "."], cwd=ROOT, env=child_environment()) for check in checks])
+    commands = lint_commands(environment.python, options.fix)
+    return max([foreground(command, cwd=ROOT, env=child_environment()) for command in commands])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -145,7 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--port", type=int, default=8188, help="the server's port (default: 8188)")
     add(test, "run the tests", "[PYTEST ARGUMENTS]")
     add(bench, "run the benchmarks", "[NAME] [ARGUMENTS]")
-    command = add(lint, "check style and formatting")
+    command = add(lint, "check style, formatting, and the files that GitHub reads")
     command.add_argument("--fix", action="store_true", help="mend what can be mended")
     add(run, "run a program with the pack and the host importable", "FILE|-m MODULE [ARGUMENTS]")
     return parser
