@@ -69,7 +69,10 @@ def test_the_cache_holds_the_environment_and_its_key_all_that_decides_what_is_in
     (job,) = read(ROOT / ".github" / "workflows" / "tests.yml")["jobs"].values()
     (cache,) = [step["with"] for step in job["steps"] if step.get("uses", "").startswith("actions/cache@")]
     (call,) = [step["run"] for step in job["steps"] if "run" in step]
-    assert f"--env {cache['path']} " in call
+    assert "--env ~/environment " in call
+    folder = environment.Environment(Path("~/environment"), "key", "0")
+    parts = {folder.host, folder.python.parent.parent, folder.stamp, folder.folder / "made-by-pixart-dev"}
+    assert {Path(line) for line in cache["path"].split()} == parts
     hashed = {ROOT / name for name in re.findall(r"'([^']+)'", cache["key"])}
     assert hashed == {*environment.installed_files(ROOT / environment.REQUIREMENTS), Path(environment.__file__)}
 
