@@ -246,8 +246,8 @@ def test_the_line_that_tells_most(output, reason):
         (["-q", "-k", "registry"], True),
         (["tests"], True),
         (["tests/browser/test_editor.py::test_x", "-q"], True),
-        (["tests/test_dev.py"], False),
-        (["tests/host", "tests/test_dev.py"], False),
+        (["tests/test_imports.py"], False),
+        (["tests/host", "tests/test_imports.py"], False),
     ],
 )
 def test_a_browser_is_looked_for_when_its_tests_run(arguments, expected):
