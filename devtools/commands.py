@@ -5,12 +5,14 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import sys
 import time
+from pathlib import Path
 
 from .browser import browser_offered, runs_browser_tests
 from .checks import lint_commands
-from .environment import DEFAULT_HOST, HOSTS, Environment, choose_environment, prepare
+from .environment import DEFAULT_HOST, HOSTS, Environment, choose_environment, name_hash, prepare
 from .process import LAUNCH, ROOT, DevError, child_environment, foreground, say, stop_on_signals, tail
 from .server import PACK, Server, device_flags, link_pack, prepare_base
 
@@ -32,6 +34,20 @@ def python_path(environment: Environment) -> dict[str, str]:
     link_pack(custom_nodes)
     places = (environment.host, custom_nodes, ROOT)  # the host first, since it and the root both have a `nodes`
     return child_environment(PYTHONPATH=os.pathsep.join(map(str, places)), PIXART_COMFYUI=str(environment.host))
+
+
+def cache_variables(environment: Environment, root: Path = ROOT) -> dict[str, str]:
+    """Variables that lead the caches of pytest, Hypothesis and Ruff out of a clone that cannot be written."""
+    if os.access(root, os.W_OK):
+        return {}
+    caches = environment.lasting / "caches" / name_hash(root)
+    cache = f"cache_dir={caches / 'pytest'}"
+    pytest_options = f"{os.environ.get('PYTEST_ADDOPTS', '')} -o {shlex.quote(cache)}"
+    return {
+        "PYTEST_ADDOPTS": pytest_options,
+        "RUFF_CACHE_DIR": str(caches / "ruff"),
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(caches / "hypothesis"),
+    }
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -90,7 +106,7 @@ def serve(options: argparse.Namespace) -> int:
 
 def test(options: argparse.Namespace) -> int:
     environment = ready(options)
-    variables = child_environment(PIXART_COMFYUI=str(environment.host))
+    variables = child_environment(PIXART_COMFYUI=str(environment.host), **cache_variables(environment))
     with browser_offered(environment) if runs_browser_tests(options.rest) else contextlib.nullcontext({}) as browser:
         return foreground([environment.python, "-m", "pytest", *options.rest], cwd=ROOT, env={**variables, **browser})
 
@@ -98,7 +114,8 @@ def test(options: argparse.Namespace) -> int:
 def lint(options: argparse.Namespace) -> int:
     environment = ready(options)
     commands = lint_commands(environment.python, options.fix)
-    return max([foreground(command, cwd=ROOT, env=child_environment()) for command in commands])
+    variables = child_environment(**cache_variables(environment))
+    return max([foreground(command, cwd=ROOT, env=variables) for command in commands])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -176,7 +193,7 @@ def take_own(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command; returns the exit code. What fails is told in one line, with the tail of the log it has."""
+    """Run a command; returns the exit code. What fails is told in one line, after the tail of its log."""
     options = parse(arguments)
     stop_on_signals()
     log = None
@@ -187,8 +204,8 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         full = error.errno == errno.ENOSPC
         message = "The disk is full: free some space or choose --env DIR" if full else str(error)
-    if message:
-        sys.stderr.write(f"error: {message}\n")
     if log is not None:
         sys.stderr.write(f"The end of {log}:\n{tail(log)}\n")
+    if message:  # last, where it is seen
+        sys.stderr.write(f"error: {message}\n")
     return 1

@@ -35,9 +35,13 @@ INSTALL_FAILURES = (
     (r"No space left on device|\[Errno 28\]|not enough space", "The disk is full: free {free} GB or choose --env DIR"),
     (r"DO NOT MATCH THE HASHES", "A download differs from its known checksum: try again, or check the package index"),
     (
+        r"ProxyError",
+        "The proxy cannot be reached: correct or unset HTTP_PROXY and HTTPS_PROXY, or the proxy in pip's settings",
+    ),
+    (
         r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|Network is unreachable|getaddrinfo failed"
-        r"|Temporary failure in name resolution|Connection refused|ProxyError|Connection broken|from versions: none",
-        "The package index cannot be reached: check the network, or pip's index and proxy settings",
+        r"|Temporary failure in name resolution|Connection refused|Connection broken|from versions: none",
+        "The package index cannot be reached: check the network, or the index in pip's settings",
     ),
     (r"ensurepip|No module named pip", "This Python cannot make environments: install its venv package (python3-venv)"),
     (

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -196,6 +197,11 @@ def test_too_little_space(tmp_path, monkeypatch):
         (
             "WARNING: Retrying ... NewConnectionError ...\nERROR: No matching distribution found for x",
             "cannot be reached",
+        ),
+        (
+            "WARNING: Retrying ... ProxyError('Cannot connect to proxy.', NewConnectionError(...\n"
+            "ERROR: No matching distribution found for x",
+            "The proxy cannot be reached",
         ),
         (
             "ERROR: No matching distribution found for torch==2.14.1",
@@ -444,8 +450,24 @@ def test_a_failure_shows_the_end_of_its_log(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(commands, "stop_on_signals", lambda: None)
     assert commands.main(["lint"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:2] == ["error: It broke", f"The end of {tmp_path / 'log'}:"]
-    assert lines[2:] == [f"line {number}" for number in range(80, 100)]
+    assert lines[0] == f"The end of {tmp_path / 'log'}:"
+    assert lines[1:-1] == [f"line {number}" for number in range(80, 100)]
+    assert lines[-1] == "error: It broke"
+
+
+def test_caches_lie_elsewhere_only_where_the_clone_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-v")
+    env = environment.Environment(tmp_path / "an env", "key", "0.30.0", shared=False)
+    assert commands.cache_variables(env, tmp_path) == {}
+    monkeypatch.setattr(commands.os, "access", lambda path, mode: False)
+    variables = commands.cache_variables(env, tmp_path)
+    caches = tmp_path / "an env" / "caches"
+    assert all(
+        Path(variables[name]).is_relative_to(caches) for name in ("RUFF_CACHE_DIR", "HYPOTHESIS_STORAGE_DIRECTORY")
+    )
+    before, option, value = shlex.split(variables["PYTEST_ADDOPTS"])
+    assert (before, option) == ("-v", "-o")
+    assert Path(value.removeprefix("cache_dir=")).is_relative_to(caches)
 
 
 def test_an_old_python_can_read_dev_py():
