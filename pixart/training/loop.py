@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..data.buckets import BucketSampler
@@ -62,8 +63,8 @@ class Events:
 class Trainer:
     """One training of one objective on one set of features, in one folder.
 
-    folder: gets checkpoints, log and pictures. sample: makes validation pictures of the current weights and keeps them;
-    called with the step's number, every sample_every steps.
+    folder: gets checkpoints, log and pictures. sample: makes validation pictures of the current weights, and gives them
+    as one, None in a process that only takes part; called with the step's number, every sample_every steps.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Trainer:
         folder: Path,
         processes: SingleProcess | None = None,
         events: Events | None = None,
-        sample: Callable[[int], None] | None = None,
+        sample: Callable[[int], Image.Image | None] | None = None,
     ):
         self.objective, self.features, self.settings, self.folder = objective, features, settings, Path(folder)
         self.processes, self.events, self.sample = processes or SingleProcess(), events or Events(), sample
@@ -239,7 +240,9 @@ class Trainer:
         if self.processes.is_sharded or self.processes.rank == 0:
             self.objective.eval()
             with self.averaged(), torch.no_grad():
-                self.sample(self.step)
+                pictures = self.sample(self.step)
+            if pictures is not None:
+                self.report.picture(self.step, "validation", pictures)
             self.processes.release(self.prepared)
             self.objective.train()
         self.processes.wait()

@@ -68,12 +68,10 @@ def train(
     processes = processes or SingleProcess()
     folder = Path(folder)
     objective = make_objective(model, settings, processes.device, features.null_caption)
-    trainer = Trainer(objective, features, settings, folder, processes, events)
     validation = None
     if prompts and decode is not None and settings.sample_every:
-        is_main = processes.rank == 0
-        validation = Validation(objective, prompts, folder, decode, trainer.report, show, is_main)
-        trainer.sample = validation
+        validation = Validation(objective, prompts, folder, decode, show, is_main=processes.rank == 0)
+    trainer = Trainer(objective, features, settings, folder, processes, events, validation)
     step = trainer.run(resume)
     weights = trainer.trained_weights()
     file, strip = file or folder / f"{folder.name}.safetensors", None

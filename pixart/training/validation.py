@@ -16,7 +16,6 @@ from ..config import LATENT_DOWNSCALE
 from ..sampling import Captions, Settings, sample_latents
 from ..weights.atomic import write_atomically
 from .objectives import ControlPrediction, Distillation, Objective
-from .report import Report
 
 Decode = Callable[[Tensor], Tensor]  # unscaled latents (B, 4, h, w) -> pictures (B, H, W, 3) in [0, 1]
 FOLDER = "samples"
@@ -53,26 +52,24 @@ class Validation:
         prompts: Sequence[ValidationPrompt],
         folder: Path,
         decode: Decode,
-        report: Report | None = None,
         show: Callable[[Image.Image], None] | None = None,
         is_main: bool = True,
     ):
         self.objective, self.prompts, self.decode = objective, list(prompts), decode
-        self.folder, self.report, self.show, self.is_main = Path(folder) / FOLDER, report, show, is_main
+        self.folder, self.show, self.is_main = Path(folder) / FOLDER, show, is_main
 
-    def __call__(self, step: int) -> None:
-        """Make, keep and show the pictures of a step."""
+    def __call__(self, step: int) -> Image.Image | None:
+        """Make, keep and show the pictures of a step, which come back as one row; None where not is_main."""
         latents = [self.objective.within(self._latent, prompt, index) for index, prompt in enumerate(self.prompts)]
         if not self.is_main:
-            return
+            return None
         row = join_row([to_image(self.decode(latent)[0]) for latent in latents])
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.png"
         write_atomically(path, lambda temporary: row.save(temporary, "PNG"))
-        if self.report is not None:
-            self.report.picture(step, "validation", row)
         if self.show is not None:
             self.show(row)
+        return row
 
     def _latent(self, prompt: ValidationPrompt, index: int) -> Tensor:
         """The latent of one prompt, (1, 4, h, w) fp32, not scaled; its noise is told by the prompt's place alone."""
