@@ -22,7 +22,7 @@ for (const path of process.argv.slice(1))
     fs.writeFileSync(path.slice(0, -3), zlib.brotliDecompressSync(fs.readFileSync(path)));
 """
 START = """#!/bin/sh
-here=$(dirname "$(readlink -f "$0")")
+here=${0%/*}
 export LD_LIBRARY_PATH="$here/lib" FONTCONFIG_FILE="$here/fonts.conf"
 exec "$here/chromium" "$@"
 """

@@ -27,8 +27,9 @@ posix = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
-    monkeypatch.setattr(environment, "cache_folder", lambda: tmp_path / "cache")
-    return tmp_path / "cache" / "environments"
+    folder = tmp_path / "a cäche"  # as in the homes of people
+    monkeypatch.setattr(environment, "cache_folder", lambda: folder)
+    return folder / "environments"
 
 
 def make_clone(folder: Path, requirements: str = "torch==1\n") -> Path:
@@ -106,6 +107,63 @@ def test_a_half_made_environment_is_made_again(cache, tmp_path):
     (folder / "venv" / "torn").touch()
     prepared(clone)
     assert not (folder / "venv" / "torn").exists()
+
+
+MAKER = """
+    import sys, time
+    from pathlib import Path
+    sys.path.insert(0, {root!r})
+    from devtools import environment
+    environment.cache_folder = lambda: Path({cache!r})
+
+    def make(env):
+        print("making", flush=True)
+        time.sleep({seconds})
+        env.python.parent.mkdir(parents=True)
+        env.python.touch()
+
+    env = environment.choose_environment(None, None, Path({clone!r}))
+    environment.prepare(env, make, Path({clone!r}))
+    print(env.is_complete(), flush=True)
+"""
+
+
+def start_maker(cache: Path, clone: Path, seconds: float) -> subprocess.Popen:
+    """Another dev.py, which takes so long to make its environment."""
+    code = MAKER.format(root=str(ROOT), cache=str(cache.parent), clone=str(clone), seconds=seconds)
+    variables = process.child_environment(PYTHONUTF8="1")
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=variables,
+    )
+
+
+def test_a_killed_making_is_made_again(cache, tmp_path):
+    clone = make_clone(tmp_path / "a")
+    with start_maker(cache, clone, 60) as maker:
+        assert maker.stdout.readline() == "making\n"
+        maker.kill()
+    folder = prepared(clone)
+    assert {path.name for path in folder.iterdir()} == {
+        "ComfyUI",
+        "complete.json",
+        "made-by-pixart-dev",
+        "users",
+        "venv",
+    }
+
+
+def test_of_two_at_once_one_makes_and_the_other_waits(cache, tmp_path):
+    clone = make_clone(tmp_path / "a")
+    with start_maker(cache, clone, 1) as maker:
+        assert maker.stdout.readline() == "making\n"
+        with start_maker(cache, clone, 5) as waiter:
+            printed = waiter.communicate(timeout=60)[0].splitlines()
+        assert maker.stdout.readline() == "True\n"
+    assert printed == ["Waiting for another dev.py that makes this environment ...", "True"]
 
 
 def test_a_failed_making_leaves_no_gigabytes(cache, tmp_path):
