@@ -175,7 +175,8 @@ def browser_offered(environment: Environment, ways: Mapping[str, Way] = WAYS) ->
     yield {MISSING_VARIABLE: "; ".join(failures)}
     lines = ["", "The tests of the editor did NOT run: no browser could be found or fetched."]
     lines += [f"  {failure}" for failure in failures]
-    say("\n".join([*lines, f"Install Chromium, or let {VARIABLE} name one. The log: {log_of(environment)}"]))
+    log = f" The log: {log_of(environment)}" if log_of(environment).exists() else ""
+    say("\n".join([*lines, f"Install Chromium, or let {VARIABLE} name one.{log}"]))
 
 
 def runs_browser_tests(arguments: Sequence[str]) -> bool:

@@ -83,7 +83,18 @@ def test_every_way_says_why_it_failed(env, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[1] == "The tests of the editor did NOT run: no browser could be found or fetched."
     assert [line.strip() for line in said[2:-1]] == expected
-    assert str(env.folder / "browser.log") in said[-1]
+    assert said[-1] == "Install Chromium, or let PIXART_BROWSER name one."
+
+
+def test_the_log_of_what_failed_is_named(env, capsys):
+    def way(environment):
+        process.run_limited([sys.executable, "-c", "import sys; sys.exit('no luck')"], 60, browser.log_of(environment))
+
+    with browser.browser_offered(env, {"one": way}):
+        pass
+    assert f"one: no luck\nInstall Chromium, or let PIXART_BROWSER name one. The log: {env.folder / 'browser.log'}" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_named_browser_goes_before_all(env, tmp_path, monkeypatch):
