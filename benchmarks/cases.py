@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..pixart.weights.precision import DTYPES
 from .timing import CLOCKS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda")
 MIXED = "mixed"
 MIXED_LENGTHS = (20, 120)

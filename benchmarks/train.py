@@ -21,6 +21,7 @@ from ..pixart.training.build import make_objective
 from ..pixart.training.draws import draw_batch
 from ..pixart.training.settings import TrainingSettings
 from ..pixart.transformer import PixArt
+from ..pixart.weights.precision import DTYPES
 from .cases import name_device, parse_run
 from .host import import_host
 from .peaks import measure_peak
@@ -36,7 +37,6 @@ PEFT_TARGETS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
     "blocks": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..pixart.training.optimizers import MovingAverage
 from .autoencoder import Autoencoder, average_latents, set_averaging_encoder, set_enlarging_decoder
-from .loop import Ema, clip_gradients
+from .loop import clip_gradients
 from .scenes import OUTLINES, TRAINED_SHAPES, draw_scene, item_box, paint_shape, random_scene
 
 CROP_PX = 48
@@ -67,7 +68,7 @@ class DecoderStage:
         self.optimizer = torch.optim.AdamW(
             self.decoder.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=0, foreach=True
         )
-        self.ema = Ema(self.decoder, ema_decay)
+        self.ema = MovingAverage(dict(self.decoder.named_parameters()), ema_decay)
 
     def step(self, number: int, learning_rate_factor: float, progress: float) -> dict[str, float]:
         rng = Random(f"decoder {self.seed} {number}")
@@ -85,14 +86,14 @@ class DecoderStage:
         norm = clip_gradients(list(self.decoder.parameters()), 0.5)
         self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * learning_rate_factor * min(1, (number + 1) / 40)
         self.optimizer.step()
-        self.ema.update(self.decoder)
+        self.ema.update()
         return {"psnr_noisy_crops": -10 * math.log10(mse.item()), "loss": loss.item(), "gradient": norm}
 
     def averaged(self) -> Autoencoder:
         """A copy of the autoencoder with the averaged decoder, for evaluation."""
         model = Autoencoder().requires_grad_(False).eval()
         model.load_state_dict(self.model.state_dict())
-        self.ema.copy_to(model.taesd_decoder)
+        self.ema.copy_to(dict(model.taesd_decoder.named_parameters()))
         return model
 
     def export(self, path: Path) -> None:

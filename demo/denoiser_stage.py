@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ..pixart.config import PixArtConfig
 from ..pixart.diffusion import Diffusion
+from ..pixart.training.optimizers import MovingAverage
 from ..pixart.transformer import PixArt, initialize_weights
 from .autoencoder import VAE_SCALE
-from .loop import Ema, clip_gradients
+from .loop import clip_gradients
 from .pool import FULL_BUCKETS, SMALL_BUCKETS, Bucket, Pool
 from .scenes import describe
 from .text import END, PAD, T5_FIELDS, TrainedText, make_text_batch
@@ -102,7 +103,8 @@ class DenoiserStage:
         self.model = nn.ModuleDict({"denoiser": denoiser, "text": TrainedText(tokenizer, words)})
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.99), weight_decay=0, foreach=True)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.ema = Ema(self.model, ema_decay)
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.ema = MovingAverage(trained, ema_decay)
 
     def _groups(self) -> list[dict]:
         denoiser, text = self.model["denoiser"], self.model["text"]
@@ -142,13 +144,13 @@ class DenoiserStage:
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
         self.optimizer.step()
-        self.ema.update(self.model)
+        self.ema.update()
         return {"loss": noise_loss.item(), "bound": bound.item(), "gradient": norm}
 
     def averaged(self) -> tuple[PixArt, T5EncoderModel]:
         """Copies with the averaged weights and the null caption filled in, for evaluation and export."""
         model = deepcopy(self.model).requires_grad_(False).eval()
-        self.ema.copy_to(model)
+        self.ema.copy_to(dict(model.named_parameters()))
         denoiser, text = model["denoiser"], model["text"].fill_table()
         length = denoiser.config.caption_length
         ids = torch.tensor([[END] + [PAD] * (length - 1)])

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import time
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from ..pixart.weights.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -33,46 +34,9 @@ def cosine_factor(progress: float, hold: float = 0.0, floor: float = 0.02) -> fl
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
-class Ema:
-    """A moving average of a module's parameters, with a shorter memory over the first steps."""
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
-        self.updates = 0
-        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        shadows = list(self.shadow.values())
-        torch._foreach_lerp_(shadows, [p.detach() for p in module.parameters() if p.requires_grad], 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters():
-            if name in self.shadow:
-                parameter.copy_(self.shadow[name])
-
-    def state_dict(self) -> dict:
-        return {"updates": self.updates, "shadow": self.shadow}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.updates = state["updates"]
-        for name, value in state["shadow"].items():
-            self.shadow[name].copy_(value)
-
-
 def clip_gradients(parameters: list[Tensor], limit: float) -> float:
     """Scale the gradients to a total norm of at most `limit`; return the norm before."""
     return float(nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    """Write beside the file, then rename over it: a killed run leaves the last whole checkpoint."""
-    temporary = path.with_suffix(".part")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
 
 
 def fit(
@@ -102,7 +66,8 @@ def fit(
         logger.info("resumed %s at step %d after %.0f s", folder.name, number, spent)
 
     def save() -> None:
-        save_atomically({"stage": stage.state_dict(), "step": number, "seconds": spent}, path)
+        state = {"stage": stage.state_dict(), "step": number, "seconds": spent}
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
 
     total = steps if steps is not None else round(minutes * 60)
     last_save = tick = time.monotonic()

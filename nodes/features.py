@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..pixart.data.cache import DTYPES, SIZE_CONDITIONS
+from ..pixart.data.cache import CAPTION_DTYPES, SIZE_CONDITIONS
 from .host.edges import AUTO, list_hed_models
 from .host.schema import choice_input, node_input, schema
 from .host.text.captions import show_text
@@ -170,7 +170,7 @@ def _caption_inputs() -> list:
         ),
         choice_input(
             "caption_dtype",
-            DTYPES,
+            CAPTION_DTYPES,
             default="fp16",
             advanced=True,
             tooltip="How captions are stored: fp16 and bf16 take half the space of fp32.",

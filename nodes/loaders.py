@@ -16,7 +16,7 @@ from .host.loading import (
     load_pipeline,
     load_vae,
 )
-from .host.lora import DTYPES as SAVED_DTYPES
+from .host.lora import SAVED_DTYPES
 from .host.schema import choice_input, node_input, schema
 from .host.text.captions import show_text
 

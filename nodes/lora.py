@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..pixart.lora import LAYOUTS
-from .host.lora import DTYPES, convert_lora, extract_lora, list_loras, load_lora
+from .host.lora import SAVED_DTYPES, convert_lora, extract_lora, list_loras, load_lora
 from .host.schema import choice_input, node_input, schema
 from .host.text.captions import show_text
 
@@ -32,7 +32,7 @@ def _prefix_input(name: str):
 def _dtype_input(default: str):
     return choice_input(
         "dtype",
-        DTYPES,
+        SAVED_DTYPES,
         default=default,
         advanced=True,
         tooltip="Precision of the saved tensors. fp16 halves the file against fp32 at no visible loss.",

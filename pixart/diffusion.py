@@ -8,15 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-TRAIN_STEPS = 1000
-BETA_START, BETA_END = 1e-4, 0.02
+from .solvers import NUM_TIMESTEPS, make_betas
+
+TRAIN_STEPS = NUM_TIMESTEPS
 LAST_START_TIMESTEP = 249  # of the "snr_loss"
 _LOWEST_PROBABILITY = 1e-12
-
-
-def make_betas(steps: int = TRAIN_STEPS) -> Tensor:
-    """The linear schedule of PixArt: (steps,) float64."""
-    return torch.linspace(BETA_START, BETA_END, steps, dtype=torch.float64)
 
 
 def alphas_cumprod(betas: Tensor | None = None) -> Tensor:

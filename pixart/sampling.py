@@ -6,28 +6,13 @@ from dataclasses import dataclass, field
 import torch
 
 from .config import LATENT_DOWNSCALE
+from .solvers import SAMPLERS, SampleNoise, noise_seeds, schedule_sigmas, timesteps_from_sigmas, traits_of
 from .text import batch_captions
 from .transformer import PixArt
 
-# On the command line `pixart` is a package of its own, in ComfyUI it lies within the pack; `samplers` is beside it.
-if __package__ == "pixart":
-    from samplers import SAMPLERS
-    from samplers.noise import SampleNoise, noise_seeds
-    from samplers.presets import PRESETS
-    from samplers.schedules import SCHEDULES, schedule_sigmas, timesteps_from_sigmas
-else:
-    from ..samplers import SAMPLERS
-    from ..samplers.noise import SampleNoise, noise_seeds
-    from ..samplers.presets import PRESETS
-    from ..samplers.schedules import SCHEDULES, schedule_sigmas, timesteps_from_sigmas
-
-__all__ = ["PRESETS", "SAMPLERS", "SCHEDULES", "Captions", "GuidedModel", "Settings", "sample_latents"]
-
-GUIDED_CHANNELS = 3  # of IDDPM; the original leaves the fourth to the caption alone
 FIRST_SIGMA_SLACK = 1e-5
 KEPT_KEYS_BYTES = 256 * 2**20  # of captions' keys and values in all blocks, kept while a picture is sampled
 SEEDS = 2**64  # as many as PyTorch takes
-STOCHASTIC = frozenset({"sa_solver", "iddpm", "ddim", "lcm"})
 
 
 @dataclass(frozen=True)
@@ -128,13 +113,12 @@ def sample_latents(
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     full = float(levels[0]) > float(schedule_sigmas("uniform", 1)[0]) * (1 - FIRST_SIGMA_SLACK)
     x = (noise * ((1 + levels[0] ** 2).sqrt() if full else levels[0])).to(device)
-    is_iddpm = settings.solver == "iddpm"
-    channels = GUIDED_CHANNELS if is_iddpm else None
-    guided = GuidedModel(model, positive, negative, settings.guidance, channels, keep)
+    traits = traits_of(SAMPLERS[settings.solver])
+    guided = GuidedModel(model, positive, negative, settings.guidance, traits.guided_channels, keep)
     options = dict(settings.options)
-    if settings.solver in STOCHASTIC:
+    if traits.draws_noise:
         options["noise_sampler"] = SampleNoise(x, noise_seeds(noise))
-    if is_iddpm:
+    if traits.reads_variance:
         options["variance"] = guided.variance
     with torch.no_grad():
         x = SAMPLERS[settings.solver](guided, x, levels.to(device), callback=on_step, disable=True, **options)

@@ -1,5 +1,8 @@
 """What all solvers share: the checks on their sigmas, one evaluation of the model, and the progress bar."""
 
+import inspect
+from dataclasses import dataclass
+
 import torch
 
 from .schedules import sigmas as noise_levels
@@ -13,6 +16,32 @@ except ImportError:  # the solvers need PyTorch alone; a progress bar is a comfo
 
 
 LAST_LEVEL = noise_levels(0.0).item() * (1.0 + 1e-3)  # the noise left at t = 0, and what a host rounds it to
+
+
+GUIDED_CHANNELS = 3  # of four, where the variance is learned: the original leaves the last to the caption alone
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a solver takes beyond the contract, which its caller has to give.
+
+    draws_noise: a `noise_sampler`. reads_variance: a `variance`, the model's variance channels. scales_noise: a
+    `pure_noise`. guided_channels: how many channels the guidance moves, None for all.
+    """
+
+    draws_noise: bool
+    reads_variance: bool
+    scales_noise: bool
+
+    @property
+    def guided_channels(self):
+        return GUIDED_CHANNELS if self.reads_variance else None
+
+
+def traits_of(solver):
+    """The traits of a `sample_x`, by the names of its parameters."""
+    names = inspect.signature(solver).parameters
+    return Traits("noise_sampler" in names, "variance" in names, "pure_noise" in names)
 
 
 def check_sigmas(sigmas):

@@ -17,9 +17,14 @@ BETA_START, BETA_END = 1e-4, 2e-2
 LCM_ORIGIN_STEPS = 50
 DMD_TIMESTEP = 400.0
 
-_BETAS = torch.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=torch.float64)
+
+def make_betas(steps=NUM_TIMESTEPS):
+    """The linear schedule of variances that PixArt is trained with: (steps,) float64."""
+    return torch.linspace(BETA_START, BETA_END, steps, dtype=torch.float64)
+
+
 # log alpha-bar at t = -1, 0, ..., 999: non-increasing from 0
-_LOG_ALPHA_BAR = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-_BETAS).cumsum(0)])
+_LOG_ALPHA_BAR = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-make_betas()).cumsum(0)])
 
 
 def log_alpha_bar(timesteps):

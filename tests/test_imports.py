@@ -17,11 +17,11 @@ PACKAGES = ("samplers", "pixart", "nodes", "demo", "benchmarks", "devtools", "ed
 OWN_NAMES = {*PACKAGES, "tests", "pixart_pack"}
 MOST_MODULES = 14  # of a package's folder
 # The solvers lie beside the model, which is a package of its own on the command line.
-ABSOLUTE = {"pixart.sampling": "samplers"}
-# The nodes that train, those that make what is trained with, and what the demo is taught by are training's only doors.
+ABSOLUTE = {"pixart.solvers": "samplers"}
+# Only these lead to training: the nodes that train or make what is trained with, the commands, and the demo.
 TRAINING_DOORS = (
     *("nodes.training", "nodes.dataset", "nodes.features", "nodes.host.training"),
-    *("demo.control", "demo.train_control", "demo.finetune", "benchmarks.train", "pixart.commands"),
+    *("demo", "benchmarks.train", "pixart.commands"),
 )
 
 

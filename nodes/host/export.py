@@ -9,7 +9,7 @@ import torch
 from ...pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
 from ...pixart.weights.saving import save_checkpoint
 from .folders import next_output
-from .lora import DTYPES, PREFIX, host_key, patched_weight
+from .lora import PREFIX, SAVED_DTYPES, host_key, patched_weight
 from .text.captions import pixart_config
 
 # Layout -> (the file's ending, empty for a folder; the layout's name).
@@ -22,7 +22,7 @@ LAYOUTS = {
 
 
 def save_model(model, prefix: str, layout: str, dtype: str) -> Path:
-    """Write a MODEL with the LoRAs and merges that are on it. layout: of LAYOUTS; dtype: of DTYPES.
+    """Write a MODEL with the LoRAs and merges that are on it. layout: of LAYOUTS; dtype: of SAVED_DTYPES.
 
     prefix: see `folders.next_output`. Returns where it is. Raises ValueError when the model is no PixArt.
     """
@@ -33,7 +33,7 @@ def save_model(model, prefix: str, layout: str, dtype: str) -> Path:
     bar, weights = comfy.utils.ProgressBar(len(names)), {}
     for key in names:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        own = DTYPES[dtype] or _stored_dtype(patches[host_key(key)][0][0])
+        own = SAVED_DTYPES[dtype] or _stored_dtype(patches[host_key(key)][0][0])
         weights[key] = patched_weight(patches, host_key(key), model.load_device).to("cpu", own)
         bar.update(1)
     save_checkpoint(path, weights, config, name)

@@ -14,12 +14,13 @@ from ...pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
 from ...pixart.lora import PEFT_CONFIG, Target, describe_lora, read_lora, save_lora
 from ...pixart.lora.extracting import extract_lora as extract_factors
 from ...pixart.lora.kinds import Difference, Factor, Hadamard, LowRank, set_lengths
+from ...pixart.weights.precision import DTYPES
 from .denoiser.model import TABLES
 from .folders import find_file, find_folder, find_folders, list_files, next_output
 from .text.captions import pixart_config
 
 KINDS = ("loras",)
-DTYPES = {"as it is": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SAVED_DTYPES = {"as it is": None, **{name: DTYPES[name] for name in ("fp32", "fp16", "bf16")}}
 PREFIX = "diffusion_model."
 DORA_NOTE = (
     "note: ComfyUI's own loaders set the lengths of DoRA's rows by those before the change; load this file with Load "
@@ -98,7 +99,7 @@ def add_lora(model, factors: Mapping[Target, Factor], strength: float = 1.0):
 
 
 def convert_lora(name: str, layout: str, prefix: str, dtype: str) -> str:
-    """Write one of list_loras under the names of another program. layout: of LAYOUTS; dtype: of DTYPES.
+    """Write one of list_loras under the names of another program. layout: of LAYOUTS; dtype: of SAVED_DTYPES.
 
     prefix: see `folders.next_output`. Returns where it is and what it holds, in lines of text.
     """
@@ -138,7 +139,7 @@ def extract_lora(model, base, rank: int, energy: float, keep_small: bool, prefix
 
 def _save(factors: Mapping[Target, Factor], layout: str, prefix: str, dtype: str, texts: dict[str, str]) -> Path:
     path = next_output(prefix, "" if layout == "peft" else ".safetensors")
-    save_lora(path, factors, layout=layout, metadata=texts, dtype=DTYPES[dtype])
+    save_lora(path, factors, layout=layout, metadata=texts, dtype=SAVED_DTYPES[dtype])
     return path
 
 

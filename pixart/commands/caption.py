@@ -23,7 +23,8 @@ from ..encoders.captioner import (
     load_captioner,
 )
 from ..weights.atomic import write_atomically
-from .console import DTYPES, add_device, make_parser, own_device, process_rank
+from ..weights.precision import DTYPES
+from .console import add_device, make_parser, own_device, process_rank
 
 log = logging.getLogger(__name__)
 

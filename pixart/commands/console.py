@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from ..weights.precision import DTYPES
+
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
 

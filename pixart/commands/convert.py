@@ -26,10 +26,11 @@ from ..weights.atomic import write_atomically, write_folder_atomically
 from ..weights.controlnets import read_controlnet, save_controlnet
 from ..weights.folders import TEXT_ENCODER_STEMS, find_weights
 from ..weights.layouts import CONTROL, CONTROLNET, detect_layout, unwrap
+from ..weights.precision import DTYPES
 from ..weights.reading import read_checkpoint, read_tensors
 from ..weights.saving import names_file, save_checkpoint
 from ..weights.t5 import MARKER, detect_t5_config, encoder_weights, is_t5_folder
-from .console import DTYPES, make_parser
+from .console import make_parser
 
 MODEL_LAYOUTS = ("original", "diffusers")
 T5_LAYOUTS = ("single", "folder")

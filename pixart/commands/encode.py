@@ -17,8 +17,9 @@ from ..encoders.hed import detect_edges, make_hed
 from ..encoders.t5 import find_tokenizer, load_text_encoder
 from ..text import tokenizer_file
 from ..weights.folders import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS, find_weights
+from ..weights.precision import DTYPES
 from ..weights.reading import read_tensors
-from .console import DTYPES, add_device, make_parser, own_device, process_rank
+from .console import add_device, make_parser, own_device, process_rank
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def _add_settings(group) -> None:
     add("--flip", action="store_true", help="add the mirrored picture of each")
     add("--caption-length", type=int, default=usual.caption_length, help="120 for alpha, 300 for Sigma")
     add("--clean", action="store_true", help="clean captions as PixArt-alpha's were")
-    add("--caption-dtype", choices=list(cache.DTYPES), default=usual.caption_dtype, help="default: %(default)s")
+    add("--caption-dtype", choices=cache.CAPTION_DTYPES, default=usual.caption_dtype, help="default: %(default)s")
     add("--size-condition", choices=cache.SIZE_CONDITIONS, default=usual.size_condition, help="default: %(default)s")
     edges = group.add_mutually_exclusive_group()
     edges.add_argument("--edges", choices=list(EDGES), help="hints for pictures without a control picture")

@@ -22,12 +22,14 @@ from ..config import LATENT_DOWNSCALE
 from ..encoders.autoencoder import load_autoencoder
 from ..encoders.t5 import load_text_encoder
 from ..resolution import parse_prompt_flags
-from ..sampling import PRESETS, SAMPLERS, SCHEDULES, Settings
+from ..sampling import Settings
+from ..solvers import PRESETS, SAMPLERS, SCHEDULES
 from ..text import clean_prompt
 from ..transformer import PixArt
 from ..weights.atomic import write_atomically
+from ..weights.precision import DTYPES
 from ..weights.reading import read_checkpoint
-from .console import DTYPES, add_device, make_parser
+from .console import add_device, make_parser
 from .pipeline import Pipeline
 
 

@@ -11,6 +11,7 @@ from ..config import LATENT_DOWNSCALE
 from ..resolution import ASPECT_RATIOS, fit_images
 from ..text import clean_prompt
 from ..weights.atomic import write_atomically
+from ..weights.precision import DTYPES
 from .examples import Example
 from .identity import digest
 from .pictures import Picture, measure_picture, read_picture
@@ -18,7 +19,7 @@ from .records import Record
 from .shards import ShardFolder, ShardWriter
 
 VERSION = 1  # of keys and manifests: raised when the same settings come to mean something else
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+CAPTION_DTYPES = ("fp16", "bf16", "fp32")
 SIZE_CONDITIONS = ("bin", "picture")
 MANIFEST = "features.json"
 LANCZOS_FROM_PX = 2048  # PixArt-Sigma prepared its largest pictures so
@@ -39,8 +40,8 @@ class EncodeSettings:
 
     base_px: the size that the model was trained at; pictures go to the nearest of its bins, or with `square` all to
     the square one. flip: add the mirrored picture of each. caption_length: in tokens; `clean`: as the official ones.
-    caption_dtype: of DTYPES. size_condition: the size that the model is told, of SIZE_CONDITIONS: the bin's as when
-    pictures are made, or the picture's own as in PixArt-alpha's training.
+    caption_dtype: of CAPTION_DTYPES. size_condition: the size that the model is told, of SIZE_CONDITIONS: the bin's as
+    when pictures are made, or the picture's own as in PixArt-alpha's training.
     """
 
     base_px: int = 512
@@ -52,7 +53,7 @@ class EncodeSettings:
     size_condition: str = SIZE_CONDITIONS[0]
 
     def __post_init__(self):
-        for name, allowed in (("caption_dtype", tuple(DTYPES)), ("size_condition", SIZE_CONDITIONS)):
+        for name, allowed in (("caption_dtype", CAPTION_DTYPES), ("size_condition", SIZE_CONDITIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"Unknown {name}: got '{getattr(self, name)}', expected one of {', '.join(allowed)}. Choose one."

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..controlnet import PixArtControlNet
 from ..transformer import PixArt
+from ..weights.precision import DTYPES
 from .adapters import add_adapters, freeze
 from .objectives import (
     AdapterDistillation,
@@ -20,8 +21,6 @@ from .objectives import (
     PreservingPrediction,
 )
 from .settings import TrainingSettings
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_objective(

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from ..data.examples import Batch
 from ..diffusion import TRAIN_STEPS, Diffusion
+from ..solvers import boundary_scalings
 from ..transformer import PixArt
 from .adapters import AdaptedLinear, adapters_disabled
 from .draws import Draws
@@ -234,7 +235,7 @@ class Distillation(Objective):
     def consistent(self, model, noisy, timestep, conditions) -> Tensor:
         """The consistency function: the clean latent, and the noisy one itself at t = 0."""
         noise = self.predict_noise(model, noisy, timestep, conditions)
-        c_skip, c_out = boundary_scalings(timestep[:, None, None, None])
+        c_skip, c_out = boundary_scalings(timestep[:, None, None, None].float())
         return c_skip * noisy + c_out * self.diffusion.predict_start(noisy, timestep, noise)
 
     def teacher_step(self, noisy, timestep, batch, conditions) -> Tensor:
@@ -289,13 +290,6 @@ class FullDistillation(Distillation):
 
     def extra_state(self):
         return {f"target.{name}": tensor for name, tensor in self.target.named_parameters()}
-
-
-def boundary_scalings(timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out, which make the consistency function the identity at t = 0. Source: arXiv 2310.04378."""
-    scaled = TIMESTEP_SCALING * timestep.float()
-    total = scaled.square() + SIGMA_DATA**2
-    return SIGMA_DATA**2 / total, scaled / total.sqrt()
 
 
 def huber(difference: Tensor, c: float, scale: float | None = None) -> Tensor:

@@ -100,6 +100,18 @@ class MovingAverage:
             parameter.copy_(self.shadow[name])
             self.shadow[name].copy_(own)
 
+    @torch.no_grad()
+    def copy_to(self, parameters: dict[str, Tensor]) -> None:
+        """Write the averages into other parameters of the same names."""
+        for name, value in self.shadow.items():
+            parameters[name].copy_(value)
+
     def state_dict(self) -> dict:
         """For a checkpoint."""
         return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a checkpoint."""
+        self.updates = state["updates"]
+        for name, value in state["shadow"].items():
+            self.shadow[name].copy_(value)

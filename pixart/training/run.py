@@ -16,9 +16,10 @@ from ..lora.kinds import LowRank
 from ..transformer import PixArt
 from ..weights.atomic import write_atomically
 from ..weights.controlnets import save_controlnet
+from ..weights.precision import DTYPES
 from ..weights.saving import save_checkpoint
 from .adapters import AdaptedLinear
-from .build import DTYPES, make_objective
+from .build import make_objective
 from .loop import Events, Trainer
 from .objectives import ControlPrediction, Objective
 from .processes import SingleProcess

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..diffusion import TRAIN_STEPS
+from ..weights import precision
 from ..weights.atomic import write_atomically
 
 KINDS = ("lora", "full", "dreambooth", "controlnet", "lcm", "lcm_lora")
@@ -20,7 +21,7 @@ WEIGHTINGS = ("none", "min_snr", "velocity")
 TIMESTEPS = ("uniform", "log_normal")
 OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "lion")
 SCHEDULES = ("constant", "cosine", "linear")
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = tuple(precision.DTYPES)
 BASE_DTYPES = ("same", "fp8")
 # Which linear layers an adapter sits on, as patterns of their names in the original layout.
 TARGETS = {

@@ -9,15 +9,14 @@ import comfy.samplers
 import torch
 
 from ....samplers import SAMPLERS
+from ....samplers.contract import GUIDED_CHANNELS, traits_of
 from ....samplers.noise import SampleNoise, batch_seeds, noise_seeds
 from ....samplers.presets import PRESETS
 from ....samplers.schedules import SCHEDULES, schedule_sigmas, sigmas
 from .model import VARIANCE_SINK
 
 PREFIX = "pixart_"
-STOCHASTIC = frozenset({"sa_solver", "iddpm", "ddim", "lcm"})
 GUIDANCE_MODES = ("original", "all channels")
-GUIDED_CHANNELS = 3
 CONDITIONAL = 0  # in the host's cond_or_uncond
 SIGMA_SLACK = 1e-3
 
@@ -71,15 +70,16 @@ def _schedule_function(name):
 def _sampler_function(name):
     """The solver as the host calls it: with the host's noise, masks, and the model's variance channels."""
     solve = SAMPLERS[name]
+    traits = traits_of(solve)
 
     def sample(model, x, levels, extra_args=None, callback=None, disable=None, **options):
         _check_prediction(model)
         extra_args = extra_args or {}
-        if name in STOCHASTIC:
+        if traits.draws_noise:
             options.setdefault("noise_sampler", _step_noise(model, x, extra_args, options.get("noise_device", "cpu")))
-        if name == "iddpm":
+        if traits.reads_variance:
             extra_args, options = _with_variance(x, extra_args, options)
-        if name == "dmd":
+        if traits.scales_noise:
             latent = getattr(model, "latent_image", None)
             options["pure_noise"] = latent is None or not torch.count_nonzero(latent)
         result = solve(model, x, levels, extra_args, callback, disable, **options)

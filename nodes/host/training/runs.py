@@ -21,7 +21,6 @@ from ....pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
 from ....pixart.config import LATENT_DOWNSCALE, PixArtConfig
 from ....pixart.data.cache import MANIFEST, CachedFeatures
 from ....pixart.data.examples import FeatureSet
-from ....pixart.training.build import DTYPES
 from ....pixart.training.loop import Events, Progress
 from ....pixart.training.processes import SingleProcess
 from ....pixart.training.report import draw_curve
@@ -30,6 +29,7 @@ from ....pixart.training.settings import RunConfig, TrainingSettings, parse_sett
 from ....pixart.training.validation import Decode, ValidationPrompt, write_prompts
 from ....pixart.transformer import PixArt
 from ....pixart.weights.controlnets import read_controlnet
+from ....pixart.weights.precision import DTYPES
 from ....pixart.weights.saving import save_checkpoint, write_weights
 from ..controlnet import make_control
 from ..loading import AUTO, load_patcher
@@ -63,7 +63,7 @@ class TrainingOutputs:
 def make_settings(kind: str, more: str, dtype: str = AUTO_DTYPE, **values) -> TrainingSettings:
     """Settings out of a node's inputs. more: further ones, in lines of "name: value", which win.
 
-    dtype: of build.DTYPES, or "auto": bf16 on a GPU that has it, otherwise fp32. Raises ValueError for bad ones.
+    dtype: of precision.DTYPES, or "auto": bf16 on a GPU that has it, otherwise fp32. Raises ValueError for bad ones.
     """
     if dtype == AUTO_DTYPE:
         device = comfy.model_management.get_torch_device()

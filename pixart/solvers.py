@@ -1,0 +1,43 @@
+"""The door to the solvers, which lie beside this package: for all that the model shares with them."""
+
+# On the command line `pixart` is a package of its own, in ComfyUI it lies within the pack.
+if __package__ == "pixart":
+    from samplers import SAMPLERS
+    from samplers.contract import traits_of
+    from samplers.lcm import boundary_scalings
+    from samplers.noise import SampleNoise, noise_seeds
+    from samplers.presets import PRESETS
+    from samplers.schedules import (
+        NUM_TIMESTEPS,
+        SCHEDULES,
+        make_betas,
+        schedule_sigmas,
+        timesteps_from_sigmas,
+    )
+else:
+    from ..samplers import SAMPLERS
+    from ..samplers.contract import traits_of
+    from ..samplers.lcm import boundary_scalings
+    from ..samplers.noise import SampleNoise, noise_seeds
+    from ..samplers.presets import PRESETS
+    from ..samplers.schedules import (
+        NUM_TIMESTEPS,
+        SCHEDULES,
+        make_betas,
+        schedule_sigmas,
+        timesteps_from_sigmas,
+    )
+
+__all__ = [
+    "NUM_TIMESTEPS",
+    "PRESETS",
+    "SAMPLERS",
+    "SCHEDULES",
+    "SampleNoise",
+    "boundary_scalings",
+    "make_betas",
+    "noise_seeds",
+    "schedule_sigmas",
+    "timesteps_from_sigmas",
+    "traits_of",
+]
