@@ -12,7 +12,7 @@ ROOMS = {
     "pixart.data": ("data sets", ("pixart", "pixart.weights"), ("torch", "numpy", "safetensors", "PIL")),
     "pixart.training": (
         "objectives and the loop",
-        ("pixart", "pixart.weights", "pixart.lora", "pixart.tracking", "pixart.data"),
+        ("pixart", "pixart.weights", "pixart.lora", "pixart.drawing", "pixart.tracking", "pixart.data"),
         ("torch", "numpy", "safetensors", "PIL", "accelerate", "tqdm", "wandb", "yaml"),
     ),
     "pixart.commands": (
@@ -48,6 +48,7 @@ OPTIONAL = {
     "pixart.encoders.captioner": {"transformers", "PIL"},
     "pixart.encoders.edges": {"kornia"},
     "pixart.data.sources": {"datasets"},
+    "editor.lettering": {"fontTools"},  # comes with matplotlib
 }
 
 

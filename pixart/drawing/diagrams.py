@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..resolution import ASPECT_RATIOS
+from .lettering import load_font
 
 SIZE_PX = (384, 224)
 _PAPER, _GRID, _INK, _FAINT, _LINE = (24, 26, 30), (52, 56, 64), (200, 204, 210), (82, 90, 104), (88, 166, 255)
@@ -15,7 +16,7 @@ LEAST_SIGMA = 0.01  # below which the picture is clean to the eye; sigma 0 is dr
 
 def _canvas():
     image = Image.new("RGB", tuple(side * _DRAWN_AT for side in SIZE_PX), _PAPER)
-    return image, ImageDraw.Draw(image), ImageFont.load_default(_FONT_PX * _DRAWN_AT)
+    return image, ImageDraw.Draw(image), load_font(_FONT_PX * _DRAWN_AT)
 
 
 def _finish(image: Image.Image) -> Image.Image:

@@ -5,24 +5,13 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .lettering import compose, load_font
+
 MARGIN_PX = 16
 SHEET_LIMIT_PX = 16384  # a side that every image format and viewer still takes
 SIDE_WIDTH = 10  # least width of the headings beside a grid's rows, in heights of a letter
 BREAKS = "_-/.,:"
 BACKGROUND, INK = "white", "black"
-# PIL's own font has Latin letters alone. The first of these that is installed has the others.
-WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf")
-
-
-def find_font(texts: Sequence[str], size_px: int) -> ImageFont.FreeTypeFont:
-    """A font that has the letters of these texts, if one is installed; else PIL's own."""
-    if not all(text.isascii() for text in texts):
-        for name in WIDE_FONTS:
-            try:
-                return ImageFont.truetype(name, size_px)
-            except OSError:
-                continue
-    return ImageFont.load_default(size_px)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
@@ -31,7 +20,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
     Such a word is broken behind a mark such as _ where it has one.
     """
     lines = [""]
-    for word in text.split():
+    for word in compose(text).split():
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width_px:
             lines.append(word)
@@ -66,7 +55,7 @@ def labelled_sheet(
     cell = cell or cell_size(pictures)
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
     text_px = _text_size(cell[0])
-    font = find_font(labels, text_px)
+    font = load_font(text_px, labels)
     texts = [wrap(label, font, cell[0]) for label in labels]
     label_px = max((_height(text, text_px) for text in texts), default=0)
     step = (cell[0] + MARGIN_PX, cell[1] + MARGIN_PX + label_px)
@@ -92,7 +81,7 @@ def comparison_grid(
     _check_count(len(pictures), len(rows) * len(columns), "cells of the grid")
     cell = cell_size(pictures)
     text_px = _text_size(cell[0])
-    font = find_font([*rows, *columns, title], text_px)
+    font = load_font(text_px, [*rows, *columns, title])
     side_px = max(cell[0] // 2, SIDE_WIDTH * text_px)
     heads, sides = [wrap(text, font, cell[0]) for text in columns], [wrap(text, font, side_px) for text in rows]
     left_px = max((font.getlength(line) for side in sides for line in side.split("\n")), default=0)

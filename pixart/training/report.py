@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from ..drawing.lettering import load_font
 from ..tracking.weights_and_biases import has_wandb_account
 from ..weights.atomic import write_atomically
 from .settings import TrainingSettings, settings_to_dict
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 LOG = "log.jsonl"
 SMOOTHING_STEPS = 50
 _TIMED_STEPS = 20
+_FONT_PX = 12
 _PAPER, _GRID, _INK, _FAINT, _LINE = (255, 255, 255), (225, 225, 225), (60, 60, 60), (176, 205, 235), (31, 97, 172)
 
 
@@ -153,10 +155,10 @@ def read_log(path: Path) -> list[dict]:
 def draw_curve(losses: Sequence[tuple[int, float]], size: tuple[int, int] = (768, 384)) -> Image.Image:
     """Losses by step as a picture: each one faint, and smoothed over 2 % of them."""
     image = Image.new("RGB", size, _PAPER)
-    draw = ImageDraw.Draw(image)
+    draw, font = ImageDraw.Draw(image), load_font(_FONT_PX)
     points = [(step, loss) for step, loss in losses if math.isfinite(loss)]
     if not points:
-        draw.text((size[0] // 2 - 30, size[1] // 2), "no loss yet", fill=_INK)
+        draw.text((size[0] // 2, size[1] // 2), "no loss yet", _INK, font, "mm")
         return image
     box = (64, 16, size[0] - 16, size[1] - 36)  # left, top, right, bottom
     smooth = _smooth(points, max(1, len(points) // 50))
@@ -172,11 +174,12 @@ def draw_curve(losses: Sequence[tuple[int, float]], size: tuple[int, int] = (768
     for share in range(5):
         y = box[3] - share / 4 * (box[3] - box[1])
         draw.line((box[0], y, box[2], y), fill=_GRID)
-        draw.text((6, y - 6), f"{high * share / 4:.3g}", fill=_INK)
+        draw.text((box[0] - 6, y), f"{high * share / 4:.3g}", _INK, font, "rm")
         step = steps[0] + share / 4 * (steps[1] - steps[0])
-        label = f"{step:.0f}"
-        draw.text((box[0] + share / 4 * (box[2] - box[0]) - 3 * len(label), box[3] + 6), label, fill=_INK)
-    draw.text((box[0], size[1] - 16), f"step; loss {points[-1][1]:.4g}, smoothed {smooth[-1][1]:.4g}", fill=_INK)
+        x = box[0] + share / 4 * (box[2] - box[0])
+        draw.text((x, box[3] + 4), f"{step:.0f}", _INK, font, "mt")
+    text = f"step; loss {points[-1][1]:.4g}, smoothed {smooth[-1][1]:.4g}"
+    draw.text((box[0], size[1] - 4), text, _INK, font, "ls")
     thin = points[:: max(1, len(points) // (4 * size[0]))]
     for course, colour, width in ((thin, _FAINT, 1), (smooth, _LINE, 3)):
         places = [place(point) for point in course]

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import LATENT_DOWNSCALE
+from ..drawing.lettering import load_font
 from ..sampling import Captions, Settings, sample_latents
 from ..weights.atomic import write_atomically
 from .objectives import ControlPrediction, Distillation, Objective
@@ -20,7 +21,7 @@ from .objectives import ControlPrediction, Distillation, Objective
 Decode = Callable[[Tensor], Tensor]  # unscaled latents (B, 4, h, w) -> pictures (B, H, W, 3) in [0, 1]
 FOLDER = "samples"
 _PATTERN = re.compile(r"step-(\d+)\.png")
-_LABEL_PX = 16
+_LABEL_PX, _FONT_PX = 16, 12
 _MAX_STRIP_ROWS = 12
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
@@ -176,7 +177,7 @@ def join_row(images: Sequence[Image.Image]) -> Image.Image:
 
 def _labelled(image: Image.Image, text: str) -> Image.Image:
     tall = Image.new("RGB", (image.width, image.height + _LABEL_PX), _PAPER)
-    ImageDraw.Draw(tall).text((3, 2), text, fill=_INK)
+    ImageDraw.Draw(tall).text((3, _LABEL_PX / 2), text, _INK, load_font(_FONT_PX, [text]), "lm")
     tall.paste(image, (0, _LABEL_PX))
     return tall
 
