@@ -128,9 +128,6 @@ class ControlNetApply(io.ComfyNode):
         )
 
 
-NODES: list[type[io.ComfyNode]] = [LoadControlNet, ControlNetApply]
-
-
 KEEP_SIZE = "keep"
 
 
@@ -203,4 +200,4 @@ class HEDPreprocessor(io.ComfyNode):
         return io.NodeOutput(edges, edges.shape[2], edges.shape[1])
 
 
-NODES: list[type[io.ComfyNode]] = [HEDPreprocessor]
+NODES: list[type[io.ComfyNode]] = [LoadControlNet, ControlNetApply, HEDPreprocessor]

@@ -172,9 +172,6 @@ class DatasetFromImages(io.ComfyNode):
         return _dataset_output(cls.hidden, dataset, add_to[0] if add_to else None)
 
 
-NODES: list[type[io.ComfyNode]] = [TrainingDataset, DatasetFromImages]
-
-
 USUAL = CaptionSettings()
 
 
@@ -286,4 +283,4 @@ class CaptionImages(io.ComfyNode):
         return io.NodeOutput(texts)
 
 
-NODES: list[type[io.ComfyNode]] = [CaptionImages]
+NODES: list[type[io.ComfyNode]] = [TrainingDataset, DatasetFromImages, CaptionImages]

@@ -175,9 +175,6 @@ class ModelInfo(io.ComfyNode):
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
-NODES: list[type[io.ComfyNode]] = [LoadCheckpoint, LoadDiffusers, LoadVAE, ModelInfo]
-
-
 class LoadConsistencyDecoder(io.ComfyNode):
     """Decode latents of PixArt-alpha by DALL-E 3's decoder."""
 
@@ -217,9 +214,6 @@ class LoadConsistencyDecoder(io.ComfyNode):
     @classmethod
     def execute(cls, decoder, vae, seed=0, model=None):
         return io.NodeOutput(load_consistency_vae(decoder, vae, seed, model))
-
-
-NODES: list[type[io.ComfyNode]] = [LoadConsistencyDecoder]
 
 
 AS_IT_IS = next(iter(SAVED_DTYPES))
@@ -272,4 +266,11 @@ class SaveCheckpoint(io.ComfyNode):
         return io.NodeOutput(path, ui=ui.PreviewText(path))
 
 
-NODES: list[type[io.ComfyNode]] = [SaveCheckpoint]
+NODES: list[type[io.ComfyNode]] = [
+    LoadCheckpoint,
+    LoadDiffusers,
+    LoadVAE,
+    ModelInfo,
+    LoadConsistencyDecoder,
+    SaveCheckpoint,
+]

@@ -5,7 +5,7 @@ import json
 from comfy_api.latest import io, ui
 
 from ..pixart.drawing.axes import Axis, Grid, parse_axis
-from ..pixart.tracking.run_log import OFF, WANDB_MODES
+from ..pixart.tracking.weights_and_biases import OFF, WANDB_MODES
 from .host.pictures import draw_grid, draw_sheet
 from .host.run_log import log_runs, time_model
 from .host.schema import choice_input, node_input, schema
@@ -112,9 +112,6 @@ class CompareSheet(io.ComfyNode):
         return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
 
 
-NODES: list[type[io.ComfyNode]] = [CompareAxes, CompareSheet]
-
-
 INFO_CATEGORY = "PixArt/info"
 TimerType = io.Custom("PIXART_TIMER")
 
@@ -206,4 +203,4 @@ class RunLog(io.ComfyNode):
         return io.NodeOutput(images, [json.dumps(entry, ensure_ascii=False) for entry in entries], ui=shown)
 
 
-NODES: list[type[io.ComfyNode]] = [RunTimer, RunLog]
+NODES: list[type[io.ComfyNode]] = [CompareAxes, CompareSheet, RunTimer, RunLog]

@@ -290,9 +290,6 @@ def _require(mode: str, **inputs) -> None:
         )
 
 
-NODES: list[type[io.ComfyNode]] = [LoadT5, TextEncode, Negative]
-
-
 CATEGORY = "PixArt/conditioning"
 
 
@@ -360,4 +357,4 @@ class LoadPromptEmbeddings(io.ComfyNode):
         return io.NodeOutput(load_embeddings(embeddings))
 
 
-NODES: list[type[io.ComfyNode]] = [SavePromptEmbeddings, LoadPromptEmbeddings]
+NODES: list[type[io.ComfyNode]] = [LoadT5, TextEncode, Negative, SavePromptEmbeddings, LoadPromptEmbeddings]

@@ -9,7 +9,8 @@ import comfy.samplers
 import folder_paths
 import torch
 
-from ...pixart.tracking.run_log import HASHES, Hashes, check_tracking, describe_workflow, track, write_run
+from ...pixart.tracking.run_log import HASHES, Hashes, describe_workflow, track, write_run
+from ...pixart.tracking.weights_and_biases import OFF, check_tracking, describe_mode
 from .folders import output_folder
 from .pictures import to_pil
 
@@ -86,7 +87,10 @@ def log_runs(
         entries.append(write_run(folder, {**known, **times[index], **own}, to_pil(image)))
         track(folder, entries[-1], mode)
     names = [name for entry in entries for name in entry["pictures"]]
-    return entries, {"images": [{"filename": each, "subfolder": folder_name, "type": "output"} for each in names]}
+    shown = {"images": [{"filename": each, "subfolder": folder_name, "type": "output"} for each in names]}
+    if mode != OFF:
+        shown["text"] = [describe_mode(mode, f"output/{folder_name}/wandb")]
+    return entries, shown
 
 
 def _add_hashes(entry: dict, hashes: Hashes) -> None:

@@ -13,12 +13,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..weights.atomic import write_atomically
-from .weights_and_biases import has_wandb_account
+from .weights_and_biases import OFF, open_run
 
 log = logging.getLogger(__name__)
 
 LOG, HASHES = "log.jsonl", "hashes.json"
-OFF, OFFLINE, ONLINE = WANDB_MODES = ("off", "offline", "online")
 WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 TEXT_INPUTS = ("text", "prompt", "caption", "string", "value", "text_g", "t5xxl")
 # What a setting is called in nodes, best first.
@@ -220,37 +219,13 @@ COLUMNS = (
 )
 
 
-def check_tracking(mode: str) -> None:
-    """Raises ImportError or ValueError when `track` cannot work in this mode."""
-    if mode not in WANDB_MODES:
-        raise ValueError(f"Unknown mode: got '{mode}', expected one of {', '.join(WANDB_MODES)}. Choose one of them.")
-    if mode == OFF:
-        return
-    try:
-        import wandb  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "wandb is missing: got no such package, expected it for Weights & Biases. Install it with "
-            "'pip install wandb', or turn wandb off."
-        ) from error
-    if mode == ONLINE and not has_wandb_account():
-        raise ValueError(
-            "No account of Weights & Biases: got no key, expected one for online. Run 'wandb login', or choose offline."
-        )
-
-
 def _wandb_run(folder: Path, mode: str, project: str) -> tuple:
     """One run of W&B for each folder and mode while this process lives; it is ended when the process is."""
     key = (os.path.realpath(folder), mode)
     if key not in _WANDB_RUNS:
-        check_tracking(mode)
+        run = open_run(folder, mode, project, reinit="create_new")
         import wandb
 
-        # Both are told in full: the environment may say otherwise, and nothing may be sent that was not asked for.
-        settings = wandb.Settings(mode=mode, silent=True, console="off", disable_code=True, disable_git=True)
-        run = wandb.init(
-            project=project, name=folder.name, dir=str(folder), mode=mode, settings=settings, reinit="create_new"
-        )
         _WANDB_RUNS[key] = run, wandb.Table(columns=["picture", *COLUMNS], log_mode="INCREMENTAL")
     return _WANDB_RUNS[key]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from ..drawing.lettering import load_font
-from ..tracking.weights_and_biases import has_wandb_account
+from ..tracking.weights_and_biases import open_run, usual_mode
 from ..weights.atomic import write_atomically
 from .settings import TrainingSettings, settings_to_dict
 
@@ -122,21 +122,12 @@ class Report:
 
 
 def _open_wandb(folder: Path, settings: dict):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            "Weights & Biases is not installed: got none, expected the package wandb. Install it with pip install "
-            "wandb, or turn wandb off."
-        ) from error
     # The run's own file remembers its id, so that a continued training continues its charts.
     marker = folder / "wandb_id.txt"
     known = marker.read_text(encoding="utf-8").strip() if marker.is_file() else secrets.token_hex(4)
+    run = open_run(folder, usual_mode(), id=known, resume="allow", config=settings)
     marker.write_text(known, encoding="utf-8")
-    mode = None if has_wandb_account() else "offline"  # without one it would ask on a terminal that nobody watches
-    return wandb.init(
-        project="pixart", name=folder.name, id=known, resume="allow", dir=str(folder), config=settings, mode=mode
-    )
+    return run
 
 
 def read_log(path: Path) -> list[dict]:

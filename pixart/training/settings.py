@@ -53,7 +53,8 @@ class TrainingSettings:
     lcm_*: guidance w of the teacher (x + w (x - null)), its DDIM steps, and the decay of the target's average.
     checkpoint_every, sample_every, log_every: in steps, 0 is never. keep_last: checkpoints that stay.
     sample_steps, sample_guidance: of the validation pictures; sample_seed: of their noise.
-    tensorboard: log there too where it is installed. wandb: log to Weights & Biases as well.
+    tensorboard: log there too where it is installed. wandb: log to Weights & Biases as well, offline
+    unless the owner of the machine allows more (see tracking.weights_and_biases).
     Raises ValueError naming the first setting that cannot work.
     """
 

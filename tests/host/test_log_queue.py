@@ -64,7 +64,7 @@ def test_names_stay_in_the_output_folder(server):
         server.run(graph.nodes)
 
 
-def test_offline_wandb_stays_in_the_folder_and_online_needs_an_account(server):
+def test_offline_wandb_stays_in_the_folder_and_online_needs_the_owner(server):
     pytest.importorskip("wandb")
     graph = PictureGraph(*FILES)
     image = graph.add("EmptyImage", width=24, height=16, batch_size=2, color=0xFF0000)
@@ -77,6 +77,6 @@ def test_offline_wandb_stays_in_the_folder_and_online_needs_an_account(server):
     saved = [np.asarray(Image.open(server.output / "runs/tracked" / name)) for name in entry["pictures"]]
     assert len(saved) == 2 and len(kept) >= 2 and all(np.array_equal(picture, saved[0]) for picture in kept)
     graph.nodes[str(len(graph.nodes))]["inputs"] |= {"wandb": "online", "folder": "runs/sent"}
-    with pytest.raises(PromptError, match="No account of Weights & Biases"):
+    with pytest.raises(PromptError, match="may not go online here: got no permission"):
         server.run(graph.nodes)
     assert not (server.output / "runs/sent" / "wandb").exists()

@@ -1,7 +1,11 @@
 """The log of runs: what it reads off a workflow, what it writes, and that nothing is sent unasked."""
 
+import getpass
 import json
 import os
+import platform
+import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -11,12 +15,12 @@ from PIL import Image
 from pixart_pack.pixart.tracking import run_log, weights_and_biases
 from pixart_pack.pixart.tracking.run_log import (
     Hashes,
-    check_tracking,
     close_tracking,
     describe_workflow,
     track,
     write_run,
 )
+from pixart_pack.pixart.tracking.weights_and_biases import PERMISSION, check_tracking, open_run, usual_mode
 
 NODES = {
     "1": ("PixArtLoadCheckpoint", {"checkpoint": "PixArt-XL-2-1024-MS.pth", "weight_dtype": "default"}),
@@ -112,7 +116,7 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path):
     assert hashes.of(file) != known and hashes.of(tmp_path) != folder
 
 
-def test_off_needs_nothing_and_online_an_account(monkeypatch, tmp_path):
+def test_off_needs_nothing_and_unknown_modes_are_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     check_tracking("off")
     track(tmp_path, {}, "off")
@@ -120,13 +124,37 @@ def test_off_needs_nothing_and_online_an_account(monkeypatch, tmp_path):
         check_tracking("offline")
     with pytest.raises(ValueError, match="Unknown mode: got 'on'"):
         check_tracking("on")
-    monkeypatch.undo()
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(weights_and_biases.netrc, "netrc", lambda: (_ for _ in ()).throw(FileNotFoundError()))
+
+
+def test_online_needs_the_owner_and_an_account(monkeypatch):
     pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv(PERMISSION, raising=False)
+    with pytest.raises(ValueError, match="may not go online here: got no permission of the machine's owner"):
+        check_tracking("online")
+    assert usual_mode() == "offline"
+    monkeypatch.setenv(PERMISSION, "online")
+    check_tracking("online")
+    assert usual_mode() == "online"
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setattr(weights_and_biases.netrc, "netrc", lambda: (_ for _ in ()).throw(FileNotFoundError()))
     with pytest.raises(ValueError, match="No account of Weights & Biases"):
         check_tracking("online")
+
+
+def test_a_run_records_nothing_of_the_machine(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("PIXART_TEST_SECRET", "secret-of-the-environment")
+    run = open_run(tmp_path / "log", "offline", config={"steps": 3})
+    sys.stdout.write("line-of-the-console\n")
+    run.log({"loss": 1.0})
+    run.finish()
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".log")
+    assert b"loss" in written and b"steps" in written
+    machine = (socket.gethostname(), getpass.getuser() + "@", os.getcwd(), sys.executable, sys.argv[0])
+    private = ("line-of-the-console", "secret-of-the-environment", *machine, platform.platform())
+    assert [each for each in private if each.encode() in written] == []
 
 
 def test_offline_writes_the_table_and_pictures_and_sends_nothing(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from ....pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
 from ....pixart.config import LATENT_DOWNSCALE, PixArtConfig
 from ....pixart.data.cache import MANIFEST, CachedFeatures
 from ....pixart.data.examples import FeatureSet
+from ....pixart.tracking.weights_and_biases import describe_mode, usual_mode
 from ....pixart.training.loop import Events, Progress
 from ....pixart.training.processes import SingleProcess
 from ....pixart.training.report import draw_curve
@@ -213,6 +214,8 @@ def _outputs(trained, result: TrainingResult, settings: TrainingSettings) -> Tra
     lines = [f"saved: {result.file}", f"steps: {result.step} of {settings.steps}"]
     if result.step < settings.steps:
         lines.append("stopped: queue it again to go on")
+    if settings.wandb:
+        lines.append(describe_mode(usual_mode(), "the training's folder"))
     samples = result.strip or Image.new("RGB", (64, 64), (128, 128, 128))
     return TrainingOutputs(trained, str(result.file), to_image(result.curve), to_image(samples), "\n".join(lines))
 
