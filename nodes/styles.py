@@ -5,17 +5,24 @@ import logging
 from comfy_api.latest import io
 
 from ..pixart.resolution import ASPECT_RATIOS, parse_prompt_flags
-from ..pixart.styles import PLAIN, USER_FILE, find_styles, load_styles
+from ..pixart.styles import PLAIN, STYLES_FILE, find_styles, load_styles
+from .host.folders import user_file
 from .host.schema import choice_input, node_input, schema
 
 log = logging.getLogger(__name__)
 
+USER_FILE = "pixart_styles.json"  # in ComfyUI's user folder, which an update of the pack does not touch
 BASES = [str(base_px) for base_px in ASPECT_RATIOS]
+
+
+def _known_styles() -> dict:
+    """The shipped styles and the user's own. Raises ValueError for a slip in the user's file."""
+    return load_styles([STYLES_FILE, user_file(USER_FILE)])
 
 
 def _style_names() -> list[str]:
     try:
-        return list(load_styles())
+        return list(_known_styles())
     except (ValueError, OSError) as error:  # a slip in the user's file must not take the node away
         log.warning("Styles are missing from the list: %s", error)
         return [PLAIN.name]
@@ -31,8 +38,7 @@ class Style(io.ComfyNode):
             display_name="PixArt Style",
             category="PixArt/conditioning",
             description="Put a prompt into a style: a template around the words and what the style avoids for the "
-            f"negative. Several styles run the graph once each. Your own go into styles/{USER_FILE.name} in the "
-            "pack's folder.",
+            f"negative. Several styles run the graph once each. Your own go into {USER_FILE} in ComfyUI's user folder.",
             search_aliases=["style selector", "prompt template", "sdxl prompt styler", "aspect ratio flag", "--ar"],
             inputs=[
                 node_input(io.String, "text", multiline=True, dynamic_prompts=True, tooltip="What the picture shows."),
@@ -87,7 +93,7 @@ class Style(io.ComfyNode):
     @classmethod
     def execute(cls, text, style, negative="", more_styles="", prompt_flags=False, base="1024"):
         flags = parse_prompt_flags(text if prompt_flags else "", int(base))
-        styles = load_styles()
+        styles = _known_styles()
         chosen = list(dict.fromkeys([*find_styles(style, styles), *find_styles(more_styles, styles)]))
         words = flags.prompt if prompt_flags else text
         texts, negatives = zip(*(each.apply(words, negative) for each in chosen), strict=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STYLES_FILE = Path(__file__).resolve().parent.parent / "styles" / "styles.json"
-USER_FILE = STYLES_FILE.with_name("user.json")  # the user's own, which an update of the pack leaves alone
 SLOT = "{prompt}"
 
 
@@ -26,7 +25,7 @@ class Style:
 PLAIN = Style("No style", SLOT)
 
 
-def load_styles(files: Iterable[Path] = (STYLES_FILE, USER_FILE)) -> dict[str, Style]:
+def load_styles(files: Iterable[Path] = (STYLES_FILE,)) -> dict[str, Style]:
     """{name: style}, PLAIN first; of equal names the later file's wins. Files that do not exist are skipped.
 
     A file is a JSON list of {"name", "prompt", "negative"}; negative may be left out.
@@ -83,6 +82,6 @@ def find_styles(names: str, styles: dict[str, Style]) -> list[Style]:
     if unknown:
         raise ValueError(
             f"Unknown style: got {', '.join(unknown)}, expected names among {', '.join(styles)}. "
-            f"Write one of them, or add your own to styles/{USER_FILE.name} in the pack's folder."
+            f"Write one of them, or add your own to ComfyUI's user folder (see the node's help)."
         )
     return [by_name[name.casefold()] for name in wanted]

@@ -72,6 +72,11 @@ def output_folder(name: str) -> Path:
     return Path(_check_output_name(name), name)
 
 
+def user_file(name: str) -> Path:
+    """A file of the user's in the host's user folder, whether it is there or not."""
+    return Path(folder_paths.get_user_directory(), name)
+
+
 def _check_output_name(prefix: str) -> str:
     """The host's output folder."""
     output = os.path.realpath(folder_paths.get_output_directory())

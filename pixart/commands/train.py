@@ -61,7 +61,7 @@ def run_config(config: RunConfig, device: str | None = None):
     if processes.world_size > 1 and processes.rank == 0:
         kind = "the weights are shared out (FSDP)" if processes.is_sharded else "each has all weights (DDP)"
         logger.info("%d processes: %s", processes.world_size, kind)
-    with tqdm(total=config.settings.steps, unit="step", disable=processes.rank > 0 or None) as bar:
+    with tqdm(total=config.settings.steps, unit="step", disable=processes.rank > 0 or None) as bar, _Bar(bar) as events:
         result = train(
             model,
             features,
@@ -69,7 +69,7 @@ def run_config(config: RunConfig, device: str | None = None):
             _folder(config, processes),
             resume=config.resume,
             processes=processes,
-            events=_Bar(bar),
+            events=events,
             prompts=prompts,
             decode=_decoder(config, processes.device) if prompts else None,
         )
@@ -79,13 +79,22 @@ def run_config(config: RunConfig, device: str | None = None):
 
 
 class _Bar(Events):
-    """Progress on a terminal. The first Ctrl-C ends the training with its result written, a second one at once."""
+    """Progress on a terminal. The first Ctrl-C ends the training with its result written, a second one at once.
+
+    A context: the signals are this training's within it, and whose they were after it.
+    """
 
     def __init__(self, bar: tqdm):
-        self.bar, self.stopped_at = bar, None
+        self.bar, self.stopped_at, self._before = bar, None, {}
+
+    def __enter__(self) -> "_Bar":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._stop)
+            self._before = {each: signal.signal(each, self._stop) for each in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _stop(self, number, _frame) -> None:
         if self.stopped_at is None:

@@ -170,7 +170,11 @@ def write_run(folder: Path, entry: dict, pictures: Sequence[Image.Image]) -> dic
         entry["pictures"].append(path.name)
         notes = PngInfo()
         notes.add_itxt("parameters", json.dumps(entry, ensure_ascii=False))
-        write_atomically(path, lambda file, picture=picture, notes=notes: picture.save(file, "PNG", pnginfo=notes))
+        try:
+            write_atomically(path, lambda file, picture=picture, notes=notes: picture.save(file, "PNG", pnginfo=notes))
+        except BaseException:
+            path.unlink(missing_ok=True)  # the empty file that holds the name
+            raise
     with (folder / LOG).open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     return entry

@@ -90,10 +90,21 @@ def test_flags_choose_the_size(run_node):
     assert run_node("PixArtStyle", text=text, style="No style")[0] == [text]
 
 
+def test_the_users_styles_lie_in_the_hosts_user_folder(pack, monkeypatch, tmp_path):
+    import folder_paths
+
+    from pixart_pack.nodes import styles
+
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    (tmp_path / "pixart_styles.json").write_text(json.dumps([{"name": "Tin", "prompt": "tin {prompt}"}]))
+    combo = next(each for each in styles.Style.define_schema().inputs if each.id == "style")
+    assert "Tin" in combo.options and "Macro" in combo.options
+
+
 def test_a_broken_file_of_the_user_leaves_the_node_in_the_list(pack, monkeypatch, tmp_path):
     from pixart_pack.nodes import styles
 
-    def broken():
+    def broken(files):
         raise ValueError("not JSON")
 
     monkeypatch.setattr(styles, "load_styles", broken)

@@ -170,3 +170,13 @@ def test_offline_writes_the_table_and_pictures_and_sends_nothing(tmp_path, monke
     files = [path.name for path in runs[0].rglob("*") if path.is_file()]
     assert sum(name.endswith(".png") for name in files) >= 2
     assert any(name.endswith(".wandb") for name in files) and any(name.endswith("table.json") for name in files)
+
+
+def test_a_failed_write_leaves_no_empty_picture(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_log, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_run(tmp_path, {}, [picture("red")])
+    assert list(tmp_path.iterdir()) == []

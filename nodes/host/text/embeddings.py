@@ -1,6 +1,8 @@
 """CONDITIONING as files, so that a graph runs without a text encoder."""
 
 import json
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 
 import comfy.model_management
@@ -15,6 +17,7 @@ from ..folders import next_output
 PLACES = {"output": folder_paths.get_output_directory, "input": folder_paths.get_input_directory}
 _SUFFIX = ".safetensors"
 _KEY = "pixart_embeddings"
+_KNOWN_HEADERS = 4096  # files whose headers are remembered
 _TENSORS = ("states", "attention_mask")
 
 
@@ -116,6 +119,16 @@ def _find(name: str) -> Path | None:
 
 def _entries_of(path: Path) -> list[dict] | None:
     """What the header of a file says of its prompts, None for files of another kind."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return deepcopy(_read_entries(path, state.st_size, state.st_mtime_ns))
+
+
+@lru_cache(maxsize=_KNOWN_HEADERS)
+def _read_entries(path: Path, size: int, time_ns: int) -> list[dict] | None:
+    """The header of a file as it was at a time: the editor asks for the list again and again."""
     try:
         with safe_open(path, framework="pt") as file:
             entries = json.loads((file.metadata() or {}).get(_KEY, "null"))
