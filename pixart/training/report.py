@@ -3,15 +3,13 @@
 import importlib.util
 import json
 import logging
-import math
 import secrets
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from ..drawing.lettering import load_font
+from ..drawing.curves import draw_curve
 from ..tracking.weights_and_biases import open_run, usual_mode
 from ..weights.atomic import write_atomically
 from .settings import TrainingSettings, settings_to_dict
@@ -21,8 +19,6 @@ logger = logging.getLogger(__name__)
 LOG = "log.jsonl"
 SMOOTHING_STEPS = 50
 _TIMED_STEPS = 20
-_FONT_PX = 12
-_PAPER, _GRID, _INK, _FAINT, _LINE = (255, 255, 255), (225, 225, 225), (60, 60, 60), (176, 205, 235), (31, 97, 172)
 
 
 class Report:
@@ -141,50 +137,3 @@ def read_log(path: Path) -> list[dict]:
         except ValueError:
             logger.warning("A broken line of %s is left out", path)
     return entries
-
-
-def draw_curve(losses: Sequence[tuple[int, float]], size: tuple[int, int] = (768, 384)) -> Image.Image:
-    """Losses by step as a picture: each one faint, and smoothed over 2 % of them."""
-    image = Image.new("RGB", size, _PAPER)
-    draw, font = ImageDraw.Draw(image), load_font(_FONT_PX)
-    points = [(step, loss) for step, loss in losses if math.isfinite(loss)]
-    if not points:
-        draw.text((size[0] // 2, size[1] // 2), "no loss yet", _INK, font, "mm")
-        return image
-    box = (64, 16, size[0] - 16, size[1] - 36)  # left, top, right, bottom
-    smooth = _smooth(points, max(1, len(points) // 50))
-    # Single losses reach far beyond their course: the axis ends above nine in ten of them.
-    ordered = sorted(loss for _, loss in points)
-    high = max(max(loss for _, loss in smooth), ordered[int(0.9 * (len(ordered) - 1))]) * 1.1 or 1.0
-    steps = (points[0][0], max(points[-1][0], points[0][0] + 1))
-
-    def place(point):
-        x = box[0] + (point[0] - steps[0]) / (steps[1] - steps[0]) * (box[2] - box[0])
-        return x, box[3] - min(max(point[1], 0) / high, 1) * (box[3] - box[1])
-
-    for share in range(5):
-        y = box[3] - share / 4 * (box[3] - box[1])
-        draw.line((box[0], y, box[2], y), fill=_GRID)
-        draw.text((box[0] - 6, y), f"{high * share / 4:.3g}", _INK, font, "rm")
-        step = steps[0] + share / 4 * (steps[1] - steps[0])
-        x = box[0] + share / 4 * (box[2] - box[0])
-        draw.text((x, box[3] + 4), f"{step:.0f}", _INK, font, "mt")
-    text = f"step; loss {points[-1][1]:.4g}, smoothed {smooth[-1][1]:.4g}"
-    draw.text((box[0], size[1] - 4), text, _INK, font, "ls")
-    thin = points[:: max(1, len(points) // (4 * size[0]))]
-    for course, colour, width in ((thin, _FAINT, 1), (smooth, _LINE, 3)):
-        places = [place(point) for point in course]
-        draw.line(places if len(places) > 1 else places * 2, fill=colour, width=width, joint="curve")
-    return image
-
-
-def _smooth(points, width):
-    """Means over windows of 2 * width + 1 points, at about 500 of them."""
-    totals = [0.0]
-    for _, loss in points:
-        totals.append(totals[-1] + loss)
-    found = []
-    for index in range(0, len(points), max(1, len(points) // 500)):
-        low, high = max(0, index - width), min(len(points), index + width + 1)
-        found.append((points[index][0], (totals[high] - totals[low]) / (high - low)))
-    return found

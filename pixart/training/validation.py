@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import LATENT_DOWNSCALE
-from ..drawing.lettering import load_font
+from ..drawing.strips import join_column, join_row, label_above
 from ..sampling import Captions, Settings, sample_latents
 from ..weights.atomic import write_atomically
 from .objectives import ControlPrediction, Distillation, Objective
@@ -21,9 +21,7 @@ from .objectives import ControlPrediction, Distillation, Objective
 Decode = Callable[[Tensor], Tensor]  # unscaled latents (B, 4, h, w) -> pictures (B, H, W, 3) in [0, 1]
 FOLDER = "samples"
 _PATTERN = re.compile(r"step-(\d+)\.png")
-_LABEL_PX, _FONT_PX = 16, 12
 _MAX_STRIP_ROWS = 12
-_PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,8 @@ class Validation:
         rows = []
         for step, path in chosen:
             with Image.open(path) as row:
-                rows.append(_labelled(row.convert("RGB"), f"step {step}"))
-        return _join_column(rows)
+                rows.append(label_above(row.convert("RGB"), f"step {step}"))
+        return join_column(rows)
 
 
 class _Controlled:
@@ -163,29 +161,3 @@ def to_image(picture: Tensor) -> Image.Image:
     """(H, W, 3) in [0, 1] -> a picture."""
     values = picture.detach().float().nan_to_num().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
     return Image.fromarray(numpy.asarray(values))
-
-
-def join_row(images: Sequence[Image.Image]) -> Image.Image:
-    """Pictures side by side."""
-    row = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)), _PAPER)
-    left = 0
-    for image in images:
-        row.paste(image, (left, 0))
-        left += image.width
-    return row
-
-
-def _labelled(image: Image.Image, text: str) -> Image.Image:
-    tall = Image.new("RGB", (image.width, image.height + _LABEL_PX), _PAPER)
-    ImageDraw.Draw(tall).text((3, _LABEL_PX / 2), text, _INK, load_font(_FONT_PX, [text]), "lm")
-    tall.paste(image, (0, _LABEL_PX))
-    return tall
-
-
-def _join_column(images: Sequence[Image.Image]) -> Image.Image:
-    column = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), _PAPER)
-    top = 0
-    for image in images:
-        column.paste(image, (0, top))
-        top += image.height
-    return column

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import pixart_pack.pixart.training.run as run_module
-from pixart_pack.pixart.training.report import LOG, Report, draw_curve, read_log
+from pixart_pack.pixart.drawing.curves import draw_curve
+from pixart_pack.pixart.training.report import LOG, Report, read_log
 from pixart_pack.pixart.training.run import RESULT, choose_folder, train
 from pixart_pack.pixart.training.validation import ValidationPrompt, read_prompts, write_prompts
 from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings

@@ -21,10 +21,10 @@ from ....pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
 from ....pixart.config import LATENT_DOWNSCALE, PixArtConfig
 from ....pixart.data.cache import MANIFEST, CachedFeatures
 from ....pixart.data.examples import FeatureSet
+from ....pixart.drawing.curves import draw_curve
 from ....pixart.tracking.weights_and_biases import describe_mode, usual_mode
 from ....pixart.training.loop import Events, Progress
 from ....pixart.training.processes import SingleProcess
-from ....pixart.training.report import draw_curve
 from ....pixart.training.run import TrainingResult, check_name, choose_folder, lora_factors, train
 from ....pixart.training.settings import RunConfig, TrainingSettings, parse_settings, write_config
 from ....pixart.training.validation import Decode, ValidationPrompt, write_prompts
