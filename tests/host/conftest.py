@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pixart_pack.tests.host import connections
 from pixart_pack.tests.host.server import Host, start
 
 
@@ -48,6 +49,9 @@ def start_host(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
     with contextlib.ExitStack() as ends:
         yield get
+    # Whatever the tests did (pictures, captions, trainings, a hostile file): nothing went out.
+    left = {" ".join(flags): connections.outside(host.base) for flags, host in hosts.items()}
+    assert not any(left.values()), f"A server connected to another machine: {left}"
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pixart_pack.demo.client as client
 from pixart_pack.devtools.server import PACK, Server, prepare_base
+from pixart_pack.tests.host import connections
 
 PREVIEWS = ("--preview-method", "latent2rgb")
 
@@ -18,6 +19,7 @@ class Host(client.ComfyClient):
     def __init__(self, server: Server, base: Path):
         super().__init__(server.url)
         self.server = server
+        self.base = base
         self.models = base / "models"
         self.output = server.output
 
@@ -46,7 +48,7 @@ def start(comfyui: Path, base: Path, flags: tuple[str, ...]) -> Host:
     prepare_base(base)
     for folder in ("checkpoints", "diffusers", "diffusion_models", "text_encoders", "vae", "loras", "controlnet"):
         (base / "models" / folder).mkdir(parents=True, exist_ok=True)
-    only_ours = ("--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK)
+    only_ours = ("--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK, connections.install(base))
     server = Server(Path(sys.executable), comfyui, base, flags=("--cpu", *PREVIEWS, *only_ours, *flags))
     try:
         server.start()
