@@ -145,9 +145,9 @@ def test_the_model_is_a_ladder():
                 assert target in LADDER[:rung], f"{module} imports {each.target}"
 
 
-def test_files_of_weights_know_the_configuration_alone():
+def test_files_of_weights_know_the_configuration_and_how_to_quote_alone():
     targets = {target for each, target in INNER if room_of(each.module) == "pixart.weights"}
-    assert {target for target in targets if room_of(target) == "pixart"} == {"pixart.config"}
+    assert {target for target in targets if room_of(target) == "pixart"} == {"pixart.config", "pixart.quoting"}
 
 
 def test_only_some_doors_lead_to_training():

@@ -6,10 +6,10 @@ scheduler load, and a hostile file does nothing. Tensors are first only describe
 place of their bytes, memory-mapped where that is possible.
 """
 
+import io
 import logging
 import math
 import pickle
-import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Collection, Mapping
@@ -18,11 +18,16 @@ from typing import NamedTuple
 
 import torch
 
+from ..quoting import shorten
+from .opcodes import Foreign, Function, pairs_of, run
+
 log = logging.getLogger(__name__)
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file by torch.save before version 1.6
-_MEMO_LIMIT = 2**24  # objects in one pickle; a training checkpoint has some thousands
+_MOST_NAMES = 64  # of unknown objects that are kept for the log
+_MOST_DIMENSIONS = 64  # of a tensor, as in PyTorch
+_MOST_ELEMENTS = 2**62
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -63,42 +68,6 @@ class StoredTensor(NamedTuple):
     dtype: torch.dtype
 
 
-def _ignore(self, *args, **kwargs):
-    """Take anything, do nothing."""
-
-
-class Foreign:
-    """Stands in for every object that is neither a tensor nor a plain container."""
-
-    __slots__ = ()
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    __init__ = __setstate__ = __setitem__ = append = extend = add = update = _ignore
-
-
-class _Dict(dict):
-    """An OrderedDict without the attributes that a pickle may set on one."""
-
-    __slots__ = ()
-    __setstate__ = _ignore
-
-
-class _Function:
-    """An allowed function; wrapped, so that a pickle cannot set attributes on it."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable):
-        self._call = call
-
-    def __call__(self, *args):
-        return self._call(*args)
-
-    __setstate__ = _ignore
-
-
 class _Storage(NamedTuple):
     key: str
     dtype: torch.dtype
@@ -121,24 +90,24 @@ def read_pth(
     return _read_tensors(path, wanted, places, in_memory(wanted))
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows containers and descriptions of tensors; everything else becomes Foreign."""
+class _Names:
+    """What the names and the persistent ids in a pickle stand for; all but descriptions of tensors are Foreign."""
 
-    def __init__(self, file):
-        super().__init__(file, encoding="latin1")  # files from Python 2 hold byte strings
+    def __init__(self):
         self.storages: dict[str, _Storage] = {}
         self.foreign: set[str] = set()
 
-    def find_class(self, module, name):
+    def find(self, module: str, name: str) -> object:
         known = _ALLOWED.get((module, name))
         if known is None and module in ("torch", "torch.cuda", "torch.storage"):
             known = _STORAGE_DTYPES.get(name) or _DTYPES.get(name)
-        if known is None:
+        if known is not None:
+            return known
+        if len(self.foreign) < _MOST_NAMES:
             self.foreign.add(f"{module}.{name}")
-            return Foreign
-        return known
+        return Foreign
 
-    def persistent_load(self, pid):
+    def storage(self, pid: object) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise pickle.UnpicklingError("a storage was expected")
         _, dtype, key, _, count, *view = pid
@@ -157,14 +126,20 @@ def _rebuild_with_dtype(storage, offset, shape, stride, requires_grad, hooks, dt
 
 
 def _describe(storage, offset, shape, stride, dtype):
-    counts = (offset, *shape, *stride)
-    sound = isinstance(storage, _Storage) and isinstance(dtype, torch.dtype) and all(map(_is_count, counts))
-    if not sound or len(shape) != len(stride):
+    shape, stride = _size(shape), _size(stride)
+    sound = isinstance(storage, _Storage) and isinstance(dtype, torch.dtype) and _is_count(offset)
+    if not sound or len(shape) != len(stride) or math.prod(size or 1 for size in shape) >= _MOST_ELEMENTS:
         raise pickle.UnpicklingError("a malformed tensor")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if 0 not in shape and (last + 1) * dtype.itemsize > storage.count * storage.dtype.itemsize:
         raise pickle.UnpicklingError("a tensor larger than its storage")
-    return StoredTensor(storage.key, offset, tuple(shape), tuple(stride), dtype)
+    return StoredTensor(storage.key, offset, shape, stride, dtype)
+
+
+def _size(counts=()):
+    if type(counts) not in (tuple, list) or len(counts) > _MOST_DIMENSIONS or not all(map(_is_count, counts)):
+        raise pickle.UnpicklingError("a malformed size")
+    return tuple(counts)
 
 
 def _rebuild_parameter(tensor, *_):
@@ -172,50 +147,44 @@ def _rebuild_parameter(tensor, *_):
 
 
 def _rebuild_subclass(function, kind, arguments, *_):
-    if not isinstance(function, _Function):
+    if function is Foreign:
         return Foreign()
-    return function(*arguments)
+    if function not in _TENSOR_FUNCTIONS or type(arguments) is not tuple:
+        raise pickle.UnpicklingError("a malformed tensor")
+    return function.call(*arguments)
 
 
 def _is_count(value) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
 
+_PLAIN, _TYPED, _PARAMETER = map(Function, (_rebuild, _rebuild_with_dtype, _rebuild_parameter))
+_TENSOR_FUNCTIONS = (_PLAIN, _TYPED, _PARAMETER)
 _ALLOWED = {
-    ("collections", "OrderedDict"): _Dict,
-    ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor"): _Function(_rebuild),
-    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild),
-    ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuild_with_dtype),
-    ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
-    ("torch._utils", "_rebuild_parameter_with_state"): _Function(_rebuild_parameter),
-    ("torch._tensor", "_rebuild_from_type_v2"): _Function(_rebuild_subclass),
+    ("collections", "OrderedDict"): Function(pairs_of),
+    ("torch", "Size"): Function(_size),
+    ("torch._utils", "_rebuild_tensor"): _PLAIN,
+    ("torch._utils", "_rebuild_tensor_v2"): _PLAIN,
+    ("torch._utils", "_rebuild_tensor_v3"): _TYPED,
+    ("torch._utils", "_rebuild_parameter"): _PARAMETER,
+    ("torch._utils", "_rebuild_parameter_with_state"): _PARAMETER,
+    ("torch._tensor", "_rebuild_from_type_v2"): Function(_rebuild_subclass),
 }
 
 
-def _load_pickle(file, path: Path) -> tuple[object, dict[str, _Storage]]:
-    unpickler = _Unpickler(file)
+def _load_pickle(file: io.BufferedIOBase, path: Path) -> tuple[object, dict[str, _Storage]]:
+    names = _Names()
     try:
-        _refuse_huge_memo(file)
-        content = unpickler.load()
+        content = run(file, names.find, names.storage)
     except _PICKLE_ERRORS as error:
         raise ValueError(
-            f"Unreadable PyTorch file '{path.name}': got a damaged or hostile pickle ({error}), expected a checkpoint. "
-            f"Download the file again from a source that you trust."
+            f"Unreadable PyTorch file '{path.name}': got a damaged or hostile pickle ({shorten(error)}), expected a "
+            f"checkpoint. Download the file again from a source that you trust."
         ) from error
-    if unpickler.foreign:
-        names = ", ".join(sorted(unpickler.foreign)[:8])
-        log.info("%s: skipped objects that are no weights (%s); nothing of them was run.", path.name, names)
-    return content, unpickler.storages
-
-
-def _refuse_huge_memo(file) -> None:
-    """Look through the coming pickle: C's unpickler allocates its memo up to the highest number that is named."""
-    start = file.tell()
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= _MEMO_LIMIT:
-            raise pickle.UnpicklingError("a huge memo")
-    file.seek(start)
+    if names.foreign:
+        listed = ", ".join(shorten(name)[1:-1] for name in sorted(names.foreign)[:8])
+        log.info("%s: skipped objects that are no weights (%s); nothing of them was run.", path.name, listed)
+    return content, names.storages
 
 
 def _open_zip(path: Path) -> tuple[object, dict[str, int]]:
@@ -226,8 +195,7 @@ def _open_zip(path: Path) -> tuple[object, dict[str, int]]:
             folder = _checkpoint_folder(path, entries)
             order = entries.get(f"{folder}byteorder")
             _require_little_endian(path, order is None or archive.read(order) == b"little")
-            with archive.open(f"{folder}data.pkl") as data:
-                content, storages = _load_pickle(data, path)
+            content, storages = _load_pickle(io.BytesIO(archive.read(f"{folder}data.pkl")), path)
             places = {}
             for storage in storages.values():
                 entry = entries.get(f"{folder}data/{storage.key}")

@@ -560,7 +560,7 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 from pixart import CONFIGS, PixArt, PixArtConfig
-from pixart.storage import read_checkpoint
+from pixart.weights.reading import read_checkpoint
 
 def memory(field):
     with open("/proc/self/status") as status:
