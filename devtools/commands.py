@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from .audit import audit_packages
 from .browser import browser_offered, runs_browser_tests
 from .checks import lint_commands
 from .environment import DEFAULT_HOST, HOSTS, Environment, choose_environment, name_hash, prepare
@@ -118,6 +119,10 @@ def lint(options: argparse.Namespace) -> int:
     return max([foreground(command, cwd=ROOT, env=variables) for command in commands])
 
 
+def audit(options: argparse.Namespace) -> int:
+    return audit_packages(ready(options).python)
+
+
 def run(options: argparse.Namespace) -> int:
     if options.rest[:1] in ([], ["-m"]) and len(options.rest) < 2:
         raise DevError("Nothing to run: expected `python dev.py run FILE ...` or `python dev.py run -m MODULE ...`")
@@ -164,6 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(bench, "run the benchmarks", "[NAME] [ARGUMENTS]")
     command = add(lint, "check style, formatting, and the files that GitHub reads")
     command.add_argument("--fix", action="store_true", help="mend what can be mended")
+    add(audit, "list known faults of the packages that are installed; asks the package index")
     add(run, "run a program with the pack and the host importable", "FILE|-m MODULE [ARGUMENTS]")
     return parser
 
