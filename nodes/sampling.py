@@ -25,7 +25,7 @@ def _noise_device():
         "noise_device",
         NOISE_DEVICES,
         advanced=True,
-        tooltip="Where the noise of the steps is drawn. cpu gives the same picture on every machine.",
+        tooltip="Where the noise of the steps is drawn. cpu gives the same noise on every machine.",
     )
 
 

@@ -183,7 +183,8 @@ def fit_images(images: torch.Tensor, height_px: int, width_px: int, method: str)
     or "bilinear" without, as diffusers finishes its pictures. Raises ValueError for another method.
     """
     if method == "bilinear":
-        return resize_and_crop(images, height_px, width_px)
+        # Two weights that add up to one but for their rounding can make more than 1 of ones.
+        return resize_and_crop(images, height_px, width_px).clamp(0, 1)
     if method not in FIT_METHODS:
         raise ValueError(f"Unknown method: got {method}, expected one of {', '.join(FIT_METHODS)}. Choose one of them.")
     if method == "lanczos":

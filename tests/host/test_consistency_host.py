@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pixart_pack.tests.host.graph import VAE, Graph
+from pixart_pack.tests.rounding import assert_equal_to_rounding
 from pixart_pack.tests.tiny_consistency import write_consistency_decoder
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 
@@ -50,9 +51,9 @@ def test_decode_is_diffusers_own(network, vae, latents, run_node):
 def test_it_encodes_as_the_normal_vae_and_decodes_in_tiles(network, vae, latents, run_node):
     ours = run_node(NODE, decoder=NAME, vae=vae)[0]
     image = torch.rand(1, 40, 56, 3)
-    assert torch.equal(ours.encode(image), vae.encode(image))
-    assert torch.equal(ours.encode_tiled(image, tile_x=32, tile_y=32, overlap=8), vae.encode_tiled(
-        image, tile_x=32, tile_y=32, overlap=8))  # fmt: skip
+    assert_equal_to_rounding(ours.encode(image), vae.encode(image), units=64)
+    tiles = {"tile_x": 32, "tile_y": 32, "overlap": 8}
+    assert_equal_to_rounding(ours.encode_tiled(image, **tiles), vae.encode_tiled(image, **tiles), units=64)
     tiled = ours.decode_tiled(latents, tile_x=6, tile_y=6, overlap=2)
     assert tiled.shape == (2, 72, 56, 3) and 0 <= tiled.min() and tiled.max() <= 1
     large = ours.memory_used_decode((1, 4, 128, 128), torch.bfloat16)
@@ -84,6 +85,7 @@ def test_through_the_queue(host, network):
     ):
         picture = graph.add(kind, samples=latent, vae=decoder, **tiles)
         graph.add("SaveImage", images=picture, filename_prefix=kind)
-    pictures = [np.asarray(each) for each in host.run(graph.nodes, timeout_s=300)]
+    pictures = [np.asarray(each, np.float32) for each in host.run(graph.nodes, timeout_s=300)]
     assert [each.shape for each in pictures] == [(40, 72, 3)] * 4
-    assert np.array_equal(pictures[0], pictures[1])
+    # of 255: the normal VAE's rows of a batch differ in rounding, which can tip a value over to the next
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1

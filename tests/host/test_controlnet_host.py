@@ -397,7 +397,10 @@ def test_a_clone_for_another_device_has_weights_of_its_own(comfy, adapter, patch
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     assert all(weights[name].data_ptr() != others[name].data_ptr() for name in weights)
     cloned = [[entry[0], {**entry[1], "control": clone}] for entry in (positive, negative)]
-    assert torch.equal(sample(comfy, patcher, *cloned), sample(comfy, patcher, positive, negative))
+    # The copied weights lie elsewhere, where a matrix product may begin its sums at another value.
+    torch.testing.assert_close(
+        sample(comfy, patcher, *cloned), sample(comfy, patcher, positive, negative), atol=NOISE, rtol=1e-4
+    )
 
 
 def test_streamed_weights_of_a_small_card(patcher, make_control):
@@ -440,9 +443,11 @@ def test_a_hint_of_another_size_is_scaled_and_cropped(comfy, adapter, patcher, v
 def test_grey_and_transparent_hints(comfy, adapter, patcher, vae, make_control):
     grey = picture()[..., :1]
     colour = sample(comfy, patcher, *apply(adapter, make_control(), vae, grey.repeat(1, 1, 1, 3)))
-    assert torch.equal(sample(comfy, patcher, *apply(adapter, make_control(), vae, grey)), colour)
+    found = sample(comfy, patcher, *apply(adapter, make_control(), vae, grey))
+    torch.testing.assert_close(found, colour, atol=NOISE, rtol=1e-4)  # one channel expanded: another layout
     clear = torch.cat([grey.repeat(1, 1, 1, 3), torch.rand_like(grey)], dim=-1)
-    assert torch.equal(sample(comfy, patcher, *apply(adapter, make_control(), vae, clear)), colour)
+    found = sample(comfy, patcher, *apply(adapter, make_control(), vae, clear))
+    torch.testing.assert_close(found, colour, atol=NOISE, rtol=1e-4)
 
 
 def test_the_hint_is_scaled_as_the_model_is(comfy, adapter, host_model, vae, make_control):

@@ -40,7 +40,11 @@ def with_t5(server, text):
 
 
 def draw(server, nodes):
-    return np.asarray(server.run(nodes, timeout_s=300)[0].convert("RGB"))
+    return np.asarray(server.run(nodes, timeout_s=300)[0].convert("RGB"), np.float32)
+
+
+def differ(one, other):
+    return np.abs(one - other).max() > 1  # of 255: float32 noise can tip a value over to the next
 
 
 def without_t5(names):
@@ -60,11 +64,11 @@ def without_t5(names):
 def test_a_graph_without_t5_draws_the_same_picture(server):
     expected, names = with_t5(server, "a red circle on a white background")
     assert set(names) == set(SIDES)
-    assert np.array_equal(draw(server, without_t5(names)), expected)
+    assert not differ(draw(server, without_t5(names)), expected)
     # Another file under the same name: what was kept of the first is not shown again.
     positive, negative = (server.output / names[side].removeprefix("output/") for side in SIDES)
     positive.write_bytes(negative.read_bytes())
-    assert not np.array_equal(draw(server, without_t5(names)), expected)
+    assert differ(draw(server, without_t5(names)), expected)
 
 
 def test_names_that_lead_away_are_refused(server):

@@ -83,9 +83,8 @@ def t5_file(tmp_path):
 
 def draw(comfy, t5_file, config=CONFIG):
     """Text, then picture, as a workflow does; the encoder stays connected. Returns the latent and both models."""
-    host_model, t5, text = (
-        importlib.import_module(f"pixart_pack.nodes.host.{name}") for name in ("model", "t5", "text")
-    )
+    modules = ("denoiser.model", "text.t5", "text.captions")
+    host_model, t5, text = (importlib.import_module(f"pixart_pack.nodes.host.{name}") for name in modules)
     clip = t5.load_t5(t5_file)
     model = host_model.make_patcher(make_weights(config), config, dtype=torch.float32)
     model.model.memory_required = lambda *_, **__: RESERVE
