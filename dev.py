@@ -1,4 +1,4 @@
-"""One command for everything: python dev.py demo | test | serve | bench | lint | run. Each has a --help.
+"""One command for everything: python dev.py demo | test | serve | bench | docs | lint | audit | run. Each has a --help.
 
 Needs Python 3.10 or newer and its standard library; all else it installs into an environment of its own.
 """

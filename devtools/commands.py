@@ -119,6 +119,18 @@ def lint(options: argparse.Namespace) -> int:
     return max([foreground(command, cwd=ROOT, env=variables) for command in commands])
 
 
+def docs(options: argparse.Namespace) -> int:
+    """Build the site into site/, or show it while its pages are written."""
+    environment = ready(options)
+    command = ["serve"] if options.serve else ["build", "--strict", "--clean"]
+    code = foreground(
+        [environment.python, "-m", "mkdocs", *command], cwd=ROOT, env=child_environment(NO_MKDOCS_2_WARNING="1")
+    )
+    if not code and not options.serve:
+        say(f"The site is in {ROOT / 'site'}: open {ROOT / 'site' / 'index.html'}")
+    return code
+
+
 def audit(options: argparse.Namespace) -> int:
     return audit_packages(ready(options).python)
 
@@ -169,6 +181,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(bench, "run the benchmarks", "[NAME] [ARGUMENTS]")
     command = add(lint, "check style, formatting, and the files that GitHub reads")
     command.add_argument("--fix", action="store_true", help="mend what can be mended")
+    command = add(docs, "build the documentation as a site, into site/")
+    command.add_argument("--serve", action="store_true", help="show it at a local address instead, while it is written")
     add(audit, "list known faults of the packages that are installed; asks the package index")
     add(run, "run a program with the pack and the host importable", "FILE|-m MODULE [ARGUMENTS]")
     return parser
