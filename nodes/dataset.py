@@ -78,7 +78,7 @@ class TrainingDataset(io.ComfyNode):
                     "kind",
                     options=list(KINDS),
                     default=KINDS[0],
-                    tooltip="auto tells it by what is there. folder: pictures with .txt of the same name. csv (also "
+                    tooltip="auto chooses by what is there. folder: pictures with .txt of the same name. csv (also "
                     "dir,text), jsonl. pixart json: data_info.json. sam: images, captions, partition. datasets: "
                     "what Hugging Face's save_to_disk wrote, or .parquet files.",
                 ),
@@ -103,7 +103,7 @@ class TrainingDataset(io.ComfyNode):
     def fingerprint_inputs(
         cls, path="", kind=AUTO, picture_column="", caption_column="", control_column="", control_folder="", **_
     ):
-        # What is connected comes as None: then the node before this one tells of changes.
+        # What is connected comes as None: then the node before this one reports changes.
         columns = Columns(*((name or "").strip() for name in (picture_column, caption_column, control_column)))
         return fingerprint_dataset(path or "", kind or AUTO, columns, control_folder or "")
 

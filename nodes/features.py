@@ -179,7 +179,7 @@ def _caption_inputs() -> list:
             "size_condition",
             SIZE_CONDITIONS,
             advanced=True,
-            tooltip="The size that PixArt-alpha 1024 is told. bin: the one it is trained at, as when you make "
+            tooltip="The size that PixArt-alpha 1024 is given. bin: the one it is trained at, as when you make "
             "pictures. picture: the picture's own, as in PixArt's own training, which hints at its quality.",
         ),
     ]

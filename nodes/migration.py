@@ -25,8 +25,8 @@ class SizeCondition(io.ComfyNode):
             search_aliases=["pixart resolution conditioning", "size conditioning", "micro conditioning"],
             inputs=[
                 node_input(io.Conditioning, "conditioning", tooltip="The encoded caption."),
-                node_input(io.Int, "width", tooltip="Width in pixels that the model is told.", **side),
-                node_input(io.Int, "height", tooltip="Height in pixels that the model is told.", **side),
+                node_input(io.Int, "width", tooltip="Width in pixels that the model is given.", **side),
+                node_input(io.Int, "height", tooltip="Height in pixels that the model is given.", **side),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The caption with the size.")],
         )

@@ -194,8 +194,8 @@ class TextEncode(io.ComfyNode):
 def _size_inputs() -> list:
     limits = {"default": 0, "min": 0, "max": 16384, "step": 8, "optional": True, "advanced": True}
     return [
-        node_input(io.Int, "width", tooltip=f"Width in pixels that the model is told. {SIZE_TIP}", **limits),
-        node_input(io.Int, "height", tooltip=f"Height in pixels that the model is told. {SIZE_TIP}", **limits),
+        node_input(io.Int, "width", tooltip=f"Width in pixels that the model is given. {SIZE_TIP}", **limits),
+        node_input(io.Int, "height", tooltip=f"Height in pixels that the model is given. {SIZE_TIP}", **limits),
         node_input(
             io.Float,
             "aspect_ratio",
@@ -205,7 +205,7 @@ def _size_inputs() -> list:
             step=0.01,
             optional=True,
             advanced=True,
-            tooltip="Height / width that the model is told; 0 takes it from the size. The original gives the nominal "
+            tooltip="Height / width that the model is given; 0 takes it from the size. The original gives the nominal "
             "ratio that PixArt Resolution puts out.",
         ),
     ]

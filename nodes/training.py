@@ -57,7 +57,7 @@ def _first_inputs(name: str, steps: int, rate: float) -> list:
             0.0,
             10.0,
             1e-7,
-            "How far each step goes. Too high explodes, and is told.",
+            "How far each step goes. Too high makes the loss explode; the node then says so.",
             round=False,
         ),
         _int("seed", 0, 0, 0xFFFFFFFFFFFFFFFF, "Of noise, timesteps and order: the same seed trains the same weights."),

@@ -68,7 +68,7 @@ class PixArtConfig:
 
     @property
     def is_sigma(self) -> bool:
-        """True for the Sigma family, told by its autoencoder's scale."""
+        """True for the Sigma family, read from its autoencoder's scale."""
         return abs(self.vae_scale - SIGMA_VAE_SCALE) < 1e-4
 
 

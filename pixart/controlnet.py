@@ -150,7 +150,7 @@ class PixArtControlNet(nn.Module):
         return ControlBranch(self, base, condition).residuals()
 
     def match_base(self, config: PixArtConfig) -> None:
-        """Takes the number of heads, which no weight tells, from the base that is to be steered.
+        """Takes the number of heads, which no weight shows, from the base that is to be steered.
 
         Raises ValueError when a base of this configuration has blocks that these cannot be copies of.
         """
@@ -185,7 +185,7 @@ class ControlBranch:
         self.condition = None  # the last copy's output, (B, N, D)
 
     def residuals(self) -> list[Residual]:
-        """A function for each copy, to be called in their order; the first begins anew."""
+        """A function for each copy, to be called in their order; the first starts over."""
         return [partial(self.advance, index) for index in range(self.control.num_copies)]
 
     def advance(self, index: int, tokens, inputs: BlockInputs):

@@ -101,7 +101,7 @@ def sample_latents(
 ) -> torch.Tensor:
     """Latents (B, C, h, w), unscaled, from noise: what a KSampler with the same seed and settings gives.
 
-    positive, negative: of one batch size. seeds: one for each picture, which tells its noise whatever the batch; 0
+    positive, negative: of one batch size. seeds: one for each picture, which decides its noise whatever the batch; 0
     comes after 2**64 - 1. on_step: a solver's callback. keep: see GuidedModel. Raises ValueError for unknown settings.
     """
     if settings.solver not in SAMPLERS:

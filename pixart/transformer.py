@@ -118,7 +118,7 @@ class PixArt(nn.Module):
     operations: where Linear, Conv2d, LayerNorm (and, optionally, Table) come from; a host passes its own.
     attention: function like `layers.attend`; PyTorch's scaled dot-product attention by default.
     Parameter names are the original checkpoints' keys. A file's `pos_embed` is ignored (the grid is computed for
-    the picture at hand); `y_embedder.y_embedding` may be missing, which `has_null_caption` tells.
+    the picture at hand); `y_embedder.y_embedding` may be missing, see `has_null_caption`.
     Source: PixArt-alpha, arXiv 2310.00426; PixArt-Sigma, arXiv 2403.04692.
     """
 

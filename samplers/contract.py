@@ -75,7 +75,7 @@ def steps_to_lower(levels):
 
 
 class Denoiser:
-    """Evaluates the model at the i-th noise level and tells the callback."""
+    """Evaluates the model at the i-th noise level and calls the callback."""
 
     def __init__(self, model, levels, extra_args=None, callback=None):
         self.model = model

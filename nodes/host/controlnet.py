@@ -72,7 +72,7 @@ class ControlNetModel(PixArtControlNet):
 
 
 class PixArtControl(comfy.controlnet.ControlNet):
-    """A CONTROL_NET of PixArt. family: "alpha" or "sigma", None when nothing in the file told it."""
+    """A CONTROL_NET of PixArt. family: "alpha" or "sigma", None when nothing in the file shows it."""
 
     def __init__(self, control_model, family=None, load_device=None):
         super().__init__(

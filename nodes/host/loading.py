@@ -134,7 +134,7 @@ def check_vae(path: Path, config: PixArtConfig) -> None:
 
 
 def _scale_of_vae(path: Path) -> tuple[float, str] | None:
-    """(latent scale, the sign that tells it), or None."""
+    """(latent scale, the sign that shows it), or None."""
     if path.is_dir():
         scale = read_json(path / "config.json").get("scaling_factor")
         return None if scale is None else (float(scale), "config.json")
@@ -161,7 +161,7 @@ def _stored_scale(path: Path) -> float | None:
 
 
 def describe_model(model) -> str:
-    """What a MODEL is, in lines of text: variant, sizes, layers, dtypes, patches, and the signs that told it."""
+    """What a MODEL is, in lines of text: variant, sizes, layers, dtypes, patches, and the signs that decided it."""
     net = model.model
     config = getattr(net, "pixart_config", None)
     if config is None:

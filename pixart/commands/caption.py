@@ -294,7 +294,7 @@ class Table:
 
 
 def _size(record: Record) -> dict:
-    """What PixArt's data_info.json tells of a picture beside its caption."""
+    """What PixArt's data_info.json says of a picture beside its caption."""
     height, width = measure_picture(record.picture, record.picture.content())
     return {"height": height, "width": width, "ratio": height / width}
 

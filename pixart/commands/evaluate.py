@@ -8,7 +8,7 @@
 Prompt files: one prompt on each line (T2I-CompBench's too), COCO's captions, or a JSON list of texts or of objects with
 `prompt`. Pictures come from a running ComfyUI with --workflow (in API format), or from this process with --model.
 Run it again to go on; pictures that are there are not made again. Without ComfyUI, --batch makes several at a time; a
-picture is told by its seed, whatever the batch. With `accelerate launch` (or RANK and WORLD_SIZE set) each process
+picture depends on its seed, whatever the batch. With `accelerate launch` (or RANK and WORLD_SIZE set) each process
 makes its share, and the one that finishes last scores.
 """
 
@@ -132,7 +132,7 @@ def check_settings(folder: Path, settings: dict, force: bool) -> None:
     if path.is_file() and path.read_text(encoding="utf-8") != text and not force:
         raise ValueError(
             f"Other settings: got a folder '{folder}' with pictures of another prompt file, model or setting, "
-            f"expected those of now. Choose another --output, or make all anew with --force."
+            f"expected those of now. Choose another --output, or make all again with --force."
         )
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -185,7 +185,7 @@ def parse() -> argparse.ArgumentParser:
     add("--count", type=int, help="only the first so many prompts")
     add("--per-prompt", type=int, default=1, help="pictures of each; default: %(default)s")
     add("--compbench", action="store_true", help="name pictures as T2I-CompBench's scripts expect them")
-    add("--force", action="store_true", help="make all pictures anew")
+    add("--force", action="store_true", help="make all pictures again")
     remote = parser.add_argument_group("a running ComfyUI")
     remote.add_argument("--workflow", type=Path, help="in API format")
     remote.add_argument("--prompt-node", metavar="NODE.INPUT")

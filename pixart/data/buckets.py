@@ -8,7 +8,7 @@ from random import Random
 class BucketSampler:
     """An endless iterator of lists of `batch_size` indices, all of one bin; an epoch shows every picture.
 
-    bins: (h_latent, w_latent) of each picture. Each epoch has an order of its own, told by seed and epoch alone.
+    bins: (h_latent, w_latent) of each picture. Each epoch has an order of its own, by seed and epoch alone.
     A bin's last batch is filled up with further pictures of the same bin, the first of its order, so every batch is
     full: a mean over it, and over equal parts of it in several processes, weighs as one over the rest alone would.
     With drop_last such a batch is left out instead, as in PixArt's own training.

@@ -40,7 +40,7 @@ class EncodeSettings:
 
     base_px: the size that the model was trained at; pictures go to the nearest of its bins, or with `square` all to
     the square one. flip: add the mirrored picture of each. caption_length: in tokens; `clean`: as the official ones.
-    caption_dtype: of CAPTION_DTYPES. size_condition: the size that the model is told, of SIZE_CONDITIONS: the bin's as
+    caption_dtype: of CAPTION_DTYPES. size_condition: the size that the model is given, of SIZE_CONDITIONS: the bin's as
     when pictures are made, or the picture's own as in PixArt-alpha's training.
     """
 
@@ -96,10 +96,10 @@ class _Job:
 class DatasetEncoder:
     """The encoding of some records: what is in the cache already is known, the rest is encoded on demand.
 
-    text_identity, image_identity: tell the encoders apart (see identity.fingerprint). hint_identity: tells apart how
+    text_identity, image_identity: identify the encoders (see identity.fingerprint). hint_identity: identifies how
     hints are made of pictures that have no control picture; empty: they have none.
     rank, world_size: this process encodes its share alone; the caches of all are one folder.
-    progress: told while the contents of all pictures are read, which say what is in the cache.
+    progress: called while the contents of all pictures are read, which say what is in the cache.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What tells contents and models apart: hashes for the keys of a cache."""
+"""What distinguishes contents and models: hashes for the keys of a cache."""
 
 import hashlib
 from collections.abc import Iterable

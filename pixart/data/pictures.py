@@ -15,7 +15,7 @@ from .identity import digest
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # What cameras and the web give as well: read where PIL can do it, else named in the check and not passed over.
 PICTURE_SUFFIXES |= {".heic", ".heif", ".jp2", ".jxl", ".tga"}
-# EXIF's orientation -> PIL's transposition. PIL's own exif_transpose writes the EXIF anew, which broken tags defeat.
+# EXIF's orientation -> PIL's transposition. PIL's own exif_transpose writes the EXIF again, which broken tags defeat.
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",

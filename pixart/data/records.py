@@ -54,7 +54,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What reading a record's picture told: its content's digest and size, or the error."""
+    """What reading a record's picture gave: its content's digest and size, or the error."""
 
     digest: str = ""
     size_px: tuple[int, int] = (0, 0)
@@ -74,7 +74,7 @@ def check_records(
 
     smallest_px: pictures whose shorter side is less are too small; 0 lets all pass. policy: "skip" leaves out what is
     wrong, "error" refuses the dataset. fallback_caption: for pictures without one. is_prior: marks the records.
-    progress: told how many of how many are read; what it raises ends the reading.
+    progress: called with how many of how many are read; what it raises ends the reading.
     Raises ValueError with the table for policy "error", and when nothing is left.
     """
     if policy not in POLICIES:

@@ -67,5 +67,5 @@ class Grid:
         return [(x, y) for y in self.y.values for x in self.x.values]
 
     def labels(self) -> list[str]:
-        """What tells each cell from the others."""
+        """What distinguishes each cell."""
         return [", ".join(filter(None, (x, y))) for y in self.y.headings() for x in self.x.headings()]

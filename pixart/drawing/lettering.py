@@ -39,7 +39,7 @@ def compose(text: str) -> str:
 @functools.lru_cache(maxsize=16)
 def _open(size_px: int) -> ImageFont.FreeTypeFont:
     if not FONT.is_file():
-        raise FileNotFoundError(f"Font missing: got no {FONT}, expected the pack's own. Install the pack anew.")
+        raise FileNotFoundError(f"Font missing: got no {FONT}, expected the pack's own. Install the pack again.")
     # Basic layout: the other one needs libraries that not every machine has, and would draw otherwise where it has.
     return ImageFont.truetype(str(FONT), size_px, layout_engine=ImageFont.Layout.BASIC)
 

@@ -20,7 +20,7 @@ MAPS = 18
 def load_consistency_decoder(path: str | Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """diffusers' ConsistencyDecoderVAE without its encoder, from its folder or from one file of its weights.
 
-    path: of a file, config.json beside it tells the sizes; without one they are the published ones.
+    path: of a file, config.json beside it gives the sizes; without one they are the published ones.
     Raises ImportError without diffusers, FileNotFoundError, and ValueError for other weights.
     """
     path = Path(path)

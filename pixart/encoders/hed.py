@@ -35,7 +35,7 @@ class HED(nn.Module):
     """Five blocks at falling resolution, each with a map of edge logits.
 
     Parameters have the names of ControlNetHED.pth. widths: channels of the blocks.
-    Source: Holistically-Nested Edge Detection, arXiv 1504.06375, section 3, as lllyasviel trained it anew for
+    Source: Holistically-Nested Edge Detection, arXiv 1504.06375, section 3, as lllyasviel retrained it for
     ControlNet; PixArt-alpha, diffusion/model/hed.py.
     """
 

@@ -250,7 +250,7 @@ def _alpha(tensors: Mapping[str, torch.Tensor]) -> float | None:
 
 
 def _with_magnitude(factor: Factor, tensors: Mapping[str, torch.Tensor]) -> Factor:
-    """PEFT's magnitudes are of rows, in any shape; LyCORIS' are of rows or columns, told by their shape."""
+    """PEFT's magnitudes are of rows, in any shape; LyCORIS' are of rows or columns, as their shape shows."""
     rows = (factor.product_shape or (0,))[0]
     if "magnitude" in tensors:
         return replace(factor, magnitude=tensors["magnitude"].reshape(-1, 1))

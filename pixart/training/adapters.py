@@ -137,7 +137,7 @@ class AdaptedLinear(nn.Module):
     base: Linear or Fp8Linear. parts: of a packed projection, 1 of any other.
     lora_down: (parts * rank, in). lora_up: (out, rank). dora_scale: (out, 1) lengths of the weight's rows, or None.
     enabled: False computes the frozen layer alone. activated: the input goes through GELU first. number: of the layer
-    in its model. chances: what tells the dropout of a forward pass; without it PyTorch draws.
+    in its model. chances: what decides the dropout of a forward pass; without it PyTorch draws.
     """
 
     def __init__(self, base: nn.Module, settings: TrainingSettings, parts: int, generator=None, number: int = 0):
@@ -271,7 +271,7 @@ def _is_grouped(layer: nn.Module) -> bool:
 
 
 def tell_chances(model: nn.Module, chances: Chances) -> None:
-    """Let all adapters in a model drop what these chances say, until others are told."""
+    """Let all adapters in a model drop what these chances say, until others are given."""
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
             module.chances = chances

@@ -69,7 +69,7 @@ _ROWS = 512  # masks are drawn for as many tokens at a time, so that a caption's
 
 @dataclass(frozen=True)
 class Chances:
-    """What tells the dropout of one forward pass.
+    """What decides the dropout of one forward pass.
 
     name: of the training and the pass. positions: of the batch's pictures in the global batch.
     """

@@ -99,7 +99,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_half, init_scale=2.0**14)
         self.step, self.saved_step, self.overflows, self.spent_s = 0, None, 0, 0.0
         self.is_whole = True  # False within an optimiser step
-        self.is_stopping = False  # whether some process was told to stop
+        self.is_stopping = False  # whether some process was asked to stop
 
     def run(self, resume: bool = True) -> int:
         """Train until the last step, or until stopped. Returns the steps that are done; everything is saved.
@@ -327,7 +327,7 @@ class Trainer:
         }
 
     def _sampler_identity(self) -> dict:
-        """What tells the data; its position is that of the step, as the batch ahead is drawn already."""
+        """What identifies the data; its position is that of the step, as the batch ahead is drawn already."""
         return {key: value for key, value in self.sampler.state_dict().items() if key not in ("epoch", "position")}
 
     def _save(self):

@@ -26,7 +26,7 @@ Conditions = dict[str, Tensor | None]  # keyword arguments of the model
 
 
 class Loss(NamedTuple):
-    """total: to minimise. error: what tells whether the training is sane. bound: of the learned variance, or None."""
+    """total: to minimise. error: what shows whether the training is sane. bound: of the learned variance, or None."""
 
     total: Tensor
     error: Tensor

@@ -91,7 +91,7 @@ class AcceleratedProcesses(SingleProcess):
 
 
 def _shard_on_cpu(state) -> None:
-    """Let an AcceleratorState shard on the CPU as on GPUs, where Accelerate would give each process a copy unasked."""
+    """Let an AcceleratorState shard on the CPU as on GPUs, where Accelerate would give each process a copy."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 
     if state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):

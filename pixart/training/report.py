@@ -1,4 +1,4 @@
-"""What a training tells: a log in lines of JSON, the curve of its loss, TensorBoard and Weights & Biases."""
+"""What a training reports: a log in lines of JSON, the curve of its loss, TensorBoard and Weights & Biases."""
 
 import importlib.util
 import json

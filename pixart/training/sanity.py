@@ -1,4 +1,4 @@
-"""Whether a training still learns: what tells an exploding loss from a noisy one."""
+"""Whether a training still learns: how an exploding loss differs from a noisy one."""
 
 import math
 

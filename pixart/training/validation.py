@@ -71,7 +71,7 @@ class Validation:
         return row
 
     def _latent(self, prompt: ValidationPrompt, index: int) -> Tensor:
-        """The latent of one prompt, (1, 4, h, w) fp32, not scaled; its noise is told by the prompt's place alone."""
+        """The latent of one prompt, (1, 4, h, w) fp32, not scaled; its noise depends on the prompt's place alone."""
         objective, settings = self.objective, self.objective.settings
         device, model = self._device, objective.model
         caption = prompt.caption[None].to(device, objective.dtype)

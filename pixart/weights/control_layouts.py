@@ -30,7 +30,7 @@ def split_controlnet(state_dict: Mapping) -> tuple[dict, dict]:
 
 
 def part_controlnet(state_dict: Mapping) -> tuple[dict, dict]:
-    """As `split_controlnet`, with the base as it stands in the file: its position grid tells the trained size."""
+    """As `split_controlnet`, with the base as it stands in the file: its position grid shows the trained size."""
     weights = unwrap(state_dict)
     require_control(weights)
     weights.pop(CONFIG_KEY, None)

@@ -29,7 +29,7 @@ class ControlNetCheckpoint:
 
     state_dict: original names, checked. base: the model in the same file, None when it holds control weights alone.
     config: the base's; without one, a configuration whose blocks are these, and whose other fields say nothing.
-    family: "alpha" or "sigma", None when nothing tells.
+    family: "alpha" or "sigma", None when nothing shows it.
     """
 
     path: Path

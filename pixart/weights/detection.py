@@ -368,7 +368,7 @@ def _stored_tokens(shapes: Mapping) -> int:
 
 
 def read_name(name: str) -> tuple[str | None, int | None]:
-    """(family, trained size in px) as a file or folder name tells them; None for what it does not tell."""
+    """(family, trained size in px) as a file or folder name gives them; None for what it does not give."""
     lowered = name.lower()
     known = [release for release in RELEASES if release.lower() in lowered]
     if known:

@@ -210,7 +210,7 @@ def _read_safetensors(path: Path, choose: Callable[[object], dict]) -> tuple[dic
 
 
 def _read_unmapped(path: Path, wanted: Mapping[str, _Named]) -> dict[str, torch.Tensor]:
-    """Copies of the tensors; the file is mapped anew every few of them, since touched pages of a mapping stay."""
+    """Copies of the tensors; the file is mapped again every few of them, since touched pages of a mapping stay."""
     tensors, names = {}, list(wanted)
     while names:
         with safe_open(path, framework="pt") as file:

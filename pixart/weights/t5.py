@@ -117,7 +117,7 @@ def detect_t5_config(weights: Mapping[str, torch.Tensor], name: str, declared: M
 
 
 def _expected_rows(weights: Mapping[str, torch.Tensor], num_layers: int) -> dict[str, int]:
-    """Every tensor of the encoder -> its number of rows, told by the first layer."""
+    """Every tensor of the encoder -> its number of rows, read from the first layer."""
 
     def count(key):
         return next(iter(weights[key].shape), 0) if key in weights else 0

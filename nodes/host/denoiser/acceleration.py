@@ -34,7 +34,7 @@ class _CacheSettings:
 
 
 def _between(model_sampling, start_percent: float, end_percent: float):
-    """A function that tells of a sigma (tensor or None) whether it lies in this part of the sampling."""
+    """A function that says of a sigma (tensor or None) whether it lies in this part of the sampling."""
     highest = float(model_sampling.percent_to_sigma(start_percent))
     lowest = float(model_sampling.percent_to_sigma(end_percent))
     return lambda sigma: sigma is not None and lowest <= float(sigma.flatten()[0]) <= highest

@@ -123,7 +123,7 @@ class BlockCache:
 
 
 class Evaluation:
-    """One forward pass through the blocks: tells which to skip, and remembers what those that ran added."""
+    """One forward pass through the blocks: decides which to skip, and remembers what those that ran added."""
 
     def __init__(self, cache: BlockCache, keys: list[tuple], tokens, first: int, last: int, sigma):
         self.cache, self.keys, self.first, self.last, self.sigma = cache, keys, first, last, sigma

@@ -160,7 +160,7 @@ def _residuals(control):
 
 
 class PixArtModel(comfy.model_base.PixArt):
-    """PixArt as a BaseModel. Subclasses the host's PixArt only for its LoRA key map, which goes by class."""
+    """PixArt as a BaseModel. Subclasses the host's PixArt only for its LoRA key map, which depends on the class."""
 
     def __init__(self, model_config, device=None):
         # Built without memory: every tensor of the file is assigned, so none is allocated twice.
