@@ -185,7 +185,7 @@ def describe_model(model) -> str:
     if source:
         detection = source["detection"]
         lines.insert(0, f"file: {source['file']} ({detection.layout} layout)")
-        lines += [f"{field} told by: {sign}" for field, sign in _notable(detection.signs)]
+        lines += [f"{field} from: {sign}" for field, sign in _notable(detection.signs)]
         lines += [f"overruled: {conflict}" for conflict in detection.conflicts]
     return "\n".join(lines)
 

@@ -280,10 +280,10 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from pixart.training import cache, shards
-from pixart.training.cache import DatasetEncoder, EncodeSettings
-from pixart.training.records import check_records
-from pixart.training.sources import read_dataset
+from pixart.data import cache, shards
+from pixart.data.cache import DatasetEncoder, EncodeSettings
+from pixart.data.records import check_records
+from pixart.data.sources import read_dataset
 shards.SHARD_BYTES = 4000  # a shard or so for every batch
 records = check_records(read_dataset(Path(sys.argv[2]))).records
 encoder = DatasetEncoder(records, Path(sys.argv[3]), EncodeSettings(base_px=64, caption_length=20), "t5", "vae")

@@ -152,7 +152,7 @@ def test_a_run_records_nothing_of_the_machine(tmp_path, monkeypatch):
     run.finish()
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".log")
     assert b"loss" in written and b"steps" in written
-    machine = (socket.gethostname(), getpass.getuser() + "@", os.getcwd(), sys.executable, sys.argv[0])
+    machine = (socket.gethostname(), getpass.getuser() + "@", os.getcwd(), sys.executable)
     private = ("line-of-the-console", "secret-of-the-environment", *machine, platform.platform())
     assert [each for each in private if each.encode() in written] == []
 
