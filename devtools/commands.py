@@ -8,14 +8,16 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from .audit import audit_packages
-from .browser import browser_offered, runs_browser_tests
+from .browser import browser_offered
 from .checks import lint_commands
 from .environment import DEFAULT_HOST, HOSTS, Environment, choose_environment, name_hash, prepare
 from .process import LAUNCH, ROOT, DevError, child_environment, foreground, say, stop_on_signals, tail
 from .server import PACK, Server, device_flags, link_pack, prepare_base
+from .tiers import TIERS, Run, closing_lines, exit_code, plan, run_all, table
 
 OUTPUT = ROOT / "output"
 PASSING_ON = ("test", "bench", "run")  # from the first argument that is not dev.py's own, all goes to the program
@@ -106,10 +108,20 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def test(options: argparse.Namespace) -> int:
+    runs = plan(options.tier, options.rest)
     environment = ready(options)
-    variables = child_environment(PIXART_COMFYUI=str(environment.host), **cache_variables(environment))
-    with browser_offered(environment) if runs_browser_tests(options.rest) else contextlib.nullcontext({}) as browser:
-        return foreground([environment.python, "-m", "pytest", *options.rest], cwd=ROOT, env={**variables, **browser})
+    shared = child_environment(PIXART_COMFYUI=str(environment.host), **cache_variables(environment))
+    offered = browser_offered(environment) if any(each.editor for each in runs) else contextlib.nullcontext({})
+    with offered as browser:
+
+        def start(each: Run, variables: dict[str, str]) -> int:
+            command = [environment.python, "-m", "pytest", *each.arguments]
+            return foreground(command, cwd=ROOT, env={**shared, **browser, **variables})
+
+        outcomes = run_all(runs, start)
+    if runs[0].name:  # else pytest's own last line says it
+        say("\n".join(["", *(table(outcomes) if options.tier == "cpus" else closing_lines(runs, outcomes))]))
+    return exit_code(outcomes, chosen=bool(options.rest))
 
 
 def lint(options: argparse.Namespace) -> int:
@@ -177,7 +189,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--keep-running", action="store_true", help="leave the server running")
     command = add(serve, "start ComfyUI with this pack and its editor; Ctrl-C stops it")
     command.add_argument("--port", type=int, default=8188, help="the server's port (default: 8188)")
-    add(test, "run the tests", "[PYTEST ARGUMENTS]")
+    command = add(test, "run the tests", f"[{' | '.join(f'--{tier}' for tier in TIERS)}] [PYTEST ARGUMENTS]")
+    tiers = command.add_mutually_exclusive_group()
+    for tier, text in TIERS.items():
+        tiers.add_argument(f"--{tier}", dest="tier", action="store_const", const=tier, help=text)
     add(bench, "run the benchmarks", "[NAME] [ARGUMENTS]")
     command = add(lint, "check style, formatting, and the files that GitHub reads")
     command.add_argument("--fix", action="store_true", help="mend what can be mended")
@@ -198,16 +213,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     own, rest = take_own(arguments)
     passed_on = []
     if rest[:1] and rest[0] in PASSING_ON:
-        own_too, passed_on = take_own(rest[1:])
+        own_too, passed_on = take_own(rest[1:], TIERS if rest[0] == "test" else ())
         arguments = [*own, rest[0], *own_too]
     # Not set_defaults: a subparser's defaults would overwrite what was given before the command.
-    return make_parser().parse_args(arguments, argparse.Namespace(env=None, comfyui=None, rest=passed_on))
+    return make_parser().parse_args(arguments, argparse.Namespace(env=None, comfyui=None, tier=None, rest=passed_on))
 
 
-def take_own(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split off the leading options that every command has."""
+def take_own(arguments: list[str], further: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+    """Split off the leading options that every command has, and the further ones of this command."""
+    flags = "|".join(["-h", "--help", *(f"--{name}" for name in further)])
     count = 0
-    while count < len(arguments) and re.match(r"(--env|--comfyui)(=|$)|(-h|--help)$", arguments[count]):
+    while count < len(arguments) and re.match(rf"(--env|--comfyui)(=|$)|({flags})$", arguments[count]):
         count += 2 if arguments[count] in ("--env", "--comfyui") else 1
     return arguments[:count], arguments[count:]
 

@@ -22,3 +22,4 @@ def register_alias() -> None:
 # With the root on sys.path (`python -m pytest` puts it there) `import nodes` would give this pack's, not ComfyUI's.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 register_alias()
+pytest_plugins = ["pixart_pack.tests.closing", "pytester"]

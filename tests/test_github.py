@@ -44,13 +44,11 @@ def test_what_is_called_are_commands_of_dev_py(path):
 
 
 def test_the_commands_that_are_called():
-    called = {
-        (path.name, commands.parse(call).command, *commands.parse(call).rest)
-        for path in CALLING
-        for call in calls(path)
-    }
-    assert {("tests.yml", "test", "--quick"), ("tests.yml", "test"), ("tests.yml", "lint")} <= called
-    assert (".pre-commit-config.yaml", "lint") in called and ("run", "test") in called
+    parsed = [(path.name, commands.parse(call)) for path in CALLING for call in calls(path)]
+    assert not any(options.rest for _, options in parsed)
+    called = {(name, options.command, options.tier) for name, options in parsed}
+    assert {("tests.yml", "test", "quick"), ("tests.yml", "test", None), ("tests.yml", "lint", None)} <= called
+    assert {(".pre-commit-config.yaml", "lint", None), ("run", "test", None), ("run", "test", "cpus")} <= called
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
