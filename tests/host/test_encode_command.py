@@ -1,6 +1,5 @@
 """The command that encodes datasets outside ComfyUI, on the demo's T5 and autoencoder."""
 
-import argparse
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from PIL import Image
 
 from pixart_pack.demo.autoencoder import VAE_SCALE, average_latents
 from pixart_pack.demo.scenes import caption, draw_scene, random_scene
-from pixart_pack.pixart.commands.encode import add_parser
+from pixart_pack.pixart.commands import encode
 from pixart_pack.pixart.data.examples import collate
 from pixart_pack.pixart.data.features import open_features
 from pixart_pack.pixart.data.pictures import FilePicture, read_picture
@@ -44,16 +43,13 @@ def scenes(tmp_path):
 def arguments(scenes, tmp_path, comfyui):
     tokenizer = comfyui / "comfy" / "text_encoders" / "t5_tokenizer"
     return [
-        *("encode", str(scenes), "--output", str(tmp_path / "cache"), "--tokenizer", str(tokenizer)),
+        *(str(scenes), "--output", str(tmp_path / "cache"), "--tokenizer", str(tokenizer)),
         *("--text-encoder", str(T5), "--vae", str(VAE), "--resolution", "128", "--device", "cpu", "--dtype", "fp32"),
     ]
 
 
 def run(arguments):
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    options = parser.parse_args(arguments)
-    options.main(options)
+    encode.main(encode.parse().parse_args(arguments))
 
 
 def test_pictures_and_captions_of_the_demo(arguments, scenes, tmp_path):
@@ -115,13 +111,10 @@ def test_captions_of_another_tokenizer_are_encoded_again(arguments, tmp_path, co
 
 
 SCRIPT = """
-import argparse, sys
+import sys
 sys.path.insert(0, sys.argv[1])
-from pixart.training.encode import add_parser
-parser = argparse.ArgumentParser()
-add_parser(parser.add_subparsers())
-options = parser.parse_args(sys.argv[2:])
-options.main(options)
+from pixart.commands import encode
+encode.main(encode.parse().parse_args(sys.argv[2:]))
 """
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pixart_pack.pixart.commands import sample
 from pixart_pack.pixart.commands.console import run_command
-from pixart_pack.pixart.sampling import PRESETS, SAMPLERS
+from pixart_pack.pixart.solvers import PRESETS, SAMPLERS
 from pixart_pack.tests.host.graph import Graph
 
 ROOT = Path(__file__).resolve().parents[2]
