@@ -91,7 +91,7 @@ def test_prior_pictures_and_bad_input(arguments, scenes, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(FileNotFoundError, match="Model not found"):  # before any picture is looked at
-        run(["encode", str(empty), *arguments[2:], "--text-encoder", str(tmp_path / "none.safetensors")])
+        run([str(empty), *arguments[1:], "--text-encoder", str(tmp_path / "none.safetensors")])
     with pytest.raises(ValueError, match="got 0 bytes|Wrong text encoder"):
         run([*arguments, "--text-encoder", str(VAE)])
 
