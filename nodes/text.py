@@ -5,7 +5,7 @@ import re
 from comfy_api.latest import io, ui
 
 from ..pixart.config import ALPHA_CAPTION_LENGTH, SIGMA_CAPTION_LENGTH
-from ..pixart.text import clean_prompt
+from ..pixart.text import clean_prompt, limit_text
 from .host.schema import choice_input, node_input, schema
 from .host.text.captions import check_caption_width, encode_captions, learned_null, pixart_config, show_text, sizes_of
 from .host.text.embeddings import fingerprint_embeddings, list_embeddings, load_embeddings, save_embeddings
@@ -61,8 +61,11 @@ def _encode(clip, captions, cleaning, length_choice, custom_length, model, extra
     """Clean, cut and encode captions for a model (None: any). Returns (CONDITIONING, notice)."""
     config = None if model is None else pixart_config(model)
     length = _caption_length(length_choice, custom_length, config)
+    limited = [limit_text(caption, cleaned=cleaning == "official") for caption in captions]
+    captions, cuts = zip(*limited, strict=True)
     cleaned = [clean_prompt(caption) for caption in captions] if cleaning == "official" else captions
     conditioning, notice = encode_captions(clip, cleaned, length, **extra)
+    notice += "".join(f"\n{cut}" for cut in dict.fromkeys(cuts) if cut)
     if config:
         check_caption_width(conditioning, config)
     if cleaning == "official" and any(map(PROMPT_WEIGHT.search, captions)):

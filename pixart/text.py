@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from html.entities import html5
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_plus
@@ -14,12 +15,17 @@ from urllib.parse import unquote_plus
 import torch
 import torch.nn.functional as F
 
+from .quoting import shorten
+
 PAD_ID = 0
 EOS_ID = 1
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")  # the first that is there counts
 
+CHARACTER_LIMIT = 30_000  # of a caption; the longest, of 4096 tokens, has about 18,000
+TAG_LIMIT = 200  # of signs that may open a tag; the reader of HTML goes through the rest of the text for each
+BRACKET_LIMIT = 32  # of brackets within each other; weights multiply, and 1.1 to the 32nd is 21
+
 _FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
-_HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 _DASHES = (
     r"\u002D\u058A\u05BE\u1400\u1806\u2010-\u2015\u2E17\u2E1A\u2E3A\u2E3B\u2E40\u301C\u3030\u30A0\uFE31\uFE32"
     r"\uFE58\uFE63\uFF0D"
@@ -30,14 +36,13 @@ def _compile(rules: list[tuple[str, str]]) -> list[tuple[re.Pattern, str]]:
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
 
-# The rules are applied in this order; each list ends where something other than a substitution follows.
-_BEFORE_HTML = _compile(
-    [
-        ("<person>", "person"),
-        (rf"\b(?:https?:(?:/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", ""),
-        (rf"\b(?:www:(?:/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", ""),
-    ]
-)
+_SCHEMES = tuple(re.compile(rf"\b{scheme}:(?:/{{1,3}}|[a-zA-Z0-9%])") for scheme in ("https?", "www"))
+_HOST_LETTERS = re.compile(r"[a-zA-Z0-9.\-]+")
+_WORD_EDGE = re.compile(r"\b")
+_TOP_DOMAIN = re.compile(r"[.](?:com|co|ru|net|org|edu|gov|it)")
+_REST_OF_LINK = re.compile(r"[\w/-]*\b/?(?!@)")
+# The rules are applied in this order; each list ends where something other than a substitution follows. None takes time
+# that grows faster than the text: a rule that begins with a repeated sign may begin at the first of them alone.
 _AFTER_HTML = _compile(
     [
         (r"@\w+\b", ""),  # account names
@@ -53,11 +58,11 @@ _AFTER_HTML = _compile(
         (r"#\d{1,3}\b", ""),
         (r"#\d{5,}\b", ""),
         (r"\b\d{6,}\b", ""),
-        (rf"\S+\.(?:{_FILE_TYPES})", ""),
+        (rf"(?<!\S)\S+\.(?:{_FILE_TYPES})", ""),
         ("[\"']{2,}", '"'),
         (r"\.{2,}", " "),
         (r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " "),
-        (r"\s+\.\s+", " "),
+        (r"(?<!\s)\s+\.\s+", " "),
     ]
 )
 _AFTER_FIX = _compile(
@@ -70,8 +75,8 @@ _AFTER_FIX = _compile(
         (r"\bclick\b\s(?:for|on)\s\w+", ""),
         (rf"\b(?:{_FILE_TYPES})(?:\simages?)?", ""),
         (r"\bpage\s+\d+\b", ""),
-        (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
-        (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # sizes; the second letter is the Cyrillic one
+        (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d[a-zA-Z\d]*\b", " "),
+        (r"\b\d+(?:\.\d*)?[xх×]\d+(?:\.\d*)?\b", ""),  # sizes; the second letter is the Cyrillic one
         (r"\b\s+:\s+", ": "),
         (r"(\D[,./])\b", r"\1 "),
         (r"\s+", " "),
@@ -109,7 +114,7 @@ class _TextOfHTML(HTMLParser):
             self.parts.append(data)
 
     def handle_charref(self, name):
-        self.handle_data(html.unescape(f"&#{name};"))
+        self.handle_data(_unescape(f"&#{name};"))
 
     def handle_entityref(self, name):
         self.handle_data(html5.get(f"{name};", f"&{name}"))
@@ -117,6 +122,13 @@ class _TextOfHTML(HTMLParser):
     def unknown_decl(self, data):
         if data.upper().startswith("CDATA["):
             self.parts.append(data[len("CDATA[") :])
+
+
+def _unescape(text: str) -> str:
+    try:
+        return html.unescape(text)
+    except ValueError:  # Python takes no number of thousands of digits; to HTML it is no letter
+        return html.unescape(re.sub(r"&#[0-9]{1000,};?", "\N{REPLACEMENT CHARACTER}", text))
 
 
 def _strip_html(text: str) -> str:
@@ -153,19 +165,93 @@ def _substitute(rules: list[tuple[re.Pattern, str]], text: str) -> str:
     return text
 
 
+def _find_host(text: str, start: int) -> tuple[int, int] | None:
+    r"""Where re.compile(r"\b[a-zA-Z0-9.\-]+[.](?:com|...)[\w/-]*\b/?(?!@)").search(text, start) finds its match.
+
+    That expression would go through a long row of such letters again from each of them. From the first with an edge
+    of a word before it all is found that is found from those behind it.
+    """
+    while letters := _HOST_LETTERS.search(text, start):
+        edge = _WORD_EDGE.search(text, letters.start(), letters.end())
+        domains = _TOP_DOMAIN.finditer(text, edge.start() + 1, letters.end()) if edge else ()
+        for domain in reversed(list(domains)):
+            rest = _REST_OF_LINK.match(text, domain.end())
+            if rest:
+                return edge.start(), rest.end()
+        start = letters.end()
+    return None
+
+
+def _remove_links(scheme: re.Pattern, text: str) -> str:
+    """Without names of hosts, and without what a scheme matches."""
+    kept, place, host = [], 0, _find_host(text, 0)
+    begun = scheme.search(text)
+    while begun or host:
+        first, end = min(filter(None, (begun and begun.span(), host)), key=lambda span: span[0])
+        kept.append(text[place:first])
+        place = end
+        if begun and begun.start() < place:
+            begun = scheme.search(text, place)
+        if host and host[0] < place:
+            host = _find_host(text, place)
+    return "".join([*kept, text[place:]])
+
+
+def limit_text(text: str, *, cleaned: bool = False) -> tuple[str, str]:
+    """A caption within what can be read in a moment, and a notice of what was cut; empty where it is whole.
+
+    That is CHARACTER_LIMIT characters, many times what a caption's tokens can hold; if it is to be cleaned, also
+    TAG_LIMIT signs that open a tag of HTML.
+    """
+    end = CHARACTER_LIMIT
+    if cleaned:
+        sign = next(islice(re.finditer("<", text[:end]), TAG_LIMIT, None), None)
+        end = sign.start() if sign else end
+    if len(text) <= end:
+        return text, ""
+    return text[:end], f"Read are the first {end} of {len(text)} characters; the rest was cut."
+
+
+def check_brackets(text: str) -> None:
+    """Raises ValueError for more than BRACKET_LIMIT round brackets within each other, which weights would be.
+
+    ComfyUI's reader of prompt weights calls itself for each, and goes through all that is in it.
+    """
+    heights, deepest = [], 0  # of the brackets that are open: how deep those in them are that were closed
+    for bracket in re.findall(r"\\[()]|[()]", text):
+        if bracket == "(":
+            heights.append(0)
+        elif bracket == ")" and heights:
+            height = heights.pop() + 1
+            deepest = max(deepest, height)
+            if heights:
+                heights[-1] = max(heights[-1], height)
+    if deepest > BRACKET_LIMIT:
+        raise ValueError(
+            f"Brackets too deep: got {deepest} within each other in {shorten(text)}, expected at most {BRACKET_LIMIT}. "
+            f"Write a weight as (word:1.3), and \\( and \\) for brackets that are part of the text."
+        )
+
+
 def clean_caption(text: str) -> str:
     """One pass of the caption cleaning that PixArt-alpha was trained with: no URLs, HTML, codes or odd signs.
 
-    The originals apply it twice; clean_prompt does so. Without the package ftfy, mojibake is not repaired.
+    The originals apply it twice; clean_prompt does so. Without the package ftfy, mojibake is not repaired. A text of
+    more than CHARACTER_LIMIT characters or TAG_LIMIT tags is cut, see limit_text.
     Source: PixArt-alpha, diffusion/model/t5.py, T5Embedder.clean_caption.
     """
-    text = unquote_plus(str(text)).strip().lower()
-    text = _substitute(_BEFORE_HTML, text)
+    text, cut = limit_text(str(text), cleaned=True)
+    if cut:
+        logging.warning("Caption cleaning: %s", cut)
+    text = limit_text(unquote_plus(text).strip().lower(), cleaned=True)[0]  # %3C is a < too
+    text = text.replace("<person>", "person")
+    for scheme in _SCHEMES:
+        text = _remove_links(scheme, text)
     text = _strip_html(text)
     text = _substitute(_AFTER_HTML, text)
     if len(re.findall("[-_]", text)) > 3:  # this-is-a-file-name
         text = re.sub("[-_]", " ", text)
-    text = html.unescape(html.unescape(_fix_text(text))).strip()
+    text = _unescape(_unescape(_fix_text(text))).strip()
     return _substitute(_AFTER_FIX, text).strip()
 
 
@@ -215,7 +301,10 @@ def tokenize(prompts: str | Sequence[str], tokenizer: Any, caption_length: int) 
     ids = torch.full((len(prompts), caption_length), PAD_ID)
     mask = torch.zeros(len(prompts), caption_length, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        kept, _ = truncate([*_encode(prompt, tokenizer), EOS_ID], caption_length)
+        text, cut = limit_text(prompt)
+        if cut:
+            logging.warning("Caption %d: %s", row + 1, cut)
+        kept, _ = truncate([*_encode(text, tokenizer), EOS_ID], caption_length)
         ids[row, : len(kept)] = torch.tensor(kept)
         mask[row, : len(kept)] = True
     return ids, mask

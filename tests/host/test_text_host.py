@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from pixart_pack.pixart.config import CONFIGS
 from pixart_pack.pixart.text import clean_prompt, load_tokenizer, tokenize
-from pixart_pack.tests import tiny_t5
+from pixart_pack.tests import hostile_texts, tiny_t5
 from pixart_pack.tests.spiece import write_spiece
 
 NOISE = 1e-5  # float32 of two implementations: 3.1e-6 measured, 2.4e-6 of it from float64, states of deviation 1.1
@@ -348,6 +349,27 @@ def fake_model(name="alpha-1024", null=True, channels=None):
     if channels:
         config = type(config)(**{**config.__dict__, "caption_channels": channels})
     return SimpleNamespace(model=SimpleNamespace(pixart_config=config, has_null_caption=null))
+
+
+@pytest.mark.parametrize("cleaning", ["off", "official"])
+@pytest.mark.parametrize("name", hostile_texts.PROMPTS)
+def test_a_prompt_that_means_harm_is_cut_or_refused_in_words(nodes, clip, name, cleaning):
+    """Weights in deep brackets raised RecursionError in the host, and the cleaning held its lock for minutes."""
+    start = time.perf_counter()
+    try:
+        output = run(nodes.TextEncode, clip=clip, text=hostile_texts.PROMPTS[name], clean_caption=cleaning)
+    except ValueError as error:
+        assert "Brackets too deep" in str(error) and len(str(error)) < 400
+    else:
+        assert output[0][0][0].shape[1] <= 300 and len(output.ui.as_dict()["text"][0]) < 1000
+    assert time.perf_counter() - start < 3  # of which T5 takes some
+
+
+def test_a_batch_of_captions_is_bounded_and_so_is_what_is_said_of_it(nodes, clip):
+    with pytest.raises(ValueError, match="Too many captions: got 100000, expected at most 4096"):
+        run(nodes.TextEncode, clip=clip, text="cat\n" * 100_000, batch_lines=True)
+    notice = run(nodes.TextEncode, clip=clip, text="cat\n" * 100, batch_lines=True).ui.as_dict()["text"][0]
+    assert notice.endswith("and 68 more captions")
 
 
 def test_caption_length_comes_from_the_model(nodes, clip):

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixart_pack.pixart.text import (
+    _SCHEMES,
+    BRACKET_LIMIT,
+    CHARACTER_LIMIT,
+    TAG_LIMIT,
+    _remove_links,
     _strip_html,
     batch_captions,
+    check_brackets,
     clean_caption,
     clean_prompt,
+    limit_text,
     load_tokenizer,
     tokenize,
     truncate,
@@ -71,6 +79,81 @@ def test_unknown_html_section_stays():
 @given(st.text())
 def test_clean_caption_takes_any_text(text):
     assert isinstance(clean_prompt(text), str)
+
+
+HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"  # the original's, slow and plain
+link_parts = st.lists(st.sampled_from([*"a1.-_/é @x%", ".com", ".co", ".it", "http:", "https:/", "www:", "//", "http"]))
+
+
+@settings(deadline=None)
+@given(link_parts.map("".join), st.sampled_from([("https?", 0), ("www", 1)]))
+def test_links_are_what_the_original_expression_finds(text, kind):
+    scheme, index = kind
+    original = re.compile(rf"\b(?:{scheme}:(?:/{{1,3}}|[a-zA-Z0-9%])|{HOST})")
+    assert _remove_links(_SCHEMES[index], text) == original.sub("", text)
+
+
+# What one of the rules, or the reader of HTML, went through again from each of its letters.
+SLOW = {
+    "letters": "a",
+    "hosts": "a.",
+    "host without an end": "a.com-",
+    "numbers": "1.",
+    "spaces": "x" + " " * 1000,
+    "accents": "é",
+    "opened tags": "<a ",
+    "encoded tags": "%3ca ",
+    "attributes": "<a b='",
+    "comments": "<!--",
+    "opened elements": "<b>x",
+    "entities": "&#1",
+    "brackets": "(",
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_cleaning_takes_time_in_proportion_to_the_text(name):
+    """Four times the text took sixteen times as long, and 40,000 characters up to a minute."""
+
+    def seconds(count: int) -> float:
+        text = (SLOW[name] * count)[:count]
+        start = time.perf_counter()
+        clean_prompt(text)
+        return time.perf_counter() - start
+
+    seconds(100)
+    short, long = min(seconds(7_500) for _ in range(2)), min(seconds(30_000) for _ in range(2))
+    assert long < 9 * short + 0.05
+
+
+@pytest.mark.parametrize("text", ["1" * 29_000 + "_", "a1a" + "1" * 29_000 + "é", "a.com" + "é" * 29_000 + "@"])
+def test_cleaning_does_not_try_all_ways_to_part_a_row_of_signs(text):
+    start = time.perf_counter()
+    clean_prompt(text)
+    assert time.perf_counter() - start < 1  # was 10 and more
+
+
+def test_a_letter_by_a_number_of_thousands_of_digits():
+    assert clean_prompt("a &#" + "1" * 5000 + "; b") == "a \N{REPLACEMENT CHARACTER} b"
+
+
+def test_a_caption_is_cut_where_no_token_counts_any_more():
+    whole = "x" * CHARACTER_LIMIT
+    assert limit_text(whole) == (whole, "")
+    assert limit_text(whole + "y") == (whole, "Read are the first 30000 of 30001 characters; the rest was cut.")
+    tags = "<b>" * TAG_LIMIT
+    assert limit_text(tags, cleaned=True) == (tags, "")
+    assert limit_text(tags + "<b>", cleaned=True)[0] == tags and limit_text(tags + "<b>") == (tags + "<b>", "")
+
+
+def test_brackets_within_each_other_are_bounded():
+    deep = "(" * BRACKET_LIMIT + "x" + ")" * BRACKET_LIMIT
+    for text in (deep, deep * 100, "(" * 1000, ")" * 1000 + "(" * 1000, "()" * 1000, r"\(" * 100 + r"\)" * 100):
+        check_brackets(text)
+    for text in (f"({deep})", "a (b" + deep + "c) d", "(" * 100_000 + ")" * 100_000):
+        with pytest.raises(ValueError, match="Brackets too deep: got .* expected at most 32") as caught:
+            check_brackets(text)
+        assert len(str(caught.value)) < 400
 
 
 @pytest.fixture(scope="module")

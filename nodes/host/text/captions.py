@@ -5,12 +5,15 @@ import sys
 
 import torch
 
-from ....pixart.text import PAD_ID, batch_captions, truncate
+from ....pixart.quoting import shorten
+from ....pixart.text import PAD_ID, batch_captions, check_brackets, limit_text, truncate
 from . import prompt_cache
 from .t5 import T5_NAME
 
 log = logging.getLogger(__name__)
 
+BATCH_LIMIT = 4096  # the host's own for pictures
+_SHOWN_NOTICES = 32
 SIZE_KEYS = ("pixart_size", "pixart_ratio", "width", "height")
 
 
@@ -32,8 +35,13 @@ def encode_captions(clip, captions: list[str], caption_length: int, *, keep: boo
     Returns (CONDITIONING, what to tell the user).
     The states (B, L, D) are as long as the longest caption, with an "attention_mask" (B, L) bool, True = keep.
     Captions run through T5 one by one and unpadded: equal to a padded run under its mask, and less work.
-    Raises ValueError when clip is no T5.
+    Raises ValueError when clip is no T5, and for more than BATCH_LIMIT captions.
     """
+    if len(captions) > BATCH_LIMIT:
+        raise ValueError(
+            f"Too many captions: got {len(captions)}, expected at most {BATCH_LIMIT}, one for each picture of a batch. "
+            f"Encode them in parts."
+        )
     schedules, notices = [], []
     for index, caption in enumerate(captions):
         kept, cut = truncate(_tokenize(clip, caption), caption_length)
@@ -43,7 +51,8 @@ def encode_captions(clip, captions: list[str], caption_length: int, *, keep: boo
     for entries in zip(*schedules, strict=True):  # one entry of every caption, more of them only with hooks
         states, mask = batch_captions([states for states, _ in entries])
         conditioning.append([states, {**entries[0][1], "attention_mask": mask}])
-    return conditioning, "\n".join(notices)
+    more = [f"and {len(notices) - _SHOWN_NOTICES} more captions"] if len(notices) > _SHOWN_NOTICES else []
+    return conditioning, "\n".join([*notices[:_SHOWN_NOTICES], *more])
 
 
 def _encode(clip, tokens: list[tuple], extra: dict, keep: bool) -> list:
@@ -60,6 +69,10 @@ def _encode(clip, tokens: list[tuple], extra: dict, keep: bool) -> list:
 
 def _tokenize(clip, caption: str) -> list[tuple]:
     """(token, weight) pairs of a caption with the end token last, without the padding some T5 loaders add."""
+    caption, cut = limit_text(caption)
+    if cut:
+        log.warning("PixArt caption: %s", cut)
+    check_brackets(caption)
     tokens = clip.tokenize(caption)
     if set(tokens) != {T5_NAME}:
         raise ValueError(
@@ -76,7 +89,7 @@ def _describe_cut(clip, kept: list, cut: list, caption_length: int, label: str) 
     if not cut:
         return f"{label}{len(kept)} of {caption_length} tokens"
     text = clip.tokenizer.decode([token for token, _ in cut if isinstance(token, int)])
-    notice = f"{label}{len(cut)} of {len(kept) + len(cut)} tokens cut (limit {caption_length}): {text!r}"
+    notice = f"{label}{len(cut)} of {len(kept) + len(cut)} tokens cut (limit {caption_length}): {shorten(text, 200)}"
     log.warning("PixArt %s", notice)
     return notice
 
