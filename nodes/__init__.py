@@ -19,6 +19,7 @@ from . import (
 )
 from .host.denoiser.sampling import register_samplers
 from .host.replacements import register_replacements
+from .host.schema import guard
 from .host.training.runs import register_folders
 
 
@@ -31,7 +32,7 @@ class PixArtExtension(ComfyExtension):
         await register_replacements(migration.REPLACEMENTS)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
+        listed = [
             *loaders.NODES,
             *text.NODES,
             *latent.NODES,
@@ -46,3 +47,4 @@ class PixArtExtension(ComfyExtension):
             *acceleration.NODES,
             *migration.NODES,
         ]
+        return [guard(node) for node in listed]

@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from .host.decoder import list_consistency_decoders, load_consistency_vae
 from .host.export import LAYOUTS, save_model
+from .host.folders import show_path
 from .host.loading import (
     DTYPES,
     VARIANTS,
@@ -261,7 +262,7 @@ class SaveCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix, layout, dtype=AS_IT_IS):
-        path = str(save_model(model, filename_prefix, layout, dtype))
+        path = show_path(save_model(model, filename_prefix, layout, dtype))
         show_text(cls.hidden, path)
         return io.NodeOutput(path, ui=ui.PreviewText(path))
 

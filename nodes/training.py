@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..pixart.training.settings import DTYPES, OPTIMIZERS, PRIOR_TARGETS, SCHEDULES, TARGETS, WEIGHTINGS
+from .host.folders import show_path
 from .host.schema import node_input, schema
 from .host.text.captions import show_text
 from .host.training.runs import AUTO_DTYPE, export_config, make_settings, run_training
@@ -317,8 +318,8 @@ class ExportTrainingConfig(io.ComfyNode):
         **values,
     ):
         settings = make_settings(EXPORTED[kind], more_settings, base_dtype="fp8" if base_fp8 else "same", **values)
-        path = str(export_config(model, features, settings, name, validation, vae, resume))
-        text = f"saved: {path}\nrun: accelerate launch -m pixart train {path}"
+        path = show_path(export_config(model, features, settings, name, validation, vae, resume))
+        text = f"saved: {path}\nrun: accelerate launch -m pixart train '<whole path of ComfyUI>/{path}'"
         show_text(cls.hidden, text)
         return io.NodeOutput(path, ui=ui.PreviewText(text))
 

@@ -1,12 +1,25 @@
-"""Names in the host's folders: model files, folders of the Hugging Face kind (the host lists none), new outputs."""
+"""Where a prompt may read and write, and how paths are shown: a prompt may come from anybody.
 
+Every name and path out of a prompt goes through this module: names of models, new outputs, and paths that are typed.
+"""
+
+import ipaddress
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import folder_paths
+from comfy.cli_args import args
 
+from ...pixart.quoting import shorten
+from ...pixart.tracking.file_names import fault_of, has_hidden_letters, is_device
+
+log = logging.getLogger(__name__)
+
+FOLDERS_VARIABLE, FOLDERS_FILE = "PIXART_FOLDERS", "pixart_folders.txt"
 _DEPTH = 4  # as deep as a Hugging Face cache lies: models--x/snapshots/y/text_encoder
 
 
@@ -40,7 +53,8 @@ def find_file(kinds: tuple[str, ...], name: str) -> Path:
             return Path(folder_paths.get_full_path_or_raise(kind, name))
     places = " or ".join(f"models/{kind}" for kind in kinds)
     raise FileNotFoundError(
-        f"File not found: got '{name}', expected a file in {places}. Press R to refresh the lists, and choose another."
+        f"File not found: got {shorten(name)}, expected a file in {places}. Press R to refresh the lists, and choose "
+        f"another."
     )
 
 
@@ -50,26 +64,51 @@ def find_folder(kinds: tuple[str, ...], wanted: Callable[[Path], bool], name: st
     if found is None:
         places = " or ".join(f"models/{kind}" for kind in kinds)
         raise FileNotFoundError(
-            f"Folder not found: got '{name}', expected one in {places}. Press R to refresh the lists, and choose "
-            f"another."
+            f"Folder not found: got {shorten(name)}, expected one in {places}. Press R to refresh the lists, and "
+            f"choose another."
         )
     return found
 
 
-def next_output(prefix: str, suffix: str = "") -> Path:
+def is_inner(name: str) -> bool:
+    """Whether a name stays below the folder that it is joined to, on any system, and can be one of a file there."""
+    parts = name.replace("\\", "/").rstrip("/").split("/")
+    return not any(part in ("", ".", "..") or ":" in part or _fault_of_part(part) for part in parts)
+
+
+def next_output(prefix: str, suffix: str = "", is_private: bool = False) -> Path:
     """A new path below the host's output folder, numbered as the host's save nodes do it: `prefix_00001_suffix`.
 
     prefix: folders and the start of the name, with `%date%`-like variables of the host. suffix: `.safetensors`, or
-    nothing for a folder. Raises ValueError for a prefix that is no name or leads out of the output folder.
+    nothing for a folder. is_private: a folder that is made for it is open to the server's own account alone.
+    Raises ValueError for a prefix that is no name or leads out of the output folder.
     """
-    output = _check_output_name(prefix)
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
+    path = output_folder(prefix)
+    if is_private:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    output = os.path.realpath(folder_paths.get_output_directory())
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(path.relative_to(output).as_posix(), output)
     return Path(folder, f"{name}_{counter:05}_{suffix}")
 
 
-def output_folder(name: str) -> Path:
-    """A folder below the host's output folder, whether it is there or not. Raises ValueError as next_output does."""
-    return Path(_check_output_name(name), name)
+def output_folder(name: str, below: str = "") -> Path:
+    """A folder below the host's output folder, whether it is there or not. below: one that it has to stay in.
+
+    Raises ValueError for a name that leads out of it, or that some file system does not take.
+    """
+    output = Path(os.path.realpath(folder_paths.get_output_directory()), below)
+    parts = name.replace("\\", "/").split("/")
+    fault = next(filter(None, map(fault_of, parts)), None)
+    path = output.joinpath(*parts) if fault is None else output
+    if fault is None and not _lies_in(os.path.realpath(path), _with_real([output, *_own_folders()])):
+        fault = "a link that leads out of the output folder"
+    if fault is not None:
+        place = Path("output", below).as_posix()
+        raise ValueError(
+            f"Unusable file name: got {shorten(name)} with a part that is {fault}, expected a name like "
+            f"'loras/my_lora', which stays in {place}. Correct the name."
+        )
+    return path
 
 
 def user_file(name: str) -> Path:
@@ -77,17 +116,151 @@ def user_file(name: str) -> Path:
     return Path(folder_paths.get_user_directory(), name)
 
 
-def _check_output_name(prefix: str) -> str:
-    """The host's output folder."""
-    output = os.path.realpath(folder_paths.get_output_directory())
-    parts = prefix.replace("\\", "/").split("/")
-    is_name = parts[-1].strip(" .") and ".." not in parts and not re.search(r'[<>:"|?*\x00-\x1f]', prefix)
-    if not is_name or os.path.commonpath([output, os.path.realpath(os.path.join(output, prefix))]) != output:
+class TypedPath(NamedTuple):
+    """Where a typed path leads.
+
+    is_confined: what lies there may name other files in its own folder alone. is_known: it lies in a folder of the
+    host's, or in one that the server's owner lists, so that its content may be told.
+    """
+
+    path: Path
+    is_confined: bool
+    is_known: bool
+
+
+def find_typed(path: str, root: str, what: str) -> TypedPath:
+    """Where a path out of a prompt leads: relative to `root`, or absolute. what: what is looked for, for the errors.
+
+    Absolute paths, and links, may lead into the host's folders and those that the owner lists; elsewhere only while
+    nobody but the user of this machine can send prompts.
+    Raises ValueError for any other path, before it is looked at, and FileNotFoundError when there is nothing.
+    """
+    text, place = path.strip().strip('"'), Path(root).name  # as Windows' "Copy as path" quotes it
+    if any(map(_fault_of_part, re.split(r"[\\/]", text))):
         raise ValueError(
-            f"Unusable file name: got '{prefix}', expected a name like 'loras/my_lora', which stays in the output "
-            f"folder. Correct the name."
+            f"{what} cannot be at this path: got {shorten(path)}, expected names that every system takes. Correct it."
         )
-    return output
+    typed = Path(os.path.expanduser(text))
+    is_relative = not typed.is_absolute()
+    found = Path(os.path.normpath(Path(root) / typed))
+    if is_relative and not found.is_relative_to(os.path.normpath(root)):
+        raise ValueError(
+            f"Path leads out of ComfyUI's {place} folder: got {shorten(path)}, expected a name in it. Enter one in "
+            f"it, or an absolute path."
+        )
+    is_known = _is_known(found)
+    if not is_known and not is_private():
+        raise ValueError(
+            f"{what} is not open to prompts: got {shorten(path)}, expected a path in ComfyUI's input, output, temp or "
+            f"model folders. Put it there, or let the owner of the server list its folder in {FOLDERS_FILE} in "
+            f"ComfyUI's user folder, or in the environment variable {FOLDERS_VARIABLE}."
+        )
+    if not text or not os.path.exists(found):
+        raise FileNotFoundError(
+            f"{what} not found: got {shorten(path)}, expected a folder or file in ComfyUI's {place} folder, or an "
+            f"absolute path. Correct the path."
+        )
+    return TypedPath(found, is_relative or not is_private(), is_known)
+
+
+def open_paths() -> Callable[[Path], bool]:
+    """A function that says of a file whether a prompt may read it, links followed."""
+    if is_private():
+        return lambda path: True
+    roots = _known_roots()
+    return lambda path: _lies_in(os.path.realpath(path), roots)
+
+
+def is_private() -> bool:
+    """Whether nobody but the user of this machine can send prompts.
+
+    That is while the server listens on this machine's own addresses alone, for one user, and lets no foreign page in.
+    """
+    addresses = [address.strip().strip("[]") for address in str(args.listen or "").split(",")]
+    return all(map(_is_loopback, addresses)) and not args.multi_user and args.enable_cors_header != "*"
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name, which may stand for any address
+        return False
+
+
+def _fault_of_part(part: str) -> bool:
+    """Whether a part of a path is one that no file of ours has: a device, hidden letters, or too long."""
+    return is_device(part) or has_hidden_letters(part) or len(part.encode("utf-8", "replace")) > 255
+
+
+def _is_known(path: Path) -> bool:
+    roots = _known_roots()
+    # What is not there by its name is not looked at: on Windows even asking for \\\\server\\share sends a login.
+    return _lies_in(os.path.normpath(path), roots) and _lies_in(os.path.realpath(path), roots)
+
+
+def _known_roots() -> list[Path]:
+    """The host's folders and the owner's, as they are called and as they are without links."""
+    return _with_real([*(root for _, root in _places()), *_own_folders()])
+
+
+def _with_real(folders: list[Path]) -> list[Path]:
+    return list(dict.fromkeys([*folders, *(Path(os.path.realpath(folder)) for folder in folders)]))
+
+
+def _lies_in(path: str, roots: list[Path]) -> bool:
+    return any(map(Path(path).is_relative_to, roots))
+
+
+def _own_folders() -> list[Path]:
+    """The folders that the owner of the server lists, in the environment and in a file, one on each line."""
+    lines = os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep)
+    file = user_file(FOLDERS_FILE)
+    if file.is_file():
+        lines += file.read_text(encoding="utf-8-sig").splitlines()
+    entries = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    folders = [Path(os.path.normpath(os.path.expanduser(entry))) for entry in entries]
+    for folder in folders:
+        if not folder.is_absolute():
+            log.warning("Folder for training data is left out: got '%s', expected an absolute path.", folder)
+    return [folder for folder in folders if folder.is_absolute()]
+
+
+def _places() -> list[tuple[str, Path]]:
+    """(how a folder is shown, the folder): those that prompts may read, the most special of equal ones first."""
+    named = [
+        ("output", folder_paths.get_output_directory()),
+        ("input", folder_paths.get_input_directory()),
+        ("temp", folder_paths.get_temp_directory()),
+    ]
+    for kind, (folders, _) in folder_paths.folder_names_and_paths.items():
+        named += [(f"models/{kind}", folder) for folder in folders if kind != "custom_nodes"]
+    named.append(("models", folder_paths.models_dir))
+    return [(name, Path(os.path.abspath(folder))) for name, folder in named]
+
+
+def show_path(path: str | os.PathLike) -> str:
+    """A path as others may see it: from the host's folder that it lies in, such as output/loras/a.safetensors.
+
+    Of one that lies elsewhere the name alone.
+    """
+    for name, root in _places():
+        for form in (root, Path(os.path.realpath(root))):
+            if Path(path).is_relative_to(form):
+                return Path(name, Path(path).relative_to(form)).as_posix()
+    return Path(path).name
+
+
+def hide_paths(text: str) -> str:
+    """A text without where the host's folders lie: output/x in place of /home/me/ComfyUI/output/x."""
+    shown = {}
+    for name, root in [*_places(), ("user", folder_paths.get_user_directory()), ("ComfyUI", folder_paths.base_path)]:
+        for form in (str(root), os.path.realpath(root)):
+            if len(Path(form).parts) > 1:
+                shown.setdefault(form, name)
+                shown.setdefault(form.replace("\\", "\\\\"), name)  # as quoted by repr
+    for form in sorted(shown, key=len, reverse=True):
+        text = re.sub(rf"{re.escape(form)}(?![\w.-])", shown[form], text)
+    return text
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:

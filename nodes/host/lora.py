@@ -16,7 +16,7 @@ from ...pixart.lora.extracting import extract_lora as extract_factors
 from ...pixart.lora.kinds import Difference, Factor, Hadamard, LowRank, set_lengths
 from ...pixart.weights.precision import DTYPES
 from .denoiser.model import TABLES
-from .folders import find_file, find_folder, find_folders, list_files, next_output
+from .folders import find_file, find_folder, find_folders, list_files, next_output, show_path
 from .text.captions import pixart_config
 
 KINDS = ("loras",)
@@ -107,7 +107,7 @@ def convert_lora(name: str, layout: str, prefix: str, dtype: str) -> str:
     path = _save(lora.factors, layout, prefix, dtype, {**lora.metadata, "pixart_converted_from": name})
     has_magnitudes = any(factor.magnitude is not None for factor in lora.factors.values())
     note = f"\n{DORA_NOTE}" if has_magnitudes and layout != "peft" else ""
-    return f"saved: {path}\n{describe_lora(lora)}{note}"
+    return f"saved: {show_path(path)}\n{describe_lora(lora)}{note}"
 
 
 def extract_lora(model, base, rank: int, energy: float, keep_small: bool, prefix: str, dtype: str):
@@ -131,7 +131,7 @@ def extract_lora(model, base, rank: int, energy: float, keep_small: bool, prefix
     ranks = Counter(factor.rank for factor in factors.values() if factor.rank)
     spread = f"{min(ranks)} to {max(ranks)}" if len(ranks) > 1 else "".join(map(str, ranks)) or "none"
     text = (
-        f"saved: {path}\nrank: {spread}, on {ranks.total()} weights\nbiases and tables, whole: {whole}\n"
+        f"saved: {show_path(path)}\nrank: {spread}, on {ranks.total()} weights\nbiases and tables, whole: {whole}\n"
         f"of the difference's energy: {share:.2%}"
     )
     return add_lora(base, factors), text

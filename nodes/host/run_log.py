@@ -11,7 +11,7 @@ import torch
 
 from ...pixart.tracking.run_log import HASHES, Hashes, describe_workflow, track, write_run
 from ...pixart.tracking.weights_and_biases import OFF, check_tracking, describe_mode
-from .folders import output_folder
+from .folders import is_inner, output_folder, show_path
 from .pictures import to_pil
 
 _WRAPPER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
@@ -87,9 +87,11 @@ def log_runs(
         entries.append(write_run(folder, {**known, **times[index], **own}, to_pil(image)))
         track(folder, entries[-1], mode)
     names = [name for entry in entries for name in entry["pictures"]]
-    shown = {"images": [{"filename": each, "subfolder": folder_name, "type": "output"} for each in names]}
+    place = show_path(folder)
+    subfolder = place.removeprefix("output/")
+    shown = {"images": [{"filename": each, "subfolder": subfolder, "type": "output"} for each in names]}
     if mode != OFF:
-        shown["text"] = [describe_mode(mode, f"output/{folder_name}/wandb")]
+        shown["text"] = [describe_mode(mode, f"{place}/wandb")]
     return entries, shown
 
 
@@ -101,12 +103,14 @@ def _add_hashes(entry: dict, hashes: Hashes) -> None:
 
 def _find(name: str, input_name: str) -> Path | None:
     """The file or folder that a loader calls so; folders that its input speaks of are searched first."""
+    if not is_inner(name):
+        return None
     likely = [kind for word, kind in _KIND_OF_INPUT if word in input_name.lower()]
     for kind in dict.fromkeys([*likely, *folder_paths.folder_names_and_paths]):
         if kind not in folder_paths.folder_names_and_paths or kind == "custom_nodes":
             continue
         for root in folder_paths.get_folder_paths(kind):
             path = Path(root, name)
-            if path.exists() and path.resolve().is_relative_to(Path(root).resolve()):
+            if path.exists():
                 return path
     return None

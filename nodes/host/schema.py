@@ -1,11 +1,18 @@
-"""Node schemas on hosts of different ages: fields that an older host does not know are left out."""
+"""Node schemas on hosts of different ages, and what every node has in common when it runs.
 
+Fields that an older host does not know are left out of a schema.
+"""
+
+import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
+
+from .folders import hide_paths
 
 # Only these may be missing, so that a misspelt field still raises TypeError.
 NEWER_FIELDS = frozenset(
@@ -37,3 +44,41 @@ def choice_input(name: str, choices: Iterable[str], **fields) -> io.Input:
 def missing_output(message: str) -> ExecutionBlocker:
     """What an output gives that has no value: a node that is connected to it stops with this message."""
     return ExecutionBlocker(message)
+
+
+def guard(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """A node that refuses numbers which are none, and whose errors do not tell where the server's folders lie.
+
+    The host lets NaN through, which is neither below the least nor above the most.
+    """
+    run = node.execute.__func__
+    if hasattr(run, "__wrapped__"):
+        return node
+
+    @functools.wraps(run)
+    def execute(cls, *args, **inputs):
+        for name, value in inputs.items():
+            _check_finite(name, value)
+        try:
+            return run(cls, *args, **inputs)
+        except Exception as error:
+            _hide_paths_of(error)
+            raise
+
+    node.execute = classmethod(execute)
+    return node
+
+
+def _check_finite(name: str, value) -> None:
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, float) and not math.isfinite(each):
+            raise ValueError(f"Number that is none: got {name} = {each}, expected a finite one. Enter a number.")
+
+
+def _hide_paths_of(error: Exception) -> None:
+    error.args = tuple(hide_paths(each) if isinstance(each, str) else each for each in error.args)
+    if isinstance(error, OSError):
+        for name in ("filename", "filename2"):
+            path = getattr(error, name)
+            if isinstance(path, str):
+                setattr(error, name, hide_paths(path))

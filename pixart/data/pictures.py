@@ -79,7 +79,7 @@ class RowPicture(_EncodedPicture):
             return cell["bytes"]
         path = Path(os.path.normpath(self.folder / (cell.get("path") or "")))
         if self.confined and not path.is_relative_to(os.path.normpath(self.folder)):
-            raise ValueError(f"'{cell['path']}' leads out of the dataset's folder")
+            raise ValueError("its path leads out of the dataset's folder")
         return path.read_bytes()
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path, PureWindowsPath
 
+from ..quoting import shorten
 from .pictures import PICTURE_SUFFIXES, FilePicture, RowPicture
 from .records import Record
 
@@ -40,11 +41,14 @@ def read_dataset(
     *,
     control_folder: str | os.PathLike | None = None,
     confined: bool = False,
+    shows_cells: bool = True,
 ) -> list[Record]:
     """The records of a dataset; kind: one of KINDS. Pictures are named, not read.
 
     control_folder: holds control pictures under the names of the pictures, with any picture suffix.
     confined: tables may name pictures below the dataset's own folder alone; others become problems in the check.
+    shows_cells: False for a file whose content is not to be told: records are named by their row, and neither errors
+    nor problems show a cell or the name of a column.
     Raises FileNotFoundError when there is nothing at path, ValueError for another kind or missing columns.
     """
     path = Path(path)
@@ -53,7 +57,7 @@ def read_dataset(
     if not path.exists():
         raise FileNotFoundError(f"Dataset not found: got '{path}', expected a folder or file. Correct the path.")
     kind = detect_kind(path) if kind == AUTO else kind
-    place = _Place(path if path.is_dir() else path.parent, confined)
+    place = _Place(path if path.is_dir() else path.parent, confined, shows_cells)
     control = None if control_folder is None else _Stems(Path(control_folder))
     return list(_READERS[kind](path, place, columns or Columns(), control))
 
@@ -95,8 +99,12 @@ def _find_json(folder: Path) -> Path | None:
 class _Place:
     """Finds the pictures that a table names, as Windows or others write paths."""
 
-    def __init__(self, root: Path, confined: bool):
-        self.root, self.confined = root, confined
+    def __init__(self, root: Path, confined: bool, shows_cells: bool = True):
+        self.root, self.confined, self.shows_cells = root, confined, shows_cells
+
+    def told(self, cell: str) -> str:
+        """A cell as problems show it."""
+        return shorten(cell) if self.shows_cells else "the cell's text"
 
     def find(self, name: str, *bases: Path) -> tuple[Path | None, str | None]:
         """(the file, None) or (None, what is wrong); bases are searched after the root, and are part of the dataset."""
@@ -110,9 +118,9 @@ class _Place:
             roots = [os.path.normpath(place) for place in places]
             paths = [path for path in paths if any(map(path.is_relative_to, roots))]
             if not paths:
-                return None, f"'{name}' leads out of the dataset's folder"
+                return None, f"{self.told(name)} leads out of the dataset's folder"
         found = next(filter(os.path.isfile, paths), None)  # a Path's own is_file raises for a name that is too long
-        return found, None if found else f"no such file: '{name}'"
+        return found, None if found else f"no such file: {self.told(name)}"
 
 
 class _Stems:
@@ -223,7 +231,7 @@ def _read_pixart(path: Path, place: _Place, columns: Columns, control: _Stems | 
     except json.JSONDecodeError as error:
         raise _wrong_table(table, f"no JSON ({error.msg})", "a list of objects") from error
     root = table.parent.parent if table.parent.name.startswith("partition") else table.parent
-    place = _Place(root, place.confined)
+    place = _Place(root, place.confined, place.shows_cells)
     twin = Path(str(root).replace("InternData", "InternImgs"))
     if place.confined and twin.parent != root.parent:  # a folder above the dataset has that name
         twin = root
@@ -234,15 +242,16 @@ def _read_rows(rows, table: Path, place: _Place, columns: Columns, control, *bas
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise _wrong_table(table, "other content", "a list of rows with named columns")
     found = list(dict.fromkeys(name for row in rows[:100] for name in row if name))
-    picture = _column(columns.picture, PICTURE_COLUMNS, found, "picture", table)
-    caption = _column(columns.caption, CAPTION_COLUMNS, found, "caption", table)
-    hint = _column(columns.control, CONTROL_COLUMNS, found, "control", table) if rows else None
+    shown = found if place.shows_cells else None
+    picture = _column(columns.picture, PICTURE_COLUMNS, found, "picture", table, shown)
+    caption = _column(columns.caption, CAPTION_COLUMNS, found, "caption", table, shown)
+    hint = _column(columns.control, CONTROL_COLUMNS, found, "control", table, shown) if rows else None
     for number, row in enumerate(rows, 1):
         name = str(row.get(picture) or "").strip()
         path, problem = place.find(name, *bases)
         hint_picture, problem = _find_control(row, hint, control, name, place, bases, problem)
         yield Record(
-            name or f"row {number}",
+            (name if place.shows_cells else path and path.name) or f"row {number}",
             None if path is None else FilePicture(path),
             _caption_of(row.get(caption)),
             hint_picture,
@@ -267,14 +276,21 @@ def _find_control(row, column, control: _Stems | None, name: str, place: _Place,
     return (None if path is None else FilePicture(path)), problem or (missing and f"control picture: {missing}")
 
 
-def _column(wanted: str, usual: tuple[str, ...], found: list[str], what: str, table: Path) -> str | None:
+def _column(wanted: str, usual: tuple[str, ...], found: list[str], what: str, table: Path, shown) -> str | None:
+    """The name of a column. shown: the names that the error tells, None for none."""
     name = wanted or next((name for known in usual for name in found if name.strip().lower() == known), None)
     if name in found or (name is None and what == "control") or not found:
         return name
     raise ValueError(
-        f"No {what} column in {table.name}: got the columns {', '.join(found)}, expected "
-        f"{wanted or ' or '.join(usual)}. Enter the name of the column with the {what}."
+        f"No {what} column in {table.name}: got {_listed(found, shown)}, expected "
+        f"{shorten(wanted) if wanted else ' or '.join(usual)}. Enter the name of the column with the {what}."
     )
+
+
+def _listed(found: list[str], shown: list[str] | None) -> str:
+    if shown is None:
+        return f"{len(found)} columns without it"
+    return f"the columns {', '.join(shorten(name, 40) for name in shown[:20])}"
 
 
 def _read_sam(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
@@ -307,9 +323,10 @@ def _read_hugging_face(path: Path, place: _Place, columns: Columns, control: _St
     from datasets import Image
 
     found = rows.column_names
-    picture = _column(columns.picture, ("image", *PICTURE_COLUMNS), found, "picture", path)
-    caption = _column(columns.caption, CAPTION_COLUMNS, found, "caption", path)
-    hint = _column(columns.control, CONTROL_COLUMNS, found, "control", path)
+    shown = found if place.shows_cells else None
+    picture = _column(columns.picture, ("image", *PICTURE_COLUMNS), found, "picture", path, shown)
+    caption = _column(columns.caption, CAPTION_COLUMNS, found, "caption", path, shown)
+    hint = _column(columns.control, CONTROL_COLUMNS, found, "control", path, shown)
     for name in filter(None, (picture, hint)):
         if not isinstance(rows.features[name], Image):
             raise _wrong_table(path, f"the type {rows.features[name]} in {name}", "pictures (the feature Image)")

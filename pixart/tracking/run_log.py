@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..weights.atomic import write_atomically
+from ..weights.atomic import append_line, write_atomically
 from .weights_and_biases import OFF, open_run
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def write_run(folder: Path, entry: dict, pictures: Sequence[Image.Image]) -> dic
 
     entry: what is known of it. Added are the time, the pictures' names and their size in pixels.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # lines and pictures hold prompts
     now = datetime.now(timezone.utc)
     entry = {"time": now.isoformat(timespec="seconds"), **entry, "width": pictures[0].width}
     entry |= {"height": pictures[0].height, "pictures": []}
@@ -175,8 +175,7 @@ def write_run(folder: Path, entry: dict, pictures: Sequence[Image.Image]) -> dic
         except BaseException:
             path.unlink(missing_ok=True)  # the empty file that holds the name
             raise
-    with (folder / LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    append_line(folder / LOG, json.dumps(entry, ensure_ascii=False))
     return entry
 
 

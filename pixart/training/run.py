@@ -13,6 +13,8 @@ from torch import Tensor
 from ..data.examples import FeatureSet
 from ..lora import Target, save_lora
 from ..lora.kinds import LowRank
+from ..quoting import shorten
+from ..tracking.file_names import fault_of
 from ..transformer import PixArt
 from ..weights.atomic import write_atomically
 from ..weights.controlnets import save_controlnet
@@ -143,10 +145,11 @@ def _steps_of_result(folder: Path) -> int:
 
 def check_name(name: str) -> None:
     """Raises ValueError for a name that would lead out of its folder, or that some file system does not take."""
-    if not re.fullmatch(r"[^\\/:*?\"<>|\x00-\x1f]{1,100}", name) or not name.strip(". ") or name != name.strip():
+    fault = fault_of(name)
+    if fault is not None:
         raise ValueError(
-            f"Name of the training cannot be used: got {name!r}, expected a plain name such as 'my_style' without "
-            f"folders. Enter another one."
+            f"Name of the training cannot be used: got {shorten(name)}, which is {fault}, expected a plain name such "
+            f"as 'my_style' without folders. Enter another one."
         )
 
 

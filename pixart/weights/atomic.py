@@ -17,15 +17,19 @@ def dump(content: dict, path: Path) -> None:
         torch.save(content, file)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+PRIVATE = 0o600  # the mode of files that nobody but the account that writes them may read
+
+
+def write_atomically(path: Path, write: Callable[[Path], None], mode: int | None = None) -> None:
     """Let `write` fill a temporary file next to `path`, then put it in place in one step; on failure leave nothing.
 
+    mode: of the file, from its first byte on; None is the system's usual one.
     Raises OSError also for what safetensors and torch raise in its place, such as when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
-        with temporary.open("xb") as file:
+        with open(temporary, "xb", opener=None if mode is None else _opener(mode)) as file:
             mode = os.fstat(file.fileno()).st_mode
         write(temporary)
         temporary.chmod(mode)  # safetensors makes its files readable to their owner alone
@@ -38,6 +42,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         if number is None or isinstance(error, OSError):
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _opener(mode: int) -> Callable[[str, int], int]:
+    return lambda path, flags: os.open(path, flags, mode)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file that nobody but the account that writes it may read, once it is made here."""
+    with open(path, "a", encoding="utf-8", opener=_opener(PRIVATE)) as file:
+        file.write(f"{line}\n")
 
 
 def _system_error(error: BaseException) -> int | None:

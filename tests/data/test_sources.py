@@ -79,9 +79,9 @@ def test_csv_with_chosen_columns_and_control(tmp_path):
     table.write_text("Bild\tWorte\tKante\nx.png\tein Hund\tedge.png\n", encoding="utf-8")
     (record,) = read_dataset(table, columns=Columns("Bild", "Worte", "Kante"))
     assert record.caption == "ein Hund" and record.control == FilePicture(tmp_path / "edge.png")
-    with pytest.raises(ValueError, match="No picture column in t.tsv: got the columns Bild, Worte, Kante"):
+    with pytest.raises(ValueError, match="No picture column in t.tsv: got the columns 'Bild', 'Worte', 'Kante'"):
         read_dataset(table)
-    with pytest.raises(ValueError, match="No caption column in t.tsv: .* expected words"):
+    with pytest.raises(ValueError, match="No caption column in t.tsv: .* expected 'words'"):
         read_dataset(table, columns=Columns("Bild", "words"))
 
 
@@ -228,7 +228,7 @@ def test_tables_do_not_lead_out_of_a_confined_dataset(tmp_path):
     dataset = check_records(read_dataset(folder, confined=True))
     assert [record.caption for record in dataset.records] == ["d"]
     assert dataset.report.count("leads out of the dataset's folder") == 2
-    assert "no such file: '..\\secret.png'" in dataset.report  # where a backslash is a letter like others
+    assert "no such file: '..\\\\secret.png'" in dataset.report  # where a backslash is a letter like others
     assert len(check_records(read_dataset(folder))) == 4
 
 
@@ -450,3 +450,22 @@ def test_the_check_can_be_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         check_records(read_dataset(tmp_path), fallback_caption="x", progress=stop)
     assert seen == [(1, 30, None), (2, 30, None), (3, 30, None)]
+
+
+SECRET = "root:x:0:0"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("t.csv", f"{SECRET},b\n{SECRET},c\n"), ("t.jsonl", f'{{"{SECRET}": 1}}\n')]
+)
+def test_the_content_of_a_file_that_is_not_to_be_told_is_not(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"No picture column in t.\w+: got \d columns without it") as error:
+        read_dataset(tmp_path / name, shows_cells=False)
+    assert SECRET not in str(error.value)
+    draw(tmp_path / "in.png")
+    for picture in (f"{SECRET}/x", "in.png", f"../{SECRET}", ""):
+        (tmp_path / name).write_text(f"picture,text\n{picture},{SECRET}\n")
+        (record,) = read_dataset(tmp_path / name, "csv", Columns("picture", "text"), confined=True, shows_cells=False)
+        assert record.name == ("in.png" if picture == "in.png" else "row 1")
+        assert SECRET not in record.name + (record.problem or "")

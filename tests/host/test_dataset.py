@@ -192,7 +192,7 @@ def test_paths_stay_in_the_input_folder_unless_absolute(run_node, folder, places
         run_node("PixArtDataset", path="", kind="auto")
     dataset, _ = run_node("PixArtDataset", path=f'"{folder}"', kind="auto")
     assert len(dataset) == 3
-    with pytest.raises(ValueError, match="Name leads out of output/pixart_cache: got '../x'"):
+    with pytest.raises(ValueError, match="Unusable file name: got '../x' .*stays in output/pixart_cache"):
         run_node("PixArtEncodeDataset", dataset=dataset, clip=None, vae=None, **settings(name="../x"))
 
 

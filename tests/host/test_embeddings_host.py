@@ -175,7 +175,7 @@ def test_states_come_to_where_the_host_keeps_them(cache, load, text, run_node, m
 
 
 def test_a_full_disk_stops_nothing(cache, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(cache, "write_atomically", fail)

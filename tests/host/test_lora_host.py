@@ -177,7 +177,7 @@ def test_converting_twice_overwrites_nothing(run_node, make_patcher, loras, layo
         run_node("PixArtConvertLoRA", lora="a.safetensors", layout=layout, filename_prefix=f"loras/{layout}")[0]
         for _ in range(2)
     ]
-    paths = [Path(text.splitlines()[0].removeprefix("saved: ")) for text in texts]
+    paths = [saved_file(text) for text in texts]
     assert len(set(paths)) == 2
     assert all(path.exists() and path.parent.name == "loras" for path in paths)
     assert {"trigger": "sks", "pixart_converted_from": "a.safetensors"}.items() <= read_lora(paths[0]).metadata.items()
@@ -229,13 +229,18 @@ def test_another_model_is_refused(run_node, loras):
         run_node("PixArtLoadLoRA", model=Other(), lora="a.safetensors", strength=1.0)
 
 
+def saved_file(text):
+    """The file that the first line of a node's text names, from the host's folder."""
+    return Path(importlib.import_module("folder_paths").base_path, text.splitlines()[0].removeprefix("saved: "))
+
+
 # -- extraction -------------------------------------------------------------------------------------------------------
 
 
 def extract(run_node, model, base, **settings):
     usual = {"rank": 192, "energy": 1.0, "filename_prefix": "loras/extracted", "biases": True, "dtype": "fp32"}
     patched, text = run_node("PixArtExtractLoRA", model=model, base=base, **{**usual, **settings})
-    return patched, text, Path(text.splitlines()[0].removeprefix("saved: "))
+    return patched, text, saved_file(text)
 
 
 def test_a_full_rank_extraction_gives_the_model_back(run_node, core_nodes, make_patcher, loras):

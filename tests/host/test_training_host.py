@@ -62,15 +62,15 @@ def test_a_lora_is_trained_applied_and_saved(run_node, make_model, features, out
     trained, file, curve, samples = run_node("PixArtTrainLoRA", model=model, features=features, name="one", rank=2,
                                              targets="attention", **USUAL)  # fmt: skip
     assert same(weights_of(model), before) and not model.patches
-    assert Path(file).parent == output / "loras" and curve.shape[0] == samples.shape[0] == 1
-    merged = merge(make_weights(CONFIG), read_lora(file))
+    assert (output.parent / file).parent == output / "loras" and curve.shape[0] == samples.shape[0] == 1
+    merged = merge(make_weights(CONFIG), read_lora(output.parent / file))
     after = weights_of(trained)
     changed = [name for name in before if not torch.equal(after[name], before[name])]
     assert len(changed) == 3 * 5
     for name in changed:
         # The host rounds a sum to its weights' dtype once, as the merge does.
         torch.testing.assert_close(after[name], merged[name], rtol=1e-5, atol=1e-6)
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(output.parent / file, framework="pt") as opened:
         assert '"rank": 2' in opened.metadata()["pixart_training"]
     run = output / "pixart_training" / "one_001"
     assert {"checkpoints", "log.jsonl", "loss.png"} <= {path.name for path in run.iterdir()}
@@ -82,10 +82,10 @@ def test_loras_on_the_model_are_part_of_what_is_trained_on(run_node, make_model,
     module = importlib.import_module("pixart_pack.nodes.host.lora")
     settings = importlib.import_module("pixart_pack.pixart.training.settings").TrainingSettings()
     training = importlib.import_module("pixart_pack.nodes.host.training.runs")
-    patched = module.add_lora(make_model(), read_lora(file).factors, 0.5)
+    patched = module.add_lora(make_model(), read_lora(output.parent / file).factors, 0.5)
     with torch.inference_mode(False):
         plain = training.plain_model(patched, settings, torch.device("cpu"))
-    expected = merge(make_weights(CONFIG), read_lora(file), 0.5)
+    expected = merge(make_weights(CONFIG), read_lora(output.parent / file), 0.5)
     assert all(not parameter.is_inference() for parameter in plain.parameters())
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
@@ -105,27 +105,27 @@ def test_merged_and_patched_models_are_trained_on(run_node, core_nodes, make_mod
     settings = importlib.import_module("pixart_pack.pixart.training.settings").TrainingSettings()
     training = importlib.import_module("pixart_pack.nodes.host.training.runs")
     for model, lora in ((blend, None), (patched, first)):
-        expected = merge(expected, read_lora(lora)) if lora else expected
+        expected = merge(expected, read_lora(output.parent / lora)) if lora else expected
         with torch.inference_mode(False):
             plain = training.plain_model(model, settings, torch.device("cpu"))
         for name, tensor in plain.state_dict().items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
-    expected, after = merge(expected, read_lora(second)), weights_of(trained)
+    expected, after = merge(expected, read_lora(output.parent / second)), weights_of(trained)
     for name in make_weights(CONFIG):
         if name in after:
             torch.testing.assert_close(after[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_lora_of_every_layer_loads_in_the_hosts_own_loader(run_node, core_nodes, make_model, features):
+def test_a_lora_of_every_layer_loads_in_the_hosts_own_loader(run_node, core_nodes, make_model, features, output):
     """The patch embedding's convolution among them."""
     model, usual = make_model(), {"features": features, "rank": 2, "targets": "custom", **USUAL}
     trained, file, *_ = run_node("PixArtTrainLoRA", model=model, name="every", more_settings="target_pattern: .*",
                                  **usual)  # fmt: skip
     loras = Path(importlib.import_module("folder_paths").get_folder_paths("loras")[0])
     loras.mkdir(parents=True, exist_ok=True)
-    shutil.copy(file, loras)
+    shutil.copy(output.parent / file, loras)
     with torch.inference_mode():
-        loaded = core_nodes["LoraLoaderModelOnly"]().load_lora_model_only(model, Path(file).name, 1.0)[0]
+        loaded = core_nodes["LoraLoaderModelOnly"]().load_lora_model_only(model, (output.parent / file).name, 1.0)[0]
     before, after, hosts = (weights_of(each) for each in (model, trained, loaded))
     changed = {name for name in before if not torch.equal(after[name], before[name])}
     assert len(changed) == 3 * 7 + 11 and "x_embedder.proj.weight" in changed
@@ -138,7 +138,7 @@ def test_a_whole_model_is_trained(run_node, make_model, features, output, method
     model = make_model()
     before = weights_of(model)
     trained, file, *_ = run_node("PixArtTrain", model=model, features=features, name=method, method=method, **USUAL)
-    assert same(weights_of(model), before) and Path(file).parent == output / "diffusion_models"
+    assert same(weights_of(model), before) and (output.parent / file).parent == output / "diffusion_models"
     after = weights_of(trained)
     assert trained.model.pixart_config == CONFIG and trained.model.has_null_caption
     assert not torch.equal(after["blocks.0.mlp.fc1.weight"], before["blocks.0.mlp.fc1.weight"])
@@ -156,7 +156,9 @@ def test_lcm_is_distilled(run_node, make_model, features, method):
 
 def test_a_controlnet_is_trained(run_node, make_model, features, output):
     control, file, *_ = run_node("PixArtTrainControlNet", model=make_model(), features=features, name="edges", **USUAL)
-    assert control.control_model.num_copies == CONFIG.depth - 1 and Path(file).parent == output / "controlnet"
+    assert (
+        control.control_model.num_copies == CONFIG.depth - 1 and (output.parent / file).parent == output / "controlnet"
+    )
     with pytest.raises(ValueError, match="Control pictures are missing"):
         run_node("PixArtTrainControlNet", model=make_model(), features=make_features(), name="none", **USUAL)
 
@@ -173,7 +175,7 @@ def test_a_base_of_any_precision_is_trained_on(run_node, make_model, features, d
     assert trained.patches
 
 
-def test_an_interruption_saves_and_gives_what_is_there(run_node, make_model, features, management, monkeypatch):
+def test_an_interruption_saves_and_gives_what_is_there(run_node, make_model, features, management, monkeypatch, output):
     training = importlib.import_module("pixart_pack.nodes.host.training.runs")
     usual = {"model": make_model(), "features": features, "name": "cut", "rank": 2, "targets": "attention"}
     stepped = training._HostEvents.stepped
@@ -187,7 +189,7 @@ def test_an_interruption_saves_and_gives_what_is_there(run_node, make_model, fea
     with monkeypatch.context() as patched:
         patched.setattr(training._HostEvents, "stepped", interrupt)
         trained, file, *_ = run_node("PixArtTrainLoRA", **{**usual, **USUAL, "steps": 5})
-    assert trained.patches and Path(file).is_file() and not management.processing_interrupted()
+    assert trained.patches and (output.parent / file).is_file() and not management.processing_interrupted()
     again, second, *_ = run_node("PixArtTrainLoRA", **{**usual, **USUAL, "steps": 5})
     assert second == file and same(weights_of(again), weights_of(whole))
     assert not same(weights_of(again), weights_of(trained))
@@ -208,7 +210,12 @@ def test_an_interruption_that_the_progress_bar_meets_ends_the_training_alone(
     monkeypatch.setattr(importlib.import_module("comfy.utils"), "PROGRESS_BAR_HOOK", hook)
     trained, file, *_ = run_node("PixArtTrainLoRA", model=make_model(), features=features, name="met", rank=2,
                                  targets="attention", **{**USUAL, "steps": 50})  # fmt: skip
-    assert steps == [1] and trained.patches and Path(file).is_file() and not management.processing_interrupted()
+    assert (
+        steps == [1]
+        and trained.patches
+        and (output.parent / file).is_file()
+        and not management.processing_interrupted()
+    )
     assert len((output / "pixart_training" / "met_001" / "log.jsonl").read_text().splitlines()) == 1
 
 

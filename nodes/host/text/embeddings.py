@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ....pixart.weights.atomic import write_atomically
-from ..folders import next_output
+from ....pixart.quoting import shorten
+from ....pixart.weights.atomic import PRIVATE, write_atomically
+from ..folders import is_inner, next_output, open_paths
 
 PLACES = {"output": folder_paths.get_output_directory, "input": folder_paths.get_input_directory}
 _SUFFIX = ".safetensors"
@@ -42,8 +43,8 @@ def save_embeddings(conditioning: list, prefix: str) -> str:
             f"Conditioning cannot be saved: got {', '.join(names)} in it, expected a caption alone. Save the output of "
             f"the text node, and apply ControlNets and hooks after loading."
         ) from error
-    path = next_output(prefix, _SUFFIX)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=texts))
+    path = next_output(prefix, _SUFFIX, is_private=True)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=texts), mode=PRIVATE)
     root = Path(folder_paths.get_output_directory()).resolve()
     return f"output/{path.resolve().relative_to(root).as_posix()}"
 
@@ -77,8 +78,8 @@ def load_embeddings(name: str) -> list:
     entries = None if path is None else _entries_of(path)
     if entries is None:
         raise FileNotFoundError(
-            f"Prompt embeddings not found: got '{name}', expected a file of Save Prompt Embeddings in ComfyUI's output "
-            f"or input folder. Press R to refresh the list, and choose another."
+            f"Prompt embeddings not found: got {shorten(name)}, expected a file of Save Prompt Embeddings in "
+            f"ComfyUI's output or input folder. Press R to refresh the list, and choose another."
         )
     conditioning, device = [], comfy.model_management.intermediate_device()
     with safe_open(path, framework="pt") as file:
@@ -89,7 +90,7 @@ def load_embeddings(name: str) -> list:
             states = found.pop("states", torch.empty(0))
             if states.ndim != 3:
                 raise ValueError(
-                    f"Damaged prompt embeddings: got no states in '{name}', expected (batch, length, width). "
+                    f"Damaged prompt embeddings: got no states in {shorten(name)}, expected (batch, length, width). "
                     f"Save them again."
                 )
             lists = {key: tuple(value) if isinstance(value, list) else value for key, value in extra.items()}
@@ -110,11 +111,10 @@ def fingerprint_embeddings(name: str) -> tuple[int, int] | None:
 def _find(name: str) -> Path | None:
     """The path that a name stands for, whether there is a file or not; None for one that leads out of the folders."""
     place, _, inner = name.partition("/")
-    if place not in PLACES or not inner.endswith(_SUFFIX):
+    if place not in PLACES or not inner.endswith(_SUFFIX) or not is_inner(inner):
         return None
-    root = Path(PLACES[place]())
-    path = root / inner
-    return path if path.is_relative_to(root) and ".." not in path.relative_to(root).parts else None
+    path = Path(PLACES[place](), inner)
+    return path if open_paths()(path) else None
 
 
 def _entries_of(path: Path) -> list[dict] | None:

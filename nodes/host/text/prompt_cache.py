@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ....pixart.weights.atomic import write_atomically
+from ....pixart.weights.atomic import PRIVATE, write_atomically
 from . import t5
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,7 @@ def write(key: str, states: torch.Tensor) -> None:
         place.chmod(0o700)
         tensors = {_NAME: states.detach().cpu().contiguous()}
         path = place / f"{key}.safetensors"
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
-        path.chmod(0o600)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary), mode=PRIVATE)
         _trim(place)
     except OSError as error:
         log.warning("Prompt cache: nothing was kept (%s).", error)

@@ -16,6 +16,7 @@ import folder_paths
 import torch
 from transformers import T5TokenizerFast
 
+from ....pixart.quoting import shorten
 from ....pixart.weights.folders import TEXT_ENCODER_STEMS, find_weights, read_json
 from ....pixart.weights.reading import read_tensors
 from ....pixart.weights.t5 import detect_t5_config, encoder_weights, is_t5_folder
@@ -43,11 +44,13 @@ def list_tokenizers() -> list[str]:
 
 def find_text_encoder(name: str) -> Path:
     """The path of one of list_text_encoders. Raises FileNotFoundError."""
-    path = find_folders(FOLDER_KINDS, is_t5_folder).get(name) or folder_paths.get_full_path("text_encoders", name)
+    path = find_folders(FOLDER_KINDS, is_t5_folder).get(name)
+    if path is None and name in folder_paths.get_filename_list("text_encoders"):
+        path = folder_paths.get_full_path("text_encoders", name)
     if path is None:
         raise FileNotFoundError(
-            f"Text encoder not found: got {name}, expected a file or folder in models/text_encoders, models/clip or "
-            f"models/diffusers. Press R to refresh the lists, and choose another one."
+            f"Text encoder not found: got {shorten(name)}, expected a file or folder in models/text_encoders, "
+            f"models/clip or models/diffusers. Press R to refresh the lists, and choose another one."
         )
     return Path(path)
 
@@ -65,7 +68,7 @@ def find_tokenizer(choice: str, encoder: Path) -> Path | None:
     folder = find_folders(FOLDER_KINDS, _is_tokenizer_folder).get(choice)
     if folder is None:
         raise FileNotFoundError(
-            f"Tokenizer not found: got {choice}, expected a folder with spiece.model or tokenizer.json. "
+            f"Tokenizer not found: got {shorten(choice)}, expected a folder with spiece.model or tokenizer.json. "
             f"Press R to refresh the lists, or choose {BUILT_IN}."
         )
     return folder

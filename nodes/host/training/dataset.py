@@ -1,8 +1,8 @@
 """Training data from the host's folders, and from pictures, latents and captions that are in the graph already."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
@@ -16,44 +16,37 @@ from ....pixart.data.records import Dataset, Record, check_records
 from ....pixart.data.sources import Columns, read_dataset, walk_files
 from ....pixart.resolution import nearest_ratio
 from ..denoiser.latent import CHANNELS
+from ..folders import find_typed, hide_paths, open_paths
 from ..progress import show_progress
 
 _RATIO_TABLE_PX = 1024  # every table has the same ratios
 
 
-def find_below(path: str, root: str, what: str) -> tuple[Path, bool]:
-    """(where a typed path leads, whether it is relative). Absolute paths are taken as the user typed them.
-
-    Raises ValueError when a relative one leads out of root, FileNotFoundError when there is nothing.
-    """
-    text = path.strip().strip('"')  # as Windows' "Copy as path" quotes it
-    typed = Path(text).expanduser()
-    is_relative = not typed.is_absolute()
-    found = Path(os.path.normpath(Path(root) / typed))
-    if is_relative and not found.is_relative_to(os.path.normpath(root)):
-        raise ValueError(
-            f"Path leads out of ComfyUI's {Path(root).name} folder: got '{path}', expected a name in it. "
-            f"Enter one in it, or an absolute path."
-        )
-    if not text or not found.exists():
-        raise FileNotFoundError(
-            f"{what} not found: got '{path}', expected a folder or file in ComfyUI's {Path(root).name} folder, or an "
-            f"absolute path. Correct the path."
-        )
-    return found, is_relative
-
-
 def load_dataset(path: str, kind: str, columns: Columns, control_folder: str = "", **checks) -> Dataset:
     """Read and check the dataset at a typed path. checks: options of records.check_records."""
     records = _read(path, kind, columns, control_folder)
-    return check_records(records, progress=show_progress(len(records)), **checks)
+    dataset = check_records(records, progress=show_progress(len(records)), **checks)
+    return replace(dataset, report=hide_paths(dataset.report))
 
 
 def _read(path: str, kind: str, columns: Columns, control_folder: str) -> list[Record]:
     root = folder_paths.get_input_directory()
-    found, is_relative = find_below(path, root, "Dataset")
-    control = find_below(control_folder, root, "Control folder")[0] if control_folder.strip() else None
-    return read_dataset(found, kind, columns, control_folder=control, confined=is_relative)
+    found = find_typed(path, root, "Dataset")
+    control = find_typed(control_folder, root, "Control folder").path if control_folder.strip() else None
+    options = {"confined": found.is_confined, "shows_cells": found.is_known}
+    records = read_dataset(found.path, kind, columns, control_folder=control, **options)
+    is_open = open_paths()
+    return [record if all(map(is_open, _files_of(record))) else _closed(record) for record in records]
+
+
+def _files_of(record: Record) -> list[Path]:
+    pictures = (record.picture, record.control)
+    return [picture.path for picture in pictures if isinstance(picture, FilePicture)]
+
+
+def _closed(record: Record) -> Record:
+    """A record without its files, since a link leads to them that prompts may not follow."""
+    return replace(record, picture=None, control=None, problem="a link leads out of the folders open to prompts")
 
 
 def fingerprint_dataset(path: str, kind: str, columns: Columns, control_folder: str = "") -> str:
@@ -65,10 +58,9 @@ def fingerprint_dataset(path: str, kind: str, columns: Columns, control_folder: 
         records = _read(path, kind, columns, control_folder)
     except (OSError, ValueError, ImportError):
         return ""
-    pictures = [picture for record in records for picture in (record.picture, record.control)]
-    files = [picture.path for picture in pictures if isinstance(picture, FilePicture)]
-    if any(isinstance(picture, RowPicture) for picture in pictures):
-        found = find_below(path, folder_paths.get_input_directory(), "Dataset")[0]
+    files = [file for record in records for file in _files_of(record)]
+    if any(isinstance(record.picture, RowPicture) for record in records):
+        found = find_typed(path, folder_paths.get_input_directory(), "Dataset").path
         files += walk_files(found) if found.is_dir() else [found]
     return _hash_files(files, repr([(record.name, record.caption, record.problem) for record in records]))
 
@@ -76,7 +68,7 @@ def fingerprint_dataset(path: str, kind: str, columns: Columns, control_folder: 
 def fingerprint_features(path: str) -> str:
     """A hash of the names, sizes and times of all files of the encoded dataset at a typed path."""
     try:
-        found = find_below(path, folder_paths.get_output_directory(), "Encoded dataset")[0]
+        found = find_typed(path, folder_paths.get_output_directory(), "Encoded dataset").path
     except (OSError, ValueError):
         return ""
     return _hash_files(walk_files(found if found.is_dir() else found.parent))
@@ -199,7 +191,7 @@ def _example(latent: torch.Tensor, caption: torch.Tensor) -> Example:
 
 def load_features(path: str) -> FeatureSet:
     """The encoded dataset at a typed path, below the output folder or absolute."""
-    return open_features(find_below(path, folder_paths.get_output_directory(), "Encoded dataset")[0])
+    return open_features(find_typed(path, folder_paths.get_output_directory(), "Encoded dataset").path)
 
 
 def describe_features(features: FeatureSet) -> str:

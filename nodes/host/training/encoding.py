@@ -1,12 +1,9 @@
 """Encodes training data with the host's CLIP and VAE, under its memory management, progress and interruption."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import comfy.model_management
-import folder_paths
 import torch
 
 from ....pixart.data.cache import MANIFEST, CachedFeatures, DatasetEncoder, EncodeSettings
@@ -14,6 +11,7 @@ from ....pixart.data.identity import digest, fingerprint
 from ....pixart.data.records import Dataset
 from ..denoiser.latent import CHANNELS
 from ..edges import AUTO, METHODS, make_edges
+from ..folders import output_folder
 from ..progress import show_progress
 from ..text.captions import check_caption_width, encode_captions, pixart_config
 
@@ -63,7 +61,7 @@ def encode_dataset(
         dataset = replace(dataset, records=tuple(replace(record, control=None) for record in dataset.records))
     encoder = DatasetEncoder(
         dataset.records,
-        _cache_folder(name),
+        output_folder(name.strip(), CACHE_FOLDER),
         settings,
         text_identity=_identify_clip(clip),
         image_identity=digest(_identify(vae.patcher), str(vae.vae_dtype)),
@@ -78,16 +76,6 @@ def encode_dataset(
     finally:
         unload(clip.patcher, vae.patcher)
     return encoder.features(MANIFEST)
-
-
-def _cache_folder(name: str) -> Path:
-    root = os.path.normpath(Path(folder_paths.get_output_directory(), CACHE_FOLDER))
-    folder = Path(os.path.normpath(Path(root, name.strip())))
-    if not name.strip() or not folder.is_relative_to(root) or folder == Path(root):
-        raise ValueError(
-            f"Name leads out of output/{CACHE_FOLDER}: got '{name}', expected a name without '..'. Enter another one."
-        )
-    return folder
 
 
 def unload(*patchers) -> None:

@@ -33,6 +33,7 @@ from ....pixart.weights.controlnets import read_controlnet
 from ....pixart.weights.precision import DTYPES
 from ....pixart.weights.saving import save_checkpoint, write_weights
 from ..controlnet import make_control
+from ..folders import show_path
 from ..loading import AUTO, load_patcher
 from ..lora import PREFIX, add_lora, host_key, patched_weight
 from ..pictures import to_image
@@ -211,13 +212,13 @@ def _trained(model, result: TrainingResult, settings: TrainingSettings):
 
 
 def _outputs(trained, result: TrainingResult, settings: TrainingSettings) -> TrainingOutputs:
-    lines = [f"saved: {result.file}", f"steps: {result.step} of {settings.steps}"]
+    lines = [f"saved: {show_path(result.file)}", f"steps: {result.step} of {settings.steps}"]
     if result.step < settings.steps:
         lines.append("stopped: queue it again to go on")
     if settings.wandb:
         lines.append(describe_mode(usual_mode(), "the training's folder"))
     samples = result.strip or Image.new("RGB", (64, 64), (128, 128, 128))
-    return TrainingOutputs(trained, str(result.file), to_image(result.curve), to_image(samples), "\n".join(lines))
+    return TrainingOutputs(trained, show_path(result.file), to_image(result.curve), to_image(samples), "\n".join(lines))
 
 
 def _go_on_after_interruption() -> None:
