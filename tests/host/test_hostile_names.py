@@ -158,40 +158,8 @@ def test_no_text_of_any_node_leads_out(pack, places, connected, exposed, opened)
                 node.fingerprint_inputs(**with_name)
                 assert not outside(opened, places), (node.__name__, name, hostile)
                 opened.clear()
-    base = str(places["base"])
+    base = str(places["base"]) + os.sep
     assert not [text for text in told if base in text]
-
-
-PLAIN = "$HOME/x"  # nothing expands it: an ordinary folder below the output folder
-FILES = {
-    ("PixArtDataset", "path"),
-    ("PixArtDataset", "control_folder"),
-    ("PixArtLoadFeatures", "path"),
-    ("PixArtLoadPromptEmbeddings", "embeddings"),
-    ("PixArtEncodeDataset", "name"),
-    ("PixArtRunLog", "folder"),
-}
-
-
-def test_names_of_files_are_refused_in_the_houses_words(pack, places, connected, exposed):
-    """All names: typed paths, outputs and what is chosen from lists of files."""
-    names = names_for(places["decoy"], [places["input"]])
-    lists = ("checkpoint", "vae", "decoder", "text_encoder", "tokenizer", "lora", "control_net", "filename_prefix")
-    inputs = [
-        (node, name)
-        for node, name in texts_of(pack)
-        if (node.GET_SCHEMA().node_id, name) in FILES or name in lists or name == "name"
-    ]
-    assert len(inputs) > 15
-    for node, name in inputs:
-        plain, is_list = usual(node, connected), node.GET_SCHEMA().is_input_list
-        for hostile in names:
-            if hostile == PLAIN and name in ("filename_prefix", "name", "folder"):
-                continue
-            expected = (ValueError, FileNotFoundError)
-            with torch.inference_mode(), pytest.raises(expected, match=r": got .*expected") as error:
-                node.EXECUTE_NORMALIZED(**{**plain, name: [hostile] if is_list else hostile})
-            assert all(letter.isprintable() for letter in str(error.value)), (node.__name__, name, hostile)
 
 
 def test_a_private_host_reads_other_folders_and_tells_nothing_of_them(run_node, places, private):
