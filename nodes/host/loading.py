@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...pixart.config import ALPHA_VAE_SCALE, CONFIGS, SIGMA_VAE_SCALE, PixArtConfig
-from ...pixart.weights.folders import TRANSFORMER_STEMS, find_weights, read_json
+from ...pixart.weights.folders import read_json
 from ...pixart.weights.reading import Checkpoint, read_checkpoint, read_tensors
 from .denoiser.model import make_patcher
 from .folders import find_file, find_folder, find_folders, list_files
@@ -104,12 +104,7 @@ def make_model(checkpoint: Checkpoint, dtype: str, disable_dynamic=False):
 
 def read_vae(path: Path):
     """A VAE from a file, or from a diffusers folder. Raises ValueError naming what is no autoencoder."""
-    files = find_weights(path, TRANSFORMER_STEMS, None)[0] if path.is_dir() else (path,)
-    state_dict, metadata = {}, {}
-    for file in files:
-        tensors, texts = read_tensors(file)
-        state_dict |= tensors
-        metadata |= texts
+    state_dict, metadata = read_tensors(path)
     try:
         vae = comfy.sd.VAE(sd=state_dict, metadata=metadata or None)
         vae.throw_exception_if_invalid()

@@ -24,17 +24,17 @@ from ..lora import LAYOUTS as LORA_LAYOUTS
 from ..lora import PEFT_CONFIG, read_lora, save_lora
 from ..weights.atomic import write_atomically, write_folder_atomically
 from ..weights.controlnets import read_controlnet, save_controlnet
-from ..weights.folders import TEXT_ENCODER_STEMS, find_weights
-from ..weights.layouts import CONTROL, CONTROLNET, detect_layout, unwrap
+from ..weights.folders import TEXT_ENCODER_STEMS
+from ..weights.layouts import CONTROL, CONTROLNET, LORA, T5, identify
 from ..weights.precision import DTYPES
-from ..weights.reading import read_checkpoint, read_tensors
+from ..weights.reading import naming, open_weights, read_checkpoint, read_tensors
 from ..weights.saving import names_file, save_checkpoint
-from ..weights.t5 import MARKER, detect_t5_config, encoder_weights, is_t5_folder
+from ..weights.t5 import detect_t5_config, encoder_weights, is_t5_folder
 from .console import make_parser
 
 MODEL_LAYOUTS = ("original", "diffusers")
 T5_LAYOUTS = ("single", "folder")
-LORA_SIGNS = (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".hada_w", ".lokr_w")
+KIND_OF_LAYOUT = {CONTROL: "controlnet", CONTROLNET: "controlnet", LORA: "lora", T5: "t5"}
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,7 @@ def _convert_lora(options, layout, dtype):
 
 def _convert_t5(options, layout, dtype):
     source = options.source
-    weights, config = {}, None
-    for file in find_weights(source, TEXT_ENCODER_STEMS)[0] if source.is_dir() else (source,):
-        weights |= read_tensors(file)[0]
-    weights = encoder_weights(weights, source.name)
+    weights = encoder_weights(read_tensors(source, TEXT_ENCODER_STEMS)[0], source.name)
     config = {**detect_t5_config(weights, source.name), "feed_forward_proj": "gated-gelu"}
     weights = {name: tensor.to(dtype).contiguous() if dtype else tensor for name, tensor in weights.items()}
 
@@ -115,12 +112,8 @@ def detect_kind(source: Path) -> str:
             return "t5"
         files = [path for path in sorted(source.iterdir()) if path.suffix in (".safetensors", ".bin")]
         return detect_kind(files[0]) if files else "checkpoint"
-    tensors, _ = read_tensors(source, unwrap)
-    if any(name.endswith(MARKER) for name in tensors):
-        return "t5"
-    if any(sign in name for name in tensors for sign in LORA_SIGNS):
-        return "lora"
-    return "controlnet" if detect_layout(tensors) in (CONTROL, CONTROLNET) else "checkpoint"
+    with naming(source):
+        return KIND_OF_LAYOUT.get(identify(open_weights(source).content).layout, "checkpoint")
 
 
 def choose_layout(kind: Kind, options: argparse.Namespace) -> str:

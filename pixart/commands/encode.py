@@ -16,7 +16,7 @@ from ..encoders.edges import canny_edges, soft_edges
 from ..encoders.hed import detect_edges, make_hed
 from ..encoders.t5 import find_tokenizer, load_text_encoder
 from ..text import tokenizer_file
-from ..weights.folders import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS, find_weights
+from ..weights.folders import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS
 from ..weights.precision import DTYPES
 from ..weights.reading import read_tensors
 from .console import add_device, make_parser, own_device, process_rank
@@ -185,8 +185,7 @@ def _identify(path: Path, stems: tuple[str, ...]) -> str:
     """A model's identity by its weights, of which only a few pages are read. Raises FileNotFoundError."""
     if not path.exists():
         raise FileNotFoundError(f"Model not found: got '{path}', expected a file or folder. Correct the path.")
-    files = find_weights(path, stems)[0] if path.is_dir() else (path,)
-    return fingerprint((name, tensor) for file in files for name, tensor in read_tensors(file)[0].items())
+    return fingerprint(read_tensors(path, stems)[0].items())
 
 
 def _hints(options: argparse.Namespace) -> tuple[Callable | None, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..weights.folders import TRANSFORMER_STEMS, find_weights, read_json
+from ..weights.folders import read_json
 from ..weights.reading import read_tensors
 
 CLASS_NAME = "ConsistencyDecoderVAE"
@@ -69,8 +69,7 @@ def memory_bytes(network: torch.nn.Module, height_latent: int, width_latent: int
 
 
 def _read_weights(path: Path) -> Mapping[str, torch.Tensor]:
-    files = find_weights(path, TRANSFORMER_STEMS)[0] if path.is_dir() else (path,)
-    weights = {name: tensor for file in files for name, tensor in read_tensors(file)[0].items()}
+    weights, _ = read_tensors(path)
     if not all(name.startswith(PARTS) for name in weights) or not weights:
         raise _wrong(path, f"{len(weights)} tensors such as {next(iter(weights), 'none')}")
     return {name: tensor for name, tensor in weights.items() if not name.startswith(PARTS[1:])}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..text import TOKENIZER_FILES, load_tokenizer, tokenize
-from ..weights.folders import TEXT_ENCODER_STEMS, find_weights
+from ..weights.folders import TEXT_ENCODER_STEMS
 from ..weights.reading import read_tensors
 from ..weights.t5 import detect_t5_config, encoder_weights
 
@@ -39,12 +39,7 @@ def load_text_encoder(
     from transformers import T5Config, T5EncoderModel
 
     path = Path(path)
-    weights, declared = {}, {}
-    for file in find_weights(path, TEXT_ENCODER_STEMS)[0] if path.is_dir() else (path,):
-        tensors, texts = read_tensors(file)
-        weights |= tensors
-        declared |= texts
-    weights = encoder_weights(weights, path.name)
+    weights = encoder_weights(read_tensors(path, TEXT_ENCODER_STEMS)[0], path.name)
     sizes = detect_t5_config(weights, path.name)
     scaled = [name for name, tensor in weights.items() if tensor.dtype.itemsize == 1 or name not in _names(sizes)]
     if scaled:

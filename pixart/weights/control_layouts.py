@@ -1,12 +1,24 @@
 """Key layouts of PixArt ControlNets: part a combined file, and map between the original's and diffusers' names.
 
-Dict in, dict out, as in `layout.py`, whose names of the blocks' tensors hold here too.
+Nothing here opens a file, as in `layouts.py`, whose names of the blocks' tensors hold here too.
 """
 
 import re
 from collections.abc import Callable, Mapping
 
-from .layouts import CONFIG_KEY, CONTROL, CONTROLNET, DIFFUSERS, ORIGINAL, advice, describe, detect_layout, unwrap
+from .layouts import (
+    CONFIG_KEY,
+    CONTROL,
+    CONTROLNET,
+    DIFFUSERS,
+    ORIGINAL,
+    Weights,
+    advice,
+    describe,
+    identify,
+    identify_pixart,
+    original_tensors,
+)
 from .layouts import to_diffusers as model_to_diffusers
 from .layouts import to_original as model_to_original
 
@@ -25,18 +37,19 @@ def split_controlnet(state_dict: Mapping) -> tuple[dict, dict]:
     Either layout is taken, wrapped or not. The base is empty when the file holds control weights alone.
     Raises ValueError for weights of another kind, and naming every unknown key.
     """
-    base, control = part_controlnet(state_dict)
-    return (model_to_original(base) if base else {}), control
+    base, control = part_controlnet(identify_control(state_dict))
+    return (original_tensors(base) if base else {}), control
 
 
-def part_controlnet(state_dict: Mapping) -> tuple[dict, dict]:
-    """As `split_controlnet`, with the base as it stands in the file: its position grid shows the trained size."""
-    weights = unwrap(state_dict)
-    require_control(weights)
-    weights.pop(CONFIG_KEY, None)
-    base = {name: value for name, value in weights.items() if not _NAME.fullmatch(name)}
-    control = {name: value for name, value in weights.items() if _NAME.fullmatch(name)}
-    return (unwrap(base) if base else {}), _rename(control, model_to_original, "{}.copied_block.", "{}.")
+def part_controlnet(weights: Weights) -> tuple[Weights | None, dict]:
+    """As `split_controlnet`, of weights that are identified, with the base as it stands in the file: its position grid
+    shows the trained size. The base is None when the file holds control weights alone.
+    """
+    tensors = {name: value for name, value in weights.tensors.items() if name != CONFIG_KEY}
+    control = {name: value for name, value in tensors.items() if _NAME.fullmatch(name)}
+    base = {name: value for name, value in tensors.items() if name not in control}
+    found = identify_pixart(base, metadata=weights.metadata) if base else None
+    return found, _rename(control, model_to_original, "{}.copied_block.", "{}.")
 
 
 def control_to_original(state_dict: Mapping) -> dict:
@@ -58,15 +71,16 @@ def control_to_diffusers(state_dict: Mapping) -> dict:
     return _rename(control, model_to_diffusers, stem + "transformer_block.", stem)
 
 
-def require_control(state_dict: Mapping) -> str:
-    """CONTROLNET or CONTROL, the layout of ControlNet weights. Raises ValueError saying what they are else."""
-    layout = detect_layout(state_dict)
+def identify_control(content: object, weights: str = "ema", metadata: Mapping[str, str] | None = None) -> Weights:
+    """As `identify`, of a ControlNet: CONTROLNET or CONTROL. Raises ValueError saying what the weights are else."""
+    found = identify(content, weights, metadata)
+    layout = found.layout
     if layout not in (CONTROLNET, CONTROL):
         remedy = advice(layout) if layout in (ORIGINAL, DIFFUSERS) else "Choose a PixArt ControlNet file."
         raise ValueError(
             f"Not a PixArt ControlNet: got {describe(layout)}, expected PixArt ControlNet weights. {remedy}"
         )
-    return layout
+    return found
 
 
 def _rename(control: Mapping, convert: Callable[[Mapping], dict], block_stem: str, projection_stem: str) -> dict:

@@ -12,11 +12,11 @@ import torch
 from ..config import SIGMA_VAE_SCALE, PixArtConfig
 from .atomic import write_atomically
 from .checking import check_weights, expected_shapes
-from .control_layouts import control_to_diffusers, control_to_original, part_controlnet, require_control
-from .detection import ALPHA, SIGMA, explain_detection, guess_heads, mlp_ratio, read_name, saved_fields
-from .folders import TRANSFORMER_STEMS, find_weights, read_json
-from .layouts import CONFIG_KEY, to_original, unwrap
-from .reading import Checkpoint, finish_checkpoint, naming, read_tensors
+from .control_layouts import control_to_diffusers, control_to_original, identify_control, part_controlnet
+from .detection import ALPHA, SIGMA, detect, guess_heads, mlp_ratio, read_name, saved_fields
+from .folders import TRANSFORMER_STEMS, read_json
+from .layouts import CONFIG_KEY, to_original
+from .reading import Checkpoint, finish_checkpoint, naming, open_weights, read_weights
 from .saving import names_file, write_weights
 
 ALPHA_CLASS, SIGMA_CLASS = "PixArtControlNetAdapterModel", "PixArtSigmaControlNetAdapterModel"
@@ -43,20 +43,21 @@ class ControlNetCheckpoint:
 def read_controlnet(path: str | os.PathLike, *, weights: str = "ema", **hints) -> ControlNetCheckpoint:
     """Read a ControlNet from a file (.pth, .safetensors, ...) or a diffusers folder.
 
-    weights: "ema" or "model", see `layout.unwrap`. hints: for the base model, see `detection.explain_detection`.
+    weights: "ema" or "model", see `layouts.identify`. hints: for the base model, see `detection.detect`.
     Raises FileNotFoundError for a missing file and ValueError for everything else, naming the file.
     """
     path = Path(path)
     name = "/".join(path.absolute().parts[-4:])
     with naming(path):
-        tensors, metadata, model_config = _read(path, weights)
-        require_control(tensors)
-        saved = saved_fields(tensors, metadata)
-        base_weights, state_dict = part_controlnet(tensors)
+        opened = open_weights(path)
+        found = read_weights(opened, identify_control(opened.content, weights, opened.metadata))
+        config_file = path / "config.json"
+        model_config = read_json(config_file) if config_file.is_file() else {}
+        saved = saved_fields(found)
+        base_weights, state_dict = part_controlnet(found)
         base = None
         if base_weights:
-            detection = explain_detection(base_weights, metadata=metadata, name=name, **hints)
-            base = finish_checkpoint(path, base_weights, detection, metadata)
+            base = finish_checkpoint(path, base_weights, detect(base_weights, name=name, **hints))
         config = base.config if base else _config_of(state_dict, saved, model_config)
         num_copies = check_control_weights(state_dict, config)
     family = base.detection.family if base else _family_of(saved, model_config, name)
@@ -147,21 +148,6 @@ def expected_control_shapes(config: PixArtConfig, num_copies: int) -> dict[str, 
             shapes[f"{index}.{projection}.weight"] = (width, width)
             shapes[f"{index}.{projection}.bias"] = (width,)
     return shapes
-
-
-def _read(path: Path, weights: str) -> tuple[dict, dict[str, str], dict]:
-    """(tensors without wrappers, metadata, config.json) of a file or folder."""
-    files, model_config = (path,), {}
-    if path.is_dir():
-        files = find_weights(path, TRANSFORMER_STEMS)[0]
-        if (path / "config.json").is_file():
-            model_config = read_json(path / "config.json")
-    tensors, metadata = {}, {}
-    for file in files:
-        found, texts = read_tensors(file, lambda content: unwrap(content, weights))
-        tensors |= found
-        metadata |= texts
-    return tensors, metadata, model_config
 
 
 def _config_of(control: Mapping[str, torch.Tensor], saved: dict, model_config: Mapping) -> PixArtConfig:

@@ -18,7 +18,16 @@ from ..config import (
     SIGMA_VAE_SCALE,
     PixArtConfig,
 )
-from .layouts import CONFIG_KEY, DIFFUSERS, NULL_CAPTION_KEY, RECOMPUTED_KEYS, merge_plan, require_pixart, unwrap
+from .layouts import (
+    CONFIG_KEY,
+    DIFFUSERS,
+    EXTRA_KEYS,
+    NULL_CAPTION_KEY,
+    RECOMPUTED_KEYS,
+    Weights,
+    identify_pixart,
+    merge_plan,
+)
 
 ALPHA, SIGMA = "alpha", "sigma"
 FAMILIES = (ALPHA, SIGMA)
@@ -34,7 +43,7 @@ _BLOCK_NAME = re.compile(r"blocks\.([0-9]{1,4})\.(.+)")
 class Detection:
     """What was found out about a checkpoint, and by which sign.
 
-    layout: see `layout.detect_layout`. family: "alpha" or "sigma".
+    layout: see `layouts.detect_layout`. family: "alpha" or "sigma".
     variant: the row of CONFIGS with the same family and trained size, or None for a size that was never released.
     signs: config field, or "family", -> the sign that decided it, in words.
     conflicts: signs that said otherwise and were overruled, in words.
@@ -66,32 +75,34 @@ def detect_config(state_dict: Mapping, **hints) -> PixArtConfig:
     return explain_detection(state_dict, **hints).config
 
 
-def explain_detection(
-    state_dict: Mapping,
+def explain_detection(state_dict: Mapping, *, metadata: Mapping[str, str] | None = None, **hints) -> Detection:
+    """`detect` for weights in any layout, wrapped or not. metadata: texts that were kept with them."""
+    return detect(identify_pixart(state_dict, metadata=metadata), **hints)
+
+
+def detect(
+    weights: Weights,
     *,
     variant: str | None = None,
-    metadata: Mapping[str, str] | None = None,
     model_config: Mapping | None = None,
     vae_config: Mapping | None = None,
     name: str = "",
     **overrides,
 ) -> Detection:
-    """Find the configuration of PixArt weights in any layout, wrapped or not.
+    """Find the configuration of PixArt weights, as `identify_pixart` gives them.
 
     What the weights' shapes say is taken from them. For the rest the first sign in this order decides: `overrides`
-    (fields of PixArtConfig) and `variant` (a row of CONFIGS); the configuration saved by this package (safetensors
-    `metadata`, or a tensor of the same name); rows of the learned null caption (120 or 300); micro-conditioning;
+    (fields of PixArtConfig) and `variant` (a row of CONFIGS); the configuration saved by this package (in the
+    weights' metadata, or as a tensor); rows of the learned null caption (120 or 300); micro-conditioning;
     `vae_config` (the config.json of the autoencoder next to it); `model_config` (diffusers' config.json); tokens of
     the stored position grid; `name` (of file or folder); and a default. The order differs where a sign is direct:
     the trained size and scale are taken from `model_config` before the position grid.
-    Raises ValueError when the weights are no PixArt model or lack what every PixArt has.
+    Raises ValueError when the weights lack what every PixArt has.
     """
-    weights = unwrap(state_dict)
     if variant is not None and variant not in CONFIGS:
         raise ValueError(f"Unknown variant: got '{variant}', expected one of {', '.join(CONFIGS)}. Choose one of them.")
-    saved = saved_fields(weights, metadata)
-    layout = require_pixart(weights)
-    shapes = _original_shapes(weights, layout)
+    saved = saved_fields(weights)
+    shapes = _original_shapes(weights)
     facts = _fields_from_shapes(shapes)
     row = CONFIGS[variant] if variant is not None else None
     evidence = _Evidence(shapes, facts, row, saved, model_config, vae_config, name)
@@ -106,7 +117,7 @@ def explain_detection(
     config = PixArtConfig(**{field: value for field, (value, _) in found.items()})
     signs = {"family": family_sign, **{field: sign for field, (_, sign) in found.items()}}
     released = f"{family}-{config.base_px}"
-    return Detection(config, layout, family, released if released in CONFIGS else None, signs, conflicts)
+    return Detection(config, weights.layout, family, released if released in CONFIGS else None, signs, conflicts)
 
 
 def config_to_tensor(config: PixArtConfig) -> torch.Tensor:
@@ -114,10 +125,10 @@ def config_to_tensor(config: PixArtConfig) -> torch.Tensor:
     return torch.tensor(list(json.dumps(asdict(config)).encode()), dtype=torch.uint8)
 
 
-def saved_fields(weights: dict, metadata: Mapping[str, str] | None) -> dict:
-    """The configuration that this package saved with the weights; taken out of `weights`. Empty when there is none."""
-    tensor = weights.pop(CONFIG_KEY, None)
-    text = (metadata or {}).get(CONFIG_KEY)
+def saved_fields(weights: Weights) -> dict:
+    """The configuration that this package saved with the weights. Empty when there is none."""
+    tensor = weights.tensors.get(CONFIG_KEY)
+    text = weights.metadata.get(CONFIG_KEY)
     if text is None and isinstance(tensor, torch.Tensor) and tensor.dtype == torch.uint8:
         text = bytes(tensor.flatten().tolist())
     if text is None:
@@ -147,14 +158,14 @@ def _checked(value, default):
     return tuple(value) if isinstance(default, tuple) else value
 
 
-def _original_shapes(weights: Mapping, layout: str) -> dict[str, tuple[int, ...]]:
+def _original_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
     """Original name -> shape, whatever the layout; nothing is merged for it."""
-    if layout != DIFFUSERS:
-        return {name: tuple(value.shape) for name, value in weights.items()}
-    shapes = {name: tuple(weights[name].shape) for name in RECOMPUTED_KEYS if name in weights}
-    names = [name for name in weights if name not in RECOMPUTED_KEYS]
-    for name, parts in merge_plan(names).items():
-        found = [tuple(weights[part].shape) for part in parts]
+    tensors = weights.tensors
+    if weights.layout != DIFFUSERS:
+        return {name: tuple(value.shape) for name, value in tensors.items() if name != CONFIG_KEY}
+    shapes = {name: tuple(tensors[name].shape) for name in RECOMPUTED_KEYS if name in tensors}
+    for name, parts in merge_plan(name for name in tensors if name not in EXTRA_KEYS).items():
+        found = [tuple(tensors[part].shape) for part in parts]
         shapes[name] = (sum(shape[0] for shape in found if shape), *found[0][1:])
     return shapes
 

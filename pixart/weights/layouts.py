@@ -1,20 +1,22 @@
 """Key layouts of PixArt weights: recognise one, unwrap it, and map between the original's and diffusers' names.
 
-Dict in, dict out; nothing here opens a file. Values may be anything with a shape, so a file can be examined
-before its tensors are read; only a merge or a split of tensors touches them.
+Nothing here opens a file. Values may be anything with a shape, so a file can be examined before its tensors are read;
+only a merge or a split of tensors touches them.
 """
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 ORIGINAL, DIFFUSERS, CONTROLNET, CONTROL, LORA = "original", "diffusers", "controlnet", "control", "lora"
-UNKNOWN = "unknown"
+T5, UNKNOWN = "T5 text encoder", "unknown"
 
 CONFIG_KEY = "pixart_config"  # metadata entry, or uint8 tensor of the same JSON where a file keeps no metadata of ours
 NULL_CAPTION_KEY = "y_embedder.y_embedding"
 RECOMPUTED_KEYS = ("pos_embed", "pos_embed.pos_embed")  # the position grid in either layout; depends on the picture
+EXTRA_KEYS = (*RECOMPUTED_KEYS, CONFIG_KEY)  # lie beside the weights, and are none
 EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema")
 MODEL_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 # Longest first, so that `model.` never cuts a longer one in two.
@@ -87,7 +89,7 @@ _CONTROL_SIGN = re.compile(r"copied_block\.|(?:^|\.)controlnet_blocks\.\d+\.(?:t
 # Family -> a piece of a key that only its files have. The first match names the family, so the order matters.
 _LORA_SIGNS = (".lora_A.", ".lora_B.", "lora_up.", "lora_down.", ".lora.", ".hada_w1_", ".lokr_w1", ".dora_scale")
 _FAMILY_SIGNS = {
-    "T5 text encoder": ("SelfAttention.q.weight", "encoder.block.0.layer.0."),
+    T5: ("SelfAttention.q.weight", "encoder.block.0.layer.0."),
     "CLIP text encoder": ("text_model.encoder.layers.0.", "transformer.resblocks.0."),
     "HED edge detector": ("block1.convs.0.weight",),
     "ControlNet (of another model)": (
@@ -111,50 +113,86 @@ _FAMILY_SIGNS = {
 }
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Weights out of their wrappers, and what they are: told once by `identify`, then handed on.
+
+    tensors: plain name -> a tensor, or anything with a shape that stands for one in a file. layout: see
+    `detect_layout`. metadata: texts that were kept with them.
+    """
+
+    tensors: dict
+    layout: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
 def detect_layout(state_dict: Mapping) -> str:
     """Tell what kind of weights these are, wrapped or not, by their names alone.
 
     Returns ORIGINAL, DIFFUSERS, CONTROLNET (base and control in one file), CONTROL (control blocks alone), LORA,
     the name of another family ("Flux", "T5 text encoder", ...), or UNKNOWN.
     """
-    return _layout_of(_strip_prefixes(_pick_weights(state_dict, "ema")))
+    return identify(state_dict).layout
 
 
 def unwrap(state_dict: Mapping, weights: str = "ema") -> dict:
-    """Take the weights out of a training checkpoint: wrappers and prefixes off, what is no tensor left out.
+    """The weights of a training checkpoint alone: the tensors that `identify` finds, under their plain names."""
+    return identify(state_dict, weights).tensors
+
+
+def identify(content: object, weights: str = "ema", metadata: Mapping[str, str] | None = None) -> Weights:
+    """Take the weights out of all that a file or dict holds (wrappers and prefixes off, what is no tensor left out),
+    and tell what they are.
 
     weights: "ema" prefers the averaged weights where there are both, "model" the trained ones. The learned null
     caption always comes from the trained ones: averaging skips buffers, so the averaged one is an untrained tensor.
-    A ControlNet file keeps its `base_model.` and `controlnet.` prefixes; `control_layout.split_controlnet` parts them.
+    A ControlNet file keeps its `base_model.` and `controlnet.` prefixes; `control_layouts.part_controlnet` parts them.
     Raises ValueError when there is nothing like a state dict, or not the chosen weights.
     """
     if weights not in ("ema", "model"):
         raise ValueError(f"Unknown choice of weights: got '{weights}', expected 'ema' or 'model'. Choose one of them.")
-    chosen = _strip_prefixes(_pick_weights(state_dict, weights))
-    if weights == "ema" and _wrapped(state_dict, EMA_WRAPPERS) and _wrapped(state_dict, MODEL_WRAPPERS):
-        trained = _strip_prefixes(_pick_weights(state_dict, "model"))
+    chosen = _strip_prefixes(_pick_weights(content, weights))
+    if weights == "ema" and _wrapped(content, EMA_WRAPPERS) and _wrapped(content, MODEL_WRAPPERS):
+        trained = _strip_prefixes(_pick_weights(content, "model"))
         for key in (NULL_CAPTION_KEY, f"base_model.{NULL_CAPTION_KEY}"):
             if key in trained:
                 chosen[key] = trained[key]
-    return {key: value for key, value in chosen.items() if hasattr(value, "shape")}
+    tensors = {key: value for key, value in chosen.items() if hasattr(value, "shape")}
+    return Weights(tensors, _layout_of(tensors), metadata or {})
 
 
-def to_original(state_dict: Mapping, *, consume: bool = False) -> dict:
+def identify_pixart(content: object, weights: str = "ema", metadata: Mapping[str, str] | None = None) -> Weights:
+    """As `identify`, of a PixArt model: ORIGINAL or DIFFUSERS. Raises ValueError saying what the weights are else."""
+    found = identify(content, weights, metadata)
+    if found.layout not in (ORIGINAL, DIFFUSERS):
+        raise ValueError(
+            f"Not a PixArt model: got {describe(found.layout)}, expected PixArt weights. {advice(found.layout)}"
+        )
+    return found
+
+
+def to_original(state_dict: Mapping) -> dict:
     """Rename to the original layout, merging q, k, v; wrapped, prefixed and original dicts are taken as well.
 
-    consume: empties `state_dict` on the way, so that a merge never holds both copies of the whole model.
     The position grid is left out, since it is recomputed. A missing `y_embedder.y_embedding` stays missing.
     Raises ValueError naming every unknown key and every missing part of a merged tensor.
     Source: diffusers, convert_pixart_alpha_to_diffusers.py, read backwards.
     """
-    weights = _plain_weights(state_dict, consume)
-    layout = require_pixart(weights)
-    plan = {key: (key,) for key in weights} if layout == ORIGINAL else merge_plan(weights)
-    if layout == ORIGINAL:
-        _diffusers_names(weights)  # unknown names raise here as well
+    return original_tensors(identify_pixart(state_dict))
+
+
+def original_tensors(weights: Weights) -> dict:
+    """As `to_original`, of weights that are identified; they are emptied on the way, so that a merge never holds both
+    copies of the whole model.
+    """
+    found = weights.tensors
+    names = [name for name in found if name not in EXTRA_KEYS]
+    plan = merge_plan(names) if weights.layout == DIFFUSERS else {name: (name,) for name in names}
+    if weights.layout == ORIGINAL:
+        _diffusers_names(names)  # unknown names raise here as well
     converted = {}
     for name, parts in plan.items():
-        tensors = [weights.pop(part) for part in parts]
+        tensors = [found.pop(part) for part in parts]
         converted[name] = tensors[0] if len(tensors) == 1 else _concatenate(name, tensors)
     return converted
 
@@ -167,14 +205,15 @@ def to_diffusers(state_dict: Mapping, *, keep_null_caption: bool = False) -> dic
     Raises ValueError naming every unknown key and every tensor whose rows cannot be cut.
     Source: diffusers, convert_pixart_alpha_to_diffusers.py.
     """
-    weights = _plain_weights(state_dict, consume=False)
-    if require_pixart(weights) == DIFFUSERS:
-        merge_plan(weights)  # unknown names raise here as well
-        converted = weights
+    weights = identify_pixart(state_dict)
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in EXTRA_KEYS}
+    if weights.layout == DIFFUSERS:
+        merge_plan(tensors)  # unknown names raise here as well
+        converted = tensors
     else:
         converted = {}
-        for name, parts in _diffusers_names(weights).items():
-            converted.update(zip(parts, _cut_rows(name, weights[name], len(parts)), strict=True))
+        for name, parts in _diffusers_names(tensors).items():
+            converted.update(zip(parts, _cut_rows(name, tensors[name], len(parts)), strict=True))
     if not keep_null_caption:
         converted.pop(GLOBAL_NAMES[NULL_CAPTION_KEY][0], None)
     return converted
@@ -211,14 +250,6 @@ def parts_to_merge(names: Iterable[str]) -> set[str]:
     return {match[0] for match in matches if match[2] in _BLOCK_PARTS and len(_BLOCK_PARTS[match[2]][1]) > 1}
 
 
-def require_pixart(state_dict: Mapping) -> str:
-    """The layout of (unwrapped) PixArt weights: ORIGINAL or DIFFUSERS. Raises ValueError saying what it is else."""
-    layout = _layout_of(state_dict)
-    if layout not in (ORIGINAL, DIFFUSERS):
-        raise ValueError(f"Not a PixArt model: got {describe(layout)}, expected PixArt weights. {advice(layout)}")
-    return layout
-
-
 def describe(layout: str) -> str:
     """A layout in words, for a message."""
     names = {
@@ -241,7 +272,7 @@ def advice(layout: str) -> str:
         CONTROL: "Load it with Load PixArt ControlNet.",
         LORA: "Load the base model here and the LoRA with Load PixArt LoRA.",
         UNKNOWN: "Choose a PixArt-alpha or PixArt-Sigma checkpoint.",
-        "T5 text encoder": "Load it with Load T5 Text Encoder.",
+        T5: "Load it with Load T5 Text Encoder.",
         "VAE": "Load it with Load VAE.",
     }
     return texts.get(layout, "Choose a PixArt checkpoint, or load this file with ComfyUI's own nodes.")
@@ -305,15 +336,6 @@ def _strip_prefixes(weights: dict) -> dict:
         if prefix is None:
             break
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
-
-
-def _plain_weights(state_dict: Mapping, consume: bool) -> dict:
-    weights = unwrap(state_dict)
-    if consume:
-        state_dict.clear()
-    for key in (*RECOMPUTED_KEYS, CONFIG_KEY):
-        weights.pop(key, None)
     return weights
 
 

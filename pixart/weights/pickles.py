@@ -12,7 +12,8 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,20 +75,35 @@ class _Storage(NamedTuple):
     count: int
 
 
-def read_pth(
-    path: Path, choose: Callable[[object], dict], in_memory: Callable[[dict], Collection[str]]
-) -> dict[str, torch.Tensor]:
-    """Read tensors out of a file by torch.save, zip or older format.
+@dataclass(frozen=True)
+class PickledFile:
+    """A file by torch.save whose tensors are described, not read.
 
-    choose: is given everything in the file (tensors as StoredTensor, foreign objects as Foreign) and returns the
-    wanted ones by name. in_memory: is given these and names those to read into memory of their own; the others are
-    mapped from the file. Raises ValueError when the file is damaged or no such file.
+    content: everything in it; tensors as StoredTensor, foreign objects as Foreign. places: storage -> its position.
     """
+
+    path: Path
+    content: object
+    places: dict[str, int]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The texts that `save_checkpoint` puts next to the state dict."""
+        texts = self.content.get("metadata") if isinstance(self.content, Mapping) else None
+        items = texts.items() if isinstance(texts, Mapping) else ()
+        return {key: value for key, value in items if isinstance(key, str) and isinstance(value, str)}
+
+    def read(self, wanted: Mapping[str, StoredTensor], own: Collection[str] = ()) -> dict[str, torch.Tensor]:
+        """The wanted tensors: those named by own in memory of their own, the others mapped from the file."""
+        return _read_tensors(self.path, wanted, self.places, own)
+
+
+def open_pickled(path: Path) -> PickledFile:
+    """Describe a file by torch.save, zip or older format. Raises ValueError when it is damaged or no such file."""
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
     content, places = _open_zip(path) if is_zip else _open_legacy(path)
-    wanted = {name: value for name, value in choose(content).items() if isinstance(value, StoredTensor)}
-    return _read_tensors(path, wanted, places, in_memory(wanted))
+    return PickledFile(path, content, places)
 
 
 class _Names:
@@ -263,7 +279,7 @@ def _open_legacy(path: Path) -> tuple[object, dict[str, int]]:
         return content, places
 
 
-def _read_tensors(path: Path, wanted: dict, places: dict, own: Collection[str]) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, wanted: Mapping, places: dict, own: Collection[str]) -> dict[str, torch.Tensor]:
     size = path.stat().st_size
     mapping = torch.UntypedStorage.from_file(str(path), False, size) if wanted else None
     read, tensors = {}, {}

@@ -2,20 +2,21 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..config import PixArtConfig
 from .checking import check_weights
-from .detection import Detection, explain_detection
-from .folders import ModelFolder, open_folder
-from .layouts import NULL_CAPTION_KEY, parts_to_merge, to_original, unwrap
-from .pickles import ZIP_MAGIC, read_pth
+from .detection import Detection, detect
+from .folders import TRANSFORMER_STEMS, ModelFolder, find_weights, open_folder
+from .layouts import NULL_CAPTION_KEY, Weights, identify_pixart, original_tensors, parts_to_merge
+from .pickles import ZIP_MAGIC, open_pickled
 
 log = logging.getLogger(__name__)
 
@@ -69,57 +70,83 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read a PixArt from a file (.pth, .safetensors, .bin, ...) or a diffusers folder.
 
-    weights: "ema" or "model", see `layout.unwrap`. file_variant: "fp16" and the like, for folders.
-    hints: `variant` and fields of PixArtConfig, see `detection.explain_detection`.
+    weights: "ema" or "model", see `layouts.identify`. file_variant: "fp16" and the like, for folders.
+    hints: `variant` and fields of PixArtConfig, see `detection.detect`.
     Tensors are mapped from the file as they are; those that diffusers has in parts are read and merged one by one.
     Raises FileNotFoundError for a missing file or shard and ValueError for everything else, naming the file.
     """
     path = Path(path)
     folder = open_folder(path, file_variant) if path.is_dir() else ModelFolder(path, (path,))
     with naming(path):
-        tensors, metadata = _read_all(folder, lambda content: unwrap(content, weights))
-        detection = explain_detection(
-            tensors,
-            metadata=metadata,
+        opened = open_files(folder.files, folder.weight_map)
+        found = read_weights(opened, identify_pixart(opened.content, weights, opened.metadata))
+        detection = detect(
+            found,
             model_config=folder.model_config,
             vae_config=folder.vae_config,
             name="/".join(path.absolute().parts[-4:]),  # a download cache names the model three folders up
             **hints,
         )
-        return finish_checkpoint(path, tensors, detection, metadata)
+        return finish_checkpoint(path, found, detection)
 
 
-def finish_checkpoint(path: Path, tensors: dict, detection: Detection, metadata: dict[str, str]) -> Checkpoint:
-    """A Checkpoint of tensors in any layout, which are emptied on the way. Raises ValueError as `read_checkpoint`."""
-    state_dict = to_original(tensors, consume=True)
+def finish_checkpoint(path: Path, weights: Weights, detection: Detection) -> Checkpoint:
+    """A Checkpoint of weights in any layout, which are emptied on the way. Raises ValueError as `read_checkpoint`."""
+    state_dict = original_tensors(weights)
     _settle_null_caption(state_dict, detection.config.caption_length)
     check_weights(state_dict, detection.config)
     for conflict in detection.conflicts:
         log.warning("%s: taken for %s (%s), but %s", path.name, detection.family, detection.signs["family"], conflict)
-    return Checkpoint(path, state_dict, detection, metadata)
+    return Checkpoint(path, state_dict, detection, dict(weights.metadata))
 
 
 def read_tensors(
-    path: str | os.PathLike, choose: Callable[[object], dict] | None = None
+    path: str | os.PathLike, stems: Iterable[str] = TRANSFORMER_STEMS
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, metadata) of one file, whatever its name ends in. Mapped from the file where the format allows.
+    """(tensors, metadata) of a file, whatever its name ends in, or of a folder. Mapped where the format allows.
 
-    choose: picks the wanted tensors out of everything in the file, see `pth.read_pth`; all at the top by default.
-    Raises FileNotFoundError, or ValueError naming the file and saying what it is instead of weights.
+    The tensors are those at the top, or in the `state_dict` there. stems: of a folder's files, see `find_weights`.
+    Raises as `open_weights`.
+    """
+    opened = open_weights(path, stems)
+    return opened.read(_top_level(opened)), opened.metadata
+
+
+class Opened(Protocol):
+    """Files of weights before any tensor is read.
+
+    content: everything in them; what has a shape stands for a tensor. metadata: texts that are kept with the weights.
+    """
+
+    path: Path
+    content: object
+    metadata: dict[str, str]
+
+    def read(self, wanted: Mapping, own: Collection[str] = ()) -> dict[str, torch.Tensor]:
+        """The wanted tensors of `content`, under any names: mapped, or copied into memory where own names them."""
+
+
+def open_weights(
+    path: str | os.PathLike, stems: Iterable[str] = TRANSFORMER_STEMS, variant: str | None = None
+) -> Opened:
+    """Describe a file of weights, whatever its name ends in, or those that `find_weights` finds in a folder.
+
+    Raises FileNotFoundError, or ValueError naming the file: for what is no file of weights, and for shards that do not
+    belong together.
     """
     path = Path(path)
-    with naming(path):
-        kind = _recognise(path)
-        choose = choose or _top_level
-        if kind == "safetensors":
-            return _read_safetensors(path, choose)
-        metadata: dict[str, str] = {}
+    return open_files(*find_weights(path, stems, variant)) if path.is_dir() else _open_file(path)
 
-        def choose_and_note(content):
-            metadata.update(_texts_of(content))
-            return choose(content)
 
-        return read_pth(path, choose_and_note, parts_to_merge), metadata
+def open_files(files: Sequence[Path], weight_map: Mapping[str, str]) -> Opened:
+    """Describe one file, or a model's shards as a whole. weight_map: of their index. Raises like `open_weights`."""
+    opened = [_open_file(file) for file in files]
+    return _join_shards(opened, weight_map) if weight_map or len(opened) > 1 else opened[0]
+
+
+def read_weights(opened: Opened, weights: Weights) -> Weights:
+    """The same with tensors in place of their descriptions; those that are to be merged are not mapped."""
+    return replace(weights, tensors=opened.read(weights.tensors, parts_to_merge(weights.tensors)))
 
 
 @contextmanager
@@ -166,42 +193,56 @@ def _recognise(path: Path) -> str:
     )
 
 
-def _top_level(content: object) -> dict:
-    """What `read_tensors` gives without `choose`: the tensors of a bare or `state_dict`-wrapped file."""
+def _open_file(path: Path) -> Opened:
+    with naming(path):
+        return _open_safetensors(path) if _recognise(path) == "safetensors" else open_pickled(path)
+
+
+def _top_level(opened: Opened) -> dict:
+    """Name -> description of the tensors of a bare or `state_dict`-wrapped file."""
+    content = opened.content
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise ValueError(
-            f"No weights in this file: got a {type(content).__name__} object, expected a dict of tensors. "
-            f"Choose a checkpoint that was saved as a state dict."
+            f"{opened.path.name}: No weights in this file: got a {type(content).__name__} object, expected a dict of "
+            f"tensors. Choose a checkpoint that was saved as a state dict."
         )
     return {key: value for key, value in content.items() if isinstance(key, str) and hasattr(value, "shape")}
 
 
-def _texts_of(content: object) -> dict[str, str]:
-    """The metadata that `save_checkpoint` puts next to the state dict of a .pth."""
-    texts = content.get("metadata") if isinstance(content, Mapping) else None
-    items = texts.items() if isinstance(texts, Mapping) else ()
-    return {key: value for key, value in items if isinstance(key, str) and isinstance(value, str)}
+class _NamedTensor(NamedTuple):
+    """A tensor of a safetensors file before it is read."""
+
+    name: str
+    shape: tuple[int, ...]
 
 
-class _Named:
-    """A tensor of a safetensors file before it is read: its shape alone."""
+@dataclass(frozen=True)
+class _SafetensorsFile:
+    path: Path
+    content: dict[str, _NamedTensor]
+    metadata: dict[str, str]
 
-    def __init__(self, name: str, shape: Iterable[int]):
-        self.name = name
-        self.shape = tuple(shape)
+    def read(self, wanted: Mapping[str, _NamedTensor], own: Collection[str] = ()) -> dict[str, torch.Tensor]:
+        copied = {name: wanted[name] for name in wanted if name in own}
+        with _sound_safetensors(self.path), safe_open(self.path, framework="pt") as file:
+            mapped = {name: file.get_tensor(place.name) for name, place in wanted.items() if name not in copied}
+        with _sound_safetensors(self.path):
+            return mapped | _read_unmapped(self.path, copied)
 
 
-def _read_safetensors(path: Path, choose: Callable[[object], dict]) -> tuple[dict, dict]:
+def _open_safetensors(path: Path) -> _SafetensorsFile:
+    with _sound_safetensors(path), safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata() or {})
+    return _SafetensorsFile(path, {name: _NamedTensor(name, shape) for name, shape in shapes.items()}, metadata)
+
+
+@contextmanager
+def _sound_safetensors(path: Path):
     try:
-        with safe_open(path, framework="pt") as file:
-            content = {name: _Named(name, file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
-            wanted = choose(content)
-            parts = {name: wanted[name] for name in wanted.keys() & parts_to_merge(wanted)}
-            mapped = {name: file.get_tensor(named.name) for name, named in wanted.items() if name not in parts}
-        return mapped | _read_unmapped(path, parts), metadata
+        yield
     except SafetensorError as error:
         raise ValueError(
             f"Truncated or damaged file: got unreadable safetensors in '{path.name}' ({error}), expected complete "
@@ -209,7 +250,7 @@ def _read_safetensors(path: Path, choose: Callable[[object], dict]) -> tuple[dic
         ) from error
 
 
-def _read_unmapped(path: Path, wanted: Mapping[str, _Named]) -> dict[str, torch.Tensor]:
+def _read_unmapped(path: Path, wanted: Mapping[str, _NamedTensor]) -> dict[str, torch.Tensor]:
     """Copies of the tensors; the file is mapped again every few of them, since touched pages of a mapping stay."""
     tensors, names = {}, list(wanted)
     while names:
@@ -222,26 +263,49 @@ def _read_unmapped(path: Path, wanted: Mapping[str, _Named]) -> dict[str, torch.
     return tensors
 
 
-def _read_all(folder: ModelFolder, choose: Callable[[object], dict]) -> tuple[dict, dict]:
-    tensors, metadata, origin = {}, {}, {}
-    for file in folder.files:
-        found, texts = read_tensors(file, choose)
-        for name in found:
-            if name in origin:
+class _ShardedTensor(NamedTuple):
+    """A tensor of one of several files before it is read."""
+
+    file: Opened
+    inner: object
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+
+@dataclass(frozen=True)
+class _Shards:
+    path: Path
+    files: Sequence[Opened]
+    content: dict[str, _ShardedTensor]
+    metadata: dict[str, str]
+
+    def read(self, wanted: Mapping[str, _ShardedTensor], own: Collection[str] = ()) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for file in self.files:
+            tensors |= file.read({name: value.inner for name, value in wanted.items() if value.file is file}, own)
+        return tensors
+
+
+def _join_shards(files: Sequence[Opened], weight_map: Mapping[str, str]) -> _Shards:
+    content, metadata = {}, {}
+    for file in files:
+        for name, tensor in _top_level(file).items():
+            if name in content:
                 raise ValueError(
-                    f"Tensor twice in shards: got '{name}' in '{origin[name]}' and '{file.name}', expected it once. "
-                    f"Download the folder again."
+                    f"Tensor twice in shards: got '{name}' in '{content[name].file.path.name}' and '{file.path.name}', "
+                    f"expected it once. Download the folder again."
                 )
-        origin |= dict.fromkeys(found, file.name)
-        tensors |= found
-        metadata |= texts
-    missing = [name for name in folder.weight_map if name not in tensors]
+            content[name] = _ShardedTensor(file, tensor)
+        metadata |= file.metadata
+    missing = [name for name in weight_map if name not in content]
     if missing:
         raise ValueError(
-            f"Truncated shard: got no '{missing[0]}' in '{folder.weight_map[missing[0]]}', expected it there as the "
+            f"Truncated shard: got no '{missing[0]}' in '{weight_map[missing[0]]}', expected it there as the "
             f"index says. Download this shard again."
         )
-    return tensors, metadata
+    return _Shards(files[0].path.parent, files, content, metadata)
 
 
 def _settle_null_caption(state_dict: dict, caption_length: int) -> None:

@@ -22,6 +22,7 @@ from pixart_pack.pixart.checkpoint import (
     to_original,
     unwrap,
 )
+from pixart_pack.pixart.weights.layouts import identify_pixart, original_tensors
 from pixart_pack.tests.goldens import load_golden, take
 
 MAPS = [
@@ -145,11 +146,11 @@ def test_conversion_takes_either_layout_and_leaves_its_input_alone():
     assert list(original) == names and parts_to_merge(diffusers) and not parts_to_merge(original)
 
 
-def test_consuming_conversion_lets_go_of_its_input():
+def test_a_merge_lets_go_of_identified_weights_and_keeps_a_callers_own():
     diffusers = to_diffusers(random_weights(TINY))
-    expected = to_original(diffusers)
-    assert same(to_original(diffusers, consume=True), expected)
-    assert not diffusers
+    names, weights = list(diffusers), identify_pixart({"state_dict": diffusers})
+    assert same(original_tensors(weights), to_original(diffusers))
+    assert not weights.tensors and list(diffusers) == names
 
 
 @pytest.mark.parametrize("convert", [to_original, to_diffusers])

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from pixart_pack.pixart import CONFIGS, PixArt, PixArtConfig
 from pixart_pack.pixart.checkpoint import CONFIG_KEY, NULL_CAPTION_KEY, expected_shapes, to_diffusers
 from pixart_pack.pixart.weights.atomic import write_atomically
-from pixart_pack.pixart.weights.reading import read_checkpoint, read_tensors
+from pixart_pack.pixart.weights.folders import TEXT_ENCODER_STEMS
+from pixart_pack.pixart.weights.layouts import identify
+from pixart_pack.pixart.weights.reading import open_weights, read_checkpoint, read_tensors
 from pixart_pack.pixart.weights.saving import diffusers_config, save_checkpoint
 
 CONFIG = PixArtConfig(
@@ -457,8 +459,8 @@ def test_file_variant_is_chosen(tmp_path):
         read_checkpoint(folder, file_variant="bf16")
 
 
-def write_shards(folder, ending="safetensors", index=True, infix="", count=3):
-    weights = to_diffusers(random_weights())
+def write_shards(folder, ending="safetensors", index=True, infix="", count=3, prefix=""):
+    weights = {f"{prefix}{name}": tensor for name, tensor in to_diffusers(random_weights()).items()}
     names = list(weights)
     weight_map = {}
     for number in range(count):
@@ -496,6 +498,41 @@ def test_shard_without_what_the_index_promises_is_named(tmp_path):
     save_file({name: tensor for name, tensor in load_file(shard).items() if name != "proj_out.bias"}, shard)
     with pytest.raises(ValueError, match=rf"proj_out\.bias.*{shard.name}"):
         read_checkpoint(folder)
+
+
+def test_shards_of_every_kind_of_model_are_checked(tmp_path):
+    shards = [tmp_path / f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+    for shard, name in zip(shards, ("shared.weight", "final.weight"), strict=True):
+        save_file({name: torch.zeros(2)}, shard, metadata={name: "kept"})
+    tensors, metadata = read_tensors(tmp_path, TEXT_ENCODER_STEMS)
+    assert set(tensors) == set(metadata) == {"shared.weight", "final.weight"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lost.weight": shards[0].name, "final.weight": shards[1].name}}))
+    with pytest.raises(ValueError, match=rf"Truncated shard: got no 'lost\.weight' in '{shards[0].name}'"):
+        read_tensors(tmp_path, TEXT_ENCODER_STEMS)
+    index.unlink()
+    save_file({"shared.weight": torch.ones(2)}, shards[1])
+    with pytest.raises(ValueError, match=rf"Tensor twice.*shared\.weight.*{shards[0].name}.*{shards[1].name}"):
+        read_tensors(tmp_path, TEXT_ENCODER_STEMS)
+
+
+def test_shards_with_a_prefix_are_unwrapped_as_a_whole(tmp_path):
+    folder = make_folder(tmp_path / "sharded", name=None)
+    write_shards(folder, prefix="transformer.")
+    assert same(read_checkpoint(folder).state_dict, without_null(random_weights()))
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_a_file_is_told_by_what_describes_its_tensors(tmp_path, ending):
+    weights = to_diffusers(original_file())
+    path = tmp_path / f"model.{ending}"
+    save_file(weights, path) if ending == "safetensors" else torch.save({"state_dict": weights}, path)
+    opened = open_weights(path)
+    found = identify(opened.content)
+    assert found.layout == "diffusers"
+    assert not any(isinstance(value, torch.Tensor) for value in found.tensors.values())
+    assert {name: value.shape for name, value in found.tensors.items()} == {k: v.shape for k, v in weights.items()}
+    assert same(opened.read({"bias": found.tensors["proj_out.bias"]}), {"bias": weights["proj_out.bias"]})
 
 
 def test_tensor_in_two_shards_is_named(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from transformers import T5TokenizerFast
 
 from ....pixart.quoting import shorten
-from ....pixart.weights.folders import TEXT_ENCODER_STEMS, find_weights, read_json
+from ....pixart.weights.folders import TEXT_ENCODER_STEMS, read_json
 from ....pixart.weights.reading import read_tensors
 from ....pixart.weights.t5 import detect_t5_config, encoder_weights, is_t5_folder
 from ..folders import find_folders
@@ -149,15 +149,7 @@ def _load_patcher(path, tokenizer, device, disable_dynamic=False):
 
 def _read_t5(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """(weights under their Hugging Face names with the host's quantisation marks, T5 config)."""
-    if path.is_dir():
-        files, _ = find_weights(path, TEXT_ENCODER_STEMS)
-    else:
-        files = (path,)
-    state_dict, metadata = {}, {}
-    for file in files:
-        tensors, texts = read_tensors(file)
-        state_dict |= tensors
-        metadata |= texts
+    state_dict, metadata = read_tensors(path, TEXT_ENCODER_STEMS)
     if hasattr(comfy.utils, "convert_old_quants"):
         state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
     weights = encoder_weights(state_dict, path.name)
