@@ -1,6 +1,8 @@
 """Shows text from outside (names in files, keys, values, other libraries' messages) inside an error or a log line."""
 
 import reprlib
+from collections.abc import Collection
+from itertools import islice
 from pathlib import PurePath
 
 _BITS = 256  # of the longest integer that is written out
@@ -20,6 +22,15 @@ def shorten(value: object, length: int = 80) -> str:
     if isinstance(value, str | bytes | bytearray):
         return _cut(repr(_ends(value, length)), length)
     return _cut(_escape(_Bounded(length).repr(value)), length)
+
+
+def list_names(names: Collection, most: int = 8) -> str:
+    """Names from outside between commas, without quotes: the first `most` of them, each shortened, and how many more.
+
+    Those which a person may choose from need a larger `most` than those that are only shown.
+    """
+    shown = [_cut(_escape(_ends(str(name), 60)), 60) for name in islice(names, most)]
+    return ", ".join([*shown, *([f"and {len(names) - most} more"] if len(names) > most else [])])
 
 
 class _Bounded(reprlib.Repr):

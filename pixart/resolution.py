@@ -7,6 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .quoting import shorten
+
+_FLAG_DIGITS = 6
 FIT_METHODS = ("bicubic", "lanczos", "bilinear")
 
 _BINS_1024 = {
@@ -83,7 +86,7 @@ def _bins(base_px: int, inference_only: bool) -> dict[float, tuple[int, int]]:
     tables = INFERENCE_ASPECT_RATIOS if inference_only else ASPECT_RATIOS
     if base_px not in tables:
         raise ValueError(
-            f"Unknown resolution table: got {base_px}, expected one of {', '.join(map(str, tables))}. "
+            f"Unknown resolution table: got {shorten(base_px)}, expected one of {', '.join(map(str, tables))}. "
             f"Choose the size that the model was trained at."
         )
     return tables[base_px]
@@ -111,6 +114,11 @@ def nearest_bin(height_px: float, width_px: float, base_px: int, *, inference_on
 def _find_flag(prompt: str, *names: str) -> tuple[int, int] | None:
     for name in names:
         match = re.search(rf"--{name}\s+(\d+):(\d+)", prompt)
+        if match and max(map(len, match.groups())) > _FLAG_DIGITS:
+            raise ValueError(
+                f"Prompt flag out of range: got --{name} {shorten(Exception(':'.join(match.groups())))}, expected two "
+                f"numbers of at most {_FLAG_DIGITS} digits, such as --{name} 3:4. Correct the prompt."
+            )
         if match:
             return int(match[1]), int(match[2])
     return None
@@ -186,7 +194,9 @@ def fit_images(images: torch.Tensor, height_px: int, width_px: int, method: str)
         # Two weights that add up to one but for their rounding can make more than 1 of ones.
         return resize_and_crop(images, height_px, width_px).clamp(0, 1)
     if method not in FIT_METHODS:
-        raise ValueError(f"Unknown method: got {method}, expected one of {', '.join(FIT_METHODS)}. Choose one of them.")
+        raise ValueError(
+            f"Unknown method: got {shorten(method)}, expected one of {', '.join(FIT_METHODS)}. Choose one of them."
+        )
     if method == "lanczos":
         covered = _resize_lanczos(images, *_cover_size(images, height_px, width_px))
     else:

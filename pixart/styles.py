@@ -1,12 +1,16 @@
 """Style templates: a named pair of texts around a prompt and its negative."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .documents.parsing import load_json
+from .quoting import list_names, shorten
+
 STYLES_FILE = Path(__file__).resolve().parent.parent / "styles" / "styles.json"
 SLOT = "{prompt}"
+FILE_LIMIT = 2**22  # bytes; the shipped styles have some thousand
+SLOT_LIMIT = 8  # in one style: each holds the whole prompt
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,11 @@ def load_styles(files: Iterable[Path] = (STYLES_FILE,)) -> dict[str, Style]:
 
 def _read(file: Path) -> list[Style]:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8-sig"))
+        entries = load_json(file, FILE_LIMIT)
     except ValueError as error:
         raise ValueError(
-            f"Styles file is not JSON: got {file.name} with {error}, expected a list of objects. Mend the file."
+            f"Styles file is not JSON: got {file.name} with {shorten(error, 200)}, expected a list of objects. Mend "
+            f"the file."
         ) from error
     if not isinstance(entries, list):
         raise ValueError(
@@ -58,13 +63,18 @@ def _parse(entry, place: str) -> Style:
     texts = {key: fields.get(key, "") for key in ("name", "prompt", "negative")}
     if not all(isinstance(text, str) for text in texts.values()) or not texts["name"].strip():
         raise ValueError(
-            f'Bad style: got {str(entry)[:80]} as {place}, expected {{"name": ..., "prompt": ..., "negative": ...}} '
+            f'Bad style: got {shorten(entry)} as {place}, expected {{"name": ..., "prompt": ..., "negative": ...}} '
             f"with texts. Mend the file."
         )
     if SLOT not in texts["prompt"]:
         raise ValueError(
-            f"Style without a place for the prompt: got {texts['prompt'][:60]!r} as {place}, expected {SLOT} in it. "
-            f"Write {SLOT} where the user's words go."
+            f"Style without a place for the prompt: got {shorten(texts['prompt'])} as {place}, expected {SLOT} in "
+            f"it. Write {SLOT} where the user's words go."
+        )
+    if texts["prompt"].count(SLOT) > SLOT_LIMIT:
+        raise ValueError(
+            f"Style with too many places for the prompt: got {texts['prompt'].count(SLOT)} as {place}, expected at "
+            f"most {SLOT_LIMIT}. Write {SLOT} once."
         )
     return Style(**texts)
 
@@ -81,7 +91,7 @@ def find_styles(names: str, styles: dict[str, Style]) -> list[Style]:
     unknown = [name for name in wanted if name.casefold() not in by_name]
     if unknown:
         raise ValueError(
-            f"Unknown style: got {', '.join(unknown)}, expected names among {', '.join(styles)}. "
+            f"Unknown style: got {list_names(unknown)}, expected names among {list_names(styles, 64)}. "
             f"Write one of them, or add your own to ComfyUI's user folder (see the node's help)."
         )
     return [by_name[name.casefold()] for name in wanted]

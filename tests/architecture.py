@@ -4,21 +4,25 @@
 ROOMS = {
     "samplers": ("the maths of one solver per file", (), ("torch", "tqdm")),
     "pixart": ("the model, and what describes it", ("samplers",), ("torch", "numpy", "safetensors")),
+    "pixart.documents": ("JSON and YAML that others wrote", ("pixart",), ("yaml",)),
     "pixart.weights": ("files of weights", ("pixart",), ("torch", "numpy", "safetensors")),
     "pixart.lora": ("adapters", ("pixart", "pixart.weights"), ("torch", "safetensors")),
     "pixart.encoders": ("networks beside the transformer", ("pixart", "pixart.weights"), ("torch",)),
     "pixart.drawing": ("pictures with words", ("pixart",), ("PIL",)),
-    "pixart.tracking": ("what made a picture or a training", ("pixart.weights",), ("PIL", "wandb")),
+    "pixart.tracking": ("what made a picture or a training", ("pixart.documents", "pixart.weights"), ("PIL", "wandb")),
     "pixart.data": ("data sets", ("pixart", "pixart.weights"), ("torch", "numpy", "safetensors", "PIL")),
     "pixart.training": (
         "objectives and the loop",
-        ("pixart", "pixart.weights", "pixart.lora", "pixart.drawing", "pixart.tracking", "pixart.data"),
+        (
+            *("pixart", "pixart.documents", "pixart.weights", "pixart.lora"),
+            *("pixart.drawing", "pixart.tracking", "pixart.data"),
+        ),
         ("torch", "numpy", "safetensors", "PIL", "accelerate", "tqdm", "wandb", "yaml"),
     ),
     "pixart.commands": (
         "`python -m pixart <command>`",
         (
-            *("pixart", "pixart.weights", "pixart.lora", "pixart.encoders"),
+            *("pixart", "pixart.documents", "pixart.weights", "pixart.lora", "pixart.encoders"),
             *("pixart.drawing", "pixart.data", "pixart.training"),
         ),
         ("torch", "numpy", "safetensors", "PIL", "tqdm"),
@@ -33,6 +37,7 @@ ROOMS = {
 # What single modules may import beyond their room's row.
 DOORS = {
     "pixart.checkpoint": ("pixart.weights",),  # the public names of a lower floor
+    "pixart.styles": ("pixart.documents",),
     "pixart.__main__": ("pixart.commands",),
 }
 # Within the model, each knows only those before it.

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..data import sources
 from ..data.pictures import FilePicture, decode_picture, measure_picture
 from ..data.records import Record
+from ..documents.parsing import parse_json
 from ..encoders.captioner import (
     CAPTION_MARK,
     DESCRIBE,
@@ -274,8 +275,8 @@ class Table:
         for journal in sorted(self.path.parent.glob(f".{self.path.name}.part*")):
             for line in journal.read_text(encoding="utf-8").split("\n"):
                 try:
-                    key, text = json.loads(line)
-                except ValueError:  # cut off by a crash
+                    key, text = parse_json(line)
+                except (ValueError, TypeError):  # cut off by a crash
                     continue
                 captions[key] = text
         return captions

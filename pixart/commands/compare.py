@@ -10,14 +10,15 @@ Values are between commas, or with @ the lines of a file. In the graph, PixArt C
 import argparse
 import copy
 import io
-import json
 import sys
 from pathlib import Path
 
 from PIL import Image
 
+from ..documents.parsing import load_json
 from ..drawing.axes import Axis, Grid, parse_axis
 from ..drawing.sheets import comparison_grid, labelled_sheet
+from ..quoting import list_names, shorten
 from ..weights.atomic import write_atomically
 from .console import make_parser
 from .server import ComfyServer
@@ -26,15 +27,15 @@ from .server import ComfyServer
 def read_workflow(path: Path) -> dict:
     """A workflow in API format. Raises ValueError for another file, the editor's own format among them."""
     try:
-        nodes = json.loads(path.read_text(encoding="utf-8"))
+        nodes = load_json(path)
     except ValueError as error:
         raise ValueError(
-            f"Workflow is not JSON: got '{path.name}' ({error}), expected an exported workflow."
+            f"Workflow is not JSON: got {shorten(path.name)} ({shorten(error, 200)}), expected an exported workflow."
         ) from error
     if not isinstance(nodes, dict) or not all(isinstance(n, dict) and "class_type" in n for n in nodes.values()):
         raise ValueError(
-            f"Workflow is not in API format: got '{path.name}', expected nodes with a class_type. In the editor's menu "
-            f"choose Workflow, Export (API)."
+            f"Workflow is not in API format: got {shorten(path.name)}, expected nodes with a class_type. In the "
+            f"editor's menu choose Workflow, Export (API)."
         )
     return nodes
 
@@ -44,11 +45,16 @@ def parse_target(text: str, workflow: dict) -> tuple[str, str, Axis]:
     place, equals, values = text.partition("=")
     node, dot, name = place.strip().partition(".")
     if not equals or not dot:
-        raise ValueError(f"Axis is not understood: got '{text}', expected NODE.INPUT=VALUES such as 7.steps=8,14,20.")
+        raise ValueError(
+            f"Axis is not understood: got {shorten(text)}, expected NODE.INPUT=VALUES such as 7.steps=8,14,20."
+        )
     inputs = workflow.get(node, {}).get("inputs", {})
     if name not in inputs:
-        known = ", ".join(inputs) if node in workflow else ", ".join(workflow)
-        raise ValueError(f"No such input: got {place}, expected one of {known}. Look them up in the workflow's file.")
+        known = list_names(inputs if node in workflow else workflow, 64)
+        raise ValueError(
+            f"No such input: got {shorten(Exception(place))}, expected one of {known}. "
+            f"Look them up in the workflow's file."
+        )
     if values.startswith("@"):
         values = Path(values[1:]).read_text(encoding="utf-8-sig")
         values = values if "\n" in values.strip() else f"'{values.strip()}'"  # one line of a file is one value

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..documents.parsing import TABLE_LIMIT, load_json
+from ..quoting import shorten
 from ..weights.atomic import write_atomically
 from .compare import fill, make_cell, parse_target, read_workflow
 from .console import make_parser, own_device, process_rank
@@ -51,21 +53,23 @@ def read_prompts(path: Path, count: int | None = None) -> list[str]:
 
     Raises FileNotFoundError, and ValueError for a file without prompts.
     """
-    text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".json":
         try:
-            prompts = _json_prompts(json.loads(text))
+            prompts = _json_prompts(load_json(path, TABLE_LIMIT))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"Prompts cannot be read: got {type(error).__name__} ({error}) in '{path.name}', expected COCO's "
-                f"captions or a list of texts. Choose another file."
+                f"Prompts cannot be read: got {type(error).__name__} ({shorten(error)}) in {shorten(path.name)}, "
+                f"expected COCO's captions or a list of texts. Choose another file."
             ) from error
     else:
         # T2I-CompBench's newer files have more columns behind a tab.
-        prompts = [line.split("\t")[0] for line in text.split("\n")]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        prompts = [line.split("\t")[0] for line in lines]
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
-        raise ValueError(f"No prompts: got an empty '{path.name}', expected one on each line. Choose another file.")
+        raise ValueError(
+            f"No prompts: got an empty {shorten(path.name)}, expected one on each line. Choose another file."
+        )
     return prompts[:count]
 
 

@@ -10,6 +10,9 @@ import uuid
 
 from PIL import Image
 
+from ..documents.parsing import parse_json
+from ..quoting import shorten
+
 POLL_S = 0.5
 
 
@@ -41,7 +44,7 @@ class ComfyServer:
             return answer.read()
 
     def get_json(self, path: str, **query: str) -> dict:
-        return json.loads(self.get(path, **query))
+        return parse_json(self.get(path, **query))
 
     def post(self, path: str, content: dict | None = None) -> dict:
         """POST JSON; returns the answer, {} when it is empty. Raises urllib.error.HTTPError."""
@@ -50,7 +53,7 @@ class ComfyServer:
     def post_bytes(self, path: str, body: bytes, content_type: str) -> dict:
         request = urllib.request.Request(f"{self.url}{path}", body, {"Content-Type": content_type})
         with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
-            return json.loads(answer.read() or b"{}")
+            return parse_json(answer.read() or b"{}")
 
     def upload(self, image: Image.Image, name: str) -> str:
         """Put a picture into the server's input folder, over one of that name, which may have a folder before it.
@@ -80,7 +83,7 @@ class ComfyServer:
         except urllib.error.HTTPError as error:
             if error.code != 400:
                 raise
-            answer = json.loads(error.read())
+            answer = parse_json(error.read())
             raise PromptError(_refusal(answer), answer) from error
 
     def wait(self, prompt_id: str, timeout_s: float = 600) -> dict:
@@ -101,7 +104,8 @@ class ComfyServer:
         for kind, data in entry["status"]["messages"]:
             if kind == "execution_error":
                 node, reason = data["node_type"], data["exception_message"].strip()
-                raise PromptError(f"{node} failed: {data['exception_type']}: {reason}", data)
+                words = shorten(Exception(reason), 1000)
+                raise PromptError(f"{node} failed: {data['exception_type']}: {words}", data)
             if kind == "execution_interrupted":
                 raise Interrupted(f"Interrupted in {data['node_type']}", data)
         return entry
@@ -132,4 +136,4 @@ def _refusal(answer: dict) -> str:
     ]
     error = answer["error"]
     general = error if isinstance(error, str) else f"{error['message']} {error.get('details', '')}".strip()
-    return "; ".join(reasons) or general
+    return shorten(Exception("; ".join(reasons) or general), 1000)

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..documents.parsing import load_json
 from ..weights.atomic import append_line, write_atomically
 from .weights_and_biases import OFF, open_run
 
@@ -129,9 +130,10 @@ class Hashes:
         """on_chunk: called every few megabytes; what it raises ends the reading."""
         self.path, self._on_chunk = path, on_chunk
         try:
-            self._known = json.loads(path.read_text(encoding="utf-8"))
+            known = load_json(path)
         except (OSError, ValueError):
-            self._known = {}
+            known = {}
+        self._known = known if isinstance(known, dict) else {}
 
     def of(self, path: Path) -> str:
         """In hexadecimal; of a folder, that of the hashes of the weights below it, in the order of their names."""

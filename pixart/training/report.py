@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..documents.parsing import parse_json
 from ..drawing.curves import draw_curve
 from ..tracking.weights_and_biases import open_run, usual_mode
 from ..weights.atomic import write_atomically
@@ -133,7 +134,7 @@ def read_log(path: Path) -> list[dict]:
     entries = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entries.append(json.loads(line))
+            entries.append(parse_json(line))
         except ValueError:
             logger.warning("A broken line of %s is left out", path)
     return entries

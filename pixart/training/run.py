@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.examples import FeatureSet
+from ..documents.parsing import load_json
 from ..lora import Target, save_lora
 from ..lora.kinds import LowRank
 from ..quoting import shorten
@@ -138,8 +139,8 @@ def choose_folder(root: Path, name: str, resume: bool, steps: int) -> Path:
 def _steps_of_result(folder: Path) -> int:
     """The steps behind the result of a run, 0 where none was written."""
     try:
-        return int(json.loads((folder / RESULT).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(load_json(folder / RESULT)["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0
 
 

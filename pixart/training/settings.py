@@ -3,12 +3,14 @@
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..diffusion import TRAIN_STEPS
+from ..documents.parsing import load_json, parse_yaml
+from ..documents.patterns import compile_pattern
+from ..quoting import list_names, shorten
 from ..weights import precision
 from ..weights.atomic import write_atomically
 
@@ -112,8 +114,7 @@ class TrainingSettings:
     wandb: bool = False
 
     def __post_init__(self):
-        points = tuple(tuple(map(float, point)) for point in self.timestep_weights)
-        object.__setattr__(self, "timestep_weights", points)
+        object.__setattr__(self, "timestep_weights", _points(self.timestep_weights))
         for field in fields(self):
             object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.default))
         _check_choices(self)
@@ -187,6 +188,16 @@ _CHOICES = {
 _HIGHEST_LEARNING_RATE = {"prodigy": 10.0, "lion": 0.01}
 
 
+def _points(given) -> tuple[tuple[float, ...], ...]:
+    try:
+        return tuple(tuple(map(float, point)) for point in given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"Timestep weights cannot be read: got {shorten(given)}, expected points such as [[0, 1.0], [999, 0.5]]. "
+            f"Correct them."
+        ) from error
+
+
 def _typed(name, value, default):
     """The value as the default's type: YAML reads 1e-4 as a text, and 1 where a float is meant."""
     kind = type(default)
@@ -194,11 +205,11 @@ def _typed(name, value, default):
         return value
     try:
         number = float(value) if kind in (int, float) and not isinstance(value, bool) else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or (kind is int and not number.is_integer()):
         raise ValueError(
-            f"Setting of the wrong kind: got {name} = {value!r}, expected {kind.__name__} such as {default!r}. "
+            f"Setting of the wrong kind: got {name} = {shorten(value)}, expected {kind.__name__} such as {default!r}. "
             f"Correct it in the node or in the configuration file."
         )
     return kind(number)
@@ -208,9 +219,13 @@ def _check_choices(settings):
     for name, choices in _CHOICES.items():
         if getattr(settings, name) not in choices:
             raise ValueError(
-                f"Unknown {name.replace('_', ' ')}: got {getattr(settings, name)!r}, expected one of "
+                f"Unknown {name.replace('_', ' ')}: got {shorten(getattr(settings, name))}, expected one of "
                 f"{', '.join(choices)}. Choose one of them."
             )
+
+
+def _number(value: float) -> str:
+    return shorten(value) if isinstance(value, int) and abs(value) >= 2**63 else f"{value:g}"
 
 
 def _check_ranges(settings):
@@ -218,8 +233,8 @@ def _check_ranges(settings):
         value = getattr(settings, name)
         if not low <= value <= high:  # also refuses NaN
             raise ValueError(
-                f"{name.replace('_', ' ').capitalize()} is out of range: got {value:g}, expected {what} from {low:g} "
-                f"to {high:g}. Change it."
+                f"{name.replace('_', ' ').capitalize()} is out of range: got {_number(value)}, expected {what} "
+                f"from {low:g} to {high:g}. Change it."
             )
     rate, highest = settings.learning_rate, _HIGHEST_LEARNING_RATE.get(settings.optimizer, 0.1)
     if not 0 < rate <= highest:
@@ -238,11 +253,11 @@ def _check_together(settings):
         )
     if settings.targets == "custom" and settings.is_adapter:
         try:
-            re.compile(settings.target_pattern)
-        except re.error as error:
+            compile_pattern(settings.target_pattern)
+        except ValueError as error:
             raise ValueError(
-                f"Target pattern is no regular expression: got {settings.target_pattern!r} ({error}), expected one "
-                f"such as 'blocks\\.\\d+\\.attn\\.qkv'. Correct it."
+                f"Target pattern is no usable regular expression: got {shorten(settings.target_pattern)} "
+                f"({shorten(error, 120)}), expected one such as 'blocks\\.\\d+\\.attn\\.qkv'. Correct it."
             ) from error
         if not settings.target_pattern:
             raise ValueError(
@@ -257,8 +272,8 @@ def _check_together(settings):
     for point in settings.timestep_weights:
         if len(point) != 2 or not (0 <= point[0] < TRAIN_STEPS and 0 <= point[1] < math.inf):
             raise ValueError(
-                f"Timestep weight is out of range: got {list(point)}, expected [timestep, factor] with a timestep "
-                f"from 0 to {TRAIN_STEPS - 1} and a factor of at least 0. Correct it."
+                f"Timestep weight is out of range: got {shorten(list(point))}, expected [timestep, factor] with a "
+                f"timestep from 0 to {TRAIN_STEPS - 1} and a factor of at least 0. Correct it."
             )
     if settings.kind in DISTILLED and TRAIN_STEPS % settings.lcm_steps:
         raise ValueError(
@@ -270,10 +285,10 @@ def _check_together(settings):
 def settings_from_dict(values: Mapping) -> TrainingSettings:
     """The settings that a configuration names, defaults for the others. Raises ValueError for unknown names."""
     known = {field.name for field in fields(TrainingSettings)}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - known, key=str)
     if unknown:
         raise ValueError(
-            f"Unknown settings: got {', '.join(map(str, unknown))}, expected some of {', '.join(sorted(known))}. "
+            f"Unknown settings: got {list_names(unknown)}, expected some of {', '.join(sorted(known))}. "
             f"Correct or remove them."
         )
     return TrainingSettings(**values)
@@ -282,15 +297,17 @@ def settings_from_dict(values: Mapping) -> TrainingSettings:
 def parse_settings(text: str, values: Mapping) -> TrainingSettings:
     """Settings from `values`, and from lines of "name: value", which win. Raises ValueError for bad ones."""
     try:
-        given = _yaml().safe_load(text) or {}
-    except _yaml().YAMLError as error:
+        given = parse_yaml(text)
+    except ValueError as error:
         raise ValueError(
-            f"Further settings cannot be read: got {text!r} ({error}), expected lines of 'name: value'. Correct them."
+            f"Further settings cannot be read: got {shorten(text)} ({error}), expected lines of 'name: value'. "
+            f"Correct them."
         ) from error
+    given = {} if given is None else given
     if not isinstance(given, dict):
         raise ValueError(
-            f"Further settings cannot be read: got {text!r}, expected lines of 'name: value' such as 'huber_c: 0.1'. "
-            f"Correct them."
+            f"Further settings cannot be read: got {shorten(text)}, expected lines of 'name: value' such as "
+            f"'huber_c: 0.1'. Correct them."
         )
     return settings_from_dict({**values, **given})
 
@@ -330,15 +347,26 @@ def read_config(path: str | os.PathLike) -> RunConfig:
         )
     values = _parse(path)
     known = {field.name for field in fields(RunConfig)}
-    unknown, missing = sorted(set(values) - known), sorted({"model", "features"} - set(values))
+    unknown, missing = sorted(set(values) - known, key=str), sorted({"model", "features"} - set(values))
     if unknown or missing:
         raise ValueError(
-            f"Configuration does not fit: got '{path.name}' with unknown {unknown} and without {missing}, expected "
-            f"the keys {', '.join(sorted(known))}. Correct it."
+            f"Configuration does not fit: got {shorten(path.name)} with unknown {shorten(unknown, 200)} and without "
+            f"{missing}, expected the keys {', '.join(sorted(known))}. Correct it."
         )
-    settings = settings_from_dict(values.pop("settings", None) or {})
+    wrong = [key for key in ("model", "features", "output", "name", *_PLACES) if not _is_text(values.get(key))]
+    given = values.pop("settings", None) or {}
+    if wrong or not isinstance(given, dict):
+        raise ValueError(
+            f"Configuration does not fit: got other values of {', '.join(wrong) or 'settings'} in "
+            f"{shorten(path.name)}, expected texts, and names with values below settings. Correct it."
+        )
+    settings = settings_from_dict(given)
     places = {key: str(path.parent / values[key]) for key in _PLACES if values.get(key) is not None}
     return RunConfig(settings=settings, **{**values, **places})
+
+
+def _is_text(value) -> bool:
+    return value is None or isinstance(value, str)
 
 
 _PLACES = ("model", "features", "output", "validation", "vae")
@@ -352,28 +380,23 @@ def write_config(path: str | os.PathLike, config: RunConfig) -> None:
     if path.suffix == ".json":
         text = json.dumps(values, indent=2) + "\n"
     else:
-        text = _yaml().safe_dump(values, sort_keys=False, allow_unicode=True)
+        import yaml
+
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _parse(path: Path) -> dict:
-    text = path.read_text(encoding="utf-8")
     try:
-        values = json.loads(text) if path.suffix == ".json" else _yaml().safe_load(text)
-    except (ValueError, _yaml().YAMLError) as error:
+        values = load_json(path) if path.suffix == ".json" else parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise ValueError(
-            f"Configuration cannot be read: got '{path.name}' ({error}), expected YAML or JSON of 'key: value' lines. "
-            f"Correct it, or export it again."
+            f"Configuration cannot be read: got {shorten(path.name)} ({shorten(error, 300)}), expected YAML or JSON of "
+            f"'key: value' lines. Correct it, or export it again."
         ) from error
     if not isinstance(values, dict):
         raise ValueError(
-            f"Configuration is no mapping: got '{path.name}' with {type(values).__name__}, expected 'key: value' "
-            f"lines. Correct it, or export it again."
+            f"Configuration is no mapping: got {shorten(path.name)} with {type(values).__name__}, expected "
+            f"'key: value' lines. Correct it, or export it again."
         )
     return values
-
-
-def _yaml():
-    import yaml
-
-    return yaml

@@ -1,9 +1,12 @@
 """Axes and their combinations."""
 
+import time
+
 import pytest
 
 from pixart_pack.pixart.commands.compare import parse_target
-from pixart_pack.pixart.drawing.axes import Axis, Grid, parse_axis
+from pixart_pack.pixart.drawing.axes import HEADING_LIMIT, Axis, Grid, parse_axis
+from pixart_pack.tests import hostile_texts
 
 
 @pytest.mark.parametrize(
@@ -45,3 +48,18 @@ def test_texts_of_a_workflow_speak_for_themselves():
 def test_a_slip_of_the_keyboard_does_not_queue_hours_of_work():
     with pytest.raises(ValueError, match="got 441, expected at most 400"):
         Grid(Axis("", tuple(range(21))), Axis("", tuple(range(21))))
+
+
+@pytest.mark.parametrize("name", ["commas", "lines"])
+def test_more_values_than_cells_are_refused(name):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="Too many values: got 1000000 for 'x', expected at most 400"):
+        parse_axis("x", hostile_texts.AXES[name])
+    assert time.perf_counter() - start < 1
+
+
+def test_a_long_value_stays_whole_and_its_heading_does_not():
+    (value,) = parse_axis("x", hostile_texts.AXES["digits"]).values
+    assert value == hostile_texts.AXES["digits"]
+    headings = Axis("x", (value, "b")).headings()
+    assert len(headings[0]) == HEADING_LIMIT + 3 and headings[1] == "x b"

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from pixart_pack.pixart.quoting import shorten
+from pixart_pack.pixart.quoting import list_names, shorten
 
 HOSTILE = {
     "long": "x" * 10**6,
@@ -65,3 +65,10 @@ def test_what_is_short_looks_as_in_python():
 def test_what_is_long_keeps_both_ends():
     shown = shorten("blocks." + "x" * 1000 + ".weight")
     assert len(shown) == 80 and shown.startswith("'blocks.x") and shown.endswith(".weight'") and "..." in shown
+
+
+def test_names_are_listed_up_to_a_number():
+    assert list_names(["a", "b c"]) == "a, b c" and list_names([]) == ""
+    assert list_names({"a": 1, "b": 2, "c": 3}, most=2) == "a, b, and 1 more"
+    shown = list_names(["x\u202e\n" * 10**5] * 1000)
+    assert len(shown) < 550 and shown.isprintable() and shown.endswith("and 992 more")

@@ -1,5 +1,7 @@
 """Bins, prompt flags and the resize after sampling, against the originals' decisions and numbers."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +17,7 @@ from pixart_pack.pixart.resolution import (
     resize_and_crop,
     resize_to_cover,
 )
+from pixart_pack.tests import hostile_texts
 from pixart_pack.tests.goldens import load_golden
 
 BINS, _ = load_golden("bins")
@@ -52,6 +55,17 @@ def test_prompt_flags(case):
     assert list(flags.bin_px) == case["hw"]
     assert list(flags.output_px) == case["custom_hw"]
     assert torch.tensor([flags.ratio]).tolist() == case["ar"]  # the golden went through float32
+
+
+@pytest.mark.parametrize("name", hostile_texts.FLAGS)
+def test_flags_that_mean_harm_take_a_moment(name):
+    """Python takes no number of thousands of digits, and no ratio of numbers of hundreds."""
+    start = time.perf_counter()
+    try:
+        parse_prompt_flags(hostile_texts.FLAGS[name], 1024)
+    except ValueError as error:
+        assert "Prompt flag out of range: got --" in str(error) and len(str(error)) < 300
+    assert time.perf_counter() - start < 0.5
 
 
 @pytest.mark.parametrize("prompt", ["a cat --ar 0:1", "a cat --ar 1:0", "a cat --hw 0:5"])

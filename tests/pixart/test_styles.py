@@ -1,10 +1,12 @@
 """Style templates: the shipped ones, the user's own, and what a bad file says."""
 
 import json
+import time
 
 import pytest
 
-from pixart_pack.pixart.styles import PLAIN, SLOT, STYLES_FILE, find_styles, load_styles
+from pixart_pack.pixart.styles import PLAIN, SLOT, STYLES_FILE, Style, find_styles, load_styles
+from pixart_pack.tests import hostile_texts
 
 
 def write(folder, entries):
@@ -44,6 +46,9 @@ def test_a_file_that_is_not_there_is_no_error(tmp_path):
     [
         ("{", "not JSON: got user.json"),
         ({"name": "x", "prompt": SLOT}, "no list: got dict"),
+        ("[" * 100_000, "not JSON: got user.json with lists or objects more than 64 deep"),
+        ([{"name": "x", "prompt": SLOT * 9}], "too many places for the prompt: got 9 as entry 1"),
+        ([["x" * 10**6]], "entry 1 of user.json"),
         (["x"], "entry 1 of user.json"),
         ([{"name": "x", "prompt": SLOT}, {"name": "", "prompt": SLOT}], "entry 2 of user.json"),
         ([{"name": "x", "prompt": 3}], "Bad style"),
@@ -51,8 +56,9 @@ def test_a_file_that_is_not_there_is_no_error(tmp_path):
     ],
 )
 def test_a_bad_file_is_named_with_the_entry(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         load_styles([write(tmp_path, content)])
+    assert len(str(caught.value)) < 400
 
 
 def test_styles_are_found_by_name_in_any_case_and_by_a_star():
@@ -61,3 +67,14 @@ def test_styles_are_found_by_name_in_any_case_and_by_a_star():
     assert find_styles(" * ", styles) == list(styles.values())
     with pytest.raises(ValueError, match="got Makro, expected names among No style"):
         find_styles("Makro", styles)
+
+
+@pytest.mark.parametrize("name", hostile_texts.STYLES)
+def test_names_that_mean_harm_take_a_moment(name):
+    many = {f"style {number} {'x' * 1000}": Style("x", SLOT) for number in range(5000)}
+    start = time.perf_counter()
+    try:
+        assert len(find_styles(hostile_texts.STYLES[name], many)) == 5000
+    except ValueError as error:
+        assert "Unknown style: got" in str(error) and len(str(error)) < 6000
+    assert time.perf_counter() - start < 1

@@ -1,6 +1,7 @@
 """Settings: what is refused before any work, and the way to a file and back."""
 
 import math
+import time
 
 import pytest
 
@@ -9,11 +10,13 @@ from pixart_pack.pixart.training.run import check_name, choose_folder
 from pixart_pack.pixart.training.settings import (
     RunConfig,
     TrainingSettings,
+    parse_settings,
     read_config,
     settings_from_dict,
     settings_to_dict,
     write_config,
 )
+from pixart_pack.tests import hostile_texts
 
 
 @pytest.mark.parametrize(
@@ -33,7 +36,7 @@ from pixart_pack.pixart.training.settings import (
         ({"timestep_min": 500, "timestep_max": 100}, "Timestep range is empty"),
         ({"timestep_weights": [[1000, 1]]}, "Timestep weight is out of range"),
         ({"targets": "custom"}, "Target pattern is missing"),
-        ({"targets": "custom", "target_pattern": "("}, "no regular expression"),
+        ({"targets": "custom", "target_pattern": "("}, "no usable regular expression"),
         ({"kind": "lcm", "lcm_steps": 7}, "do not divide"),
         ({"rank": "many"}, "wrong kind: got rank = 'many', expected int"),
         ({"rank": 1.5}, "wrong kind"),
@@ -81,6 +84,27 @@ def test_a_broken_configuration_is_refused(text, match, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=match):
         read_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("name", hostile_texts.SETTINGS)
+def test_settings_that_mean_harm_are_refused_in_few_words(name, tmp_path):
+    """337 bytes of YAML made an error of 58 megabytes."""
+    text = hostile_texts.SETTINGS[name]
+    (tmp_path / "run.yaml").write_text("model: a\nfeatures: b\nsettings:\n  " + text.replace("\n", "\n  "))
+    start = time.perf_counter()
+    for read in (lambda: parse_settings(text, {}), lambda: read_config(tmp_path / "run.yaml")):
+        with pytest.raises(ValueError) as caught:
+            read()
+        assert len(str(caught.value)) < 1800 and ". " in str(caught.value)  # the names of all settings are 1100
+    assert time.perf_counter() - start < 3
+
+
+def test_values_of_another_kind_are_named(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: 3\nfeatures: [b]")
+    with pytest.raises(ValueError, match="other values of model, features"):
+        read_config(tmp_path / "run.yaml")
+    with pytest.raises(ValueError, match="Timestep weights cannot be read: got 3"):
+        parse_settings("timestep_weights: 3", {})
 
 
 def test_a_missing_configuration_is_named(tmp_path):

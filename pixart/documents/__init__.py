@@ -1,0 +1,1 @@
+"""JSON and YAML that others wrote."""
