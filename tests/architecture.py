@@ -3,14 +3,19 @@
 # room: (what is in it, the rooms that it may import from, and the libraries beside the standard one)
 ROOMS = {
     "samplers": ("the maths of one solver per file", (), ("torch", "tqdm")),
+    "pixart.files": ("files and folders of strangers", ("pixart",), ()),
     "pixart": ("the model, and what describes it", ("samplers",), ("torch", "numpy", "safetensors")),
-    "pixart.documents": ("JSON and YAML that others wrote", ("pixart",), ("yaml",)),
-    "pixart.weights": ("files of weights", ("pixart",), ("torch", "numpy", "safetensors")),
-    "pixart.lora": ("adapters", ("pixart", "pixart.weights"), ("torch", "safetensors")),
+    "pixart.documents": ("JSON and YAML that others wrote", ("pixart", "pixart.files"), ("yaml",)),
+    "pixart.weights": ("files of weights", ("pixart", "pixart.files"), ("torch", "numpy", "safetensors")),
+    "pixart.lora": ("adapters", ("pixart", "pixart.files", "pixart.weights"), ("torch", "safetensors")),
     "pixart.encoders": ("networks beside the transformer", ("pixart", "pixart.weights"), ("torch",)),
     "pixart.drawing": ("pictures with words", ("pixart",), ("PIL",)),
     "pixart.tracking": ("what made a picture or a training", ("pixart.documents", "pixart.weights"), ("PIL", "wandb")),
-    "pixart.data": ("data sets", ("pixart", "pixart.weights"), ("torch", "numpy", "safetensors", "PIL")),
+    "pixart.data": (
+        "data sets",
+        ("pixart", "pixart.files", "pixart.weights"),
+        ("torch", "numpy", "safetensors", "PIL"),
+    ),
     "pixart.training": (
         "objectives and the loop",
         (
@@ -39,6 +44,7 @@ DOORS = {
     "pixart.checkpoint": ("pixart.weights",),  # the public names of a lower floor
     "pixart.styles": ("pixart.documents",),
     "pixart.__main__": ("pixart.commands",),
+    "pixart.text": ("pixart.files",),
 }
 # Within the model, each knows only those before it.
 LADDER = ("pixart.config", "pixart.layers", "pixart.transformer", "pixart.controlnet")
@@ -53,6 +59,7 @@ OPTIONAL = {
     "pixart.encoders.captioner": {"transformers", "PIL"},
     "pixart.encoders.edges": {"kornia"},
     "pixart.data.sources": {"datasets"},
+    "pixart.data.hugging_face": {"datasets"},
     "editor.site_hooks": {"mkdocs"},
     "editor.lettering": {"fontTools"},  # comes with matplotlib
 }

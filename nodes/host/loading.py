@@ -1,6 +1,5 @@
 """PixArt checkpoints and autoencoders from the host's folders, as MODEL and VAE."""
 
-import json
 from pathlib import Path
 
 import comfy.sd
@@ -211,8 +210,8 @@ def _is_vae_folder(folder: Path) -> bool:
 def class_name(folder: Path) -> str:
     """The class that a folder's config.json names, of diffusers or another library; "None" or "" without one."""
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name"))
-    except (OSError, ValueError, AttributeError):
+        return str(read_json(folder / "config.json").get("_class_name"))
+    except (OSError, ValueError):
         return ""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..config import LATENT_DOWNSCALE
+from ..files.regular import TABLE_BYTES, read_text
 from ..resolution import ASPECT_RATIOS, fit_images
 from ..text import clean_prompt
 from ..weights.atomic import write_atomically
@@ -350,7 +351,7 @@ def open_cached(path: str | Path) -> CachedFeatures:
             f"Which encoded dataset is meant: got {names} in '{path}', expected one. Enter the file's path."
         )
     try:
-        content = json.loads(lists[0].read_text(encoding="utf-8"))
+        content = json.loads(read_text(lists[0], TABLE_BYTES))
         if content["version"] == VERSION and content["items"]:
             return CachedFeatures(ShardFolder(lists[0].parent), content, lists[0])
     except (ValueError, KeyError, TypeError) as error:

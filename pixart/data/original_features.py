@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import ALPHA_CAPTION_LENGTH, LATENT_DOWNSCALE
+from ..files.regular import TABLE_BYTES, read_text
 from ..weights.atomic import write_atomically
 from .cache import training_bins
 from .examples import Example, FeatureSet
@@ -156,7 +157,7 @@ def _find_latents(root: Path, base_px: int | None) -> tuple[Path, int]:
 
 def _read_list(path: Path) -> list[dict]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(read_text(path, TABLE_BYTES))
     except (ValueError, RecursionError) as error:
         raise _wrong_list(path, f"no JSON ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "path" in row for row in rows):

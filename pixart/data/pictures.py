@@ -10,6 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..files.inside import is_inside
+from ..files.regular import MEGABYTE, read_bytes
+from ..quoting import shorten
 from .identity import digest
 
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -28,6 +31,10 @@ _TURNS = {
 # What PIL's decoders raise for broken files, each its own.
 _BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError)
 _BROKEN += (TypeError, ValueError, struct.error)
+# What the suffixes above stand for. PIL would open anything by its content, and run a program for PostScript.
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "MPO", "PNG", "PPM", "TIFF", "WEBP", "TGA")
+MOST_PIXELS = 178_956_970  # where PIL's own limit is unless another program in the process has lifted it
+PICTURE_BYTES = 1100 * MEGABYTE  # what that many pixels take in RGB of 16 bits without compression
 _HUGE_PIXELS = 2**24  # from here on a picture is first halved in steps, so that it never stands in memory as floats
 _REDUCIBLE = frozenset({"L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"})  # PIL's modes that its reduce can average
 _SHRINK_GAP = 2  # and keeps at least this many times the wanted size, so that the fit decides how it looks
@@ -47,7 +54,14 @@ class _EncodedPicture:
     def open(self, content: bytes):
         from PIL import Image
 
-        return Image.open(io.BytesIO(content))
+        Image.init()
+        opened = Image.open(io.BytesIO(content), formats=[name for name in _FORMATS if name in Image.OPEN])
+        width, height = opened.size
+        if width * height > MOST_PIXELS:
+            raise ValueError(
+                f"too large: {width} x {height} px, expected at most {MOST_PIXELS / 1e6:.0f} megapixels in all"
+            )
+        return opened
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ class FilePicture(_EncodedPicture):
     path: Path
 
     def content(self) -> bytes:
-        return self.path.read_bytes()
+        return read_bytes(self.path, PICTURE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -78,9 +92,9 @@ class RowPicture(_EncodedPicture):
         if cell.get("bytes") is not None:
             return cell["bytes"]
         path = Path(os.path.normpath(self.folder / (cell.get("path") or "")))
-        if self.confined and not path.is_relative_to(os.path.normpath(self.folder)):
+        if self.confined and not is_inside(path, self.folder):
             raise ValueError("its path leads out of the dataset's folder")
-        return path.read_bytes()
+        return read_bytes(path, PICTURE_BYTES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +144,7 @@ def decode_picture(picture: Picture, content: bytes):
     except UnidentifiedImageError as error:
         raise ValueError("no format that can be read here") from error
     except (*_BROKEN, Image.DecompressionBombError) as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ValueError(shorten(error, 200) or type(error).__name__) from error
 
 
 def measure_picture(picture: Picture, content: bytes) -> tuple[int, int]:

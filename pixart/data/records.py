@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from .identity import digest
 from .pictures import Picture, decode_picture, measure_picture
@@ -59,6 +60,11 @@ class _Seen:
     digest: str = ""
     size_px: tuple[int, int] = (0, 0)
     error: str | None = None
+
+
+def wrong_table(path: Path, got: str, expected: str) -> ValueError:
+    """The error for a dataset's file with another content."""
+    return ValueError(f"Dataset cannot be read: got {got} in {path.name}, expected {expected}. Correct the file.")
 
 
 def check_records(

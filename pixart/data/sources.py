@@ -11,14 +11,18 @@ from functools import partial
 from itertools import chain
 from pathlib import Path, PureWindowsPath
 
+from ..files.inside import check_inside, is_inside
+from ..files.regular import MEGABYTE, TABLE_BYTES, read_bytes
 from ..quoting import shorten
+from .hugging_face import open_rows, parquet_files
 from .pictures import PICTURE_SUFFIXES, FilePicture, RowPicture
-from .records import Record
+from .records import Record, wrong_table
 
 AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE = "auto", "folder", "csv", "jsonl", "pixart json", "sam", "datasets"
 KINDS = (AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE)
 _CSV_END = "\x1e"  # a row behind the last one: a quote that is never closed takes it in
 _CAPTION_SUFFIXES = (".txt", ".caption", ".TXT")
+CAPTION_BYTES = MEGABYTE  # a book's chapter; models read a few hundred words
 # Column names in use, best first: MindOne's dir,text; Hugging Face's file_name,text; PixArt's path,prompt.
 PICTURE_COLUMNS = ("dir", "file_name", "path", "image", "file", "filename", "picture")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
@@ -46,7 +50,8 @@ def read_dataset(
     """The records of a dataset; kind: one of KINDS. Pictures are named, not read.
 
     control_folder: holds control pictures under the names of the pictures, with any picture suffix.
-    confined: tables may name pictures below the dataset's own folder alone; others become problems in the check.
+    confined: only what lies below the dataset's own folder counts, wherever links lead; what else a table names or a
+    link leads to becomes a problem in the check. Captions and tables never count when their own link leads out.
     shows_cells: False for a file whose content is not to be told: records are named by their row, and neither errors
     nor problems show a cell or the name of a column.
     Raises FileNotFoundError when there is nothing at path, ValueError for another kind or missing columns.
@@ -73,7 +78,7 @@ def detect_kind(path: Path) -> str:
             )
         return kinds[path.suffix.lower()]
     saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
-    if saved or _parquet_files(path):
+    if saved or parquet_files(path):
         return HUGGING_FACE
     if _find_json(path):
         return PIXART
@@ -106,6 +111,16 @@ class _Place:
         """A cell as problems show it."""
         return shorten(cell) if self.shows_cells else "the cell's text"
 
+    def check(self, path: Path) -> None:
+        """Raises ValueError for a text whose own link leads out of its folder, and of a confined dataset any link."""
+        if self.confined or not is_inside(path, path.parent):  # a linked folder is the owner's own doing
+            check_inside(path, self.root)
+
+    def problem_of(self, picture: Path) -> str | None:
+        """What is wrong with where a picture that was found in the dataset lies."""
+        leads_out = self.confined and not is_inside(picture, self.root)
+        return "its link leads out of the dataset's folder" if leads_out else None
+
     def find(self, name: str, *bases: Path) -> tuple[Path | None, str | None]:
         """(the file, None) or (None, what is wrong); bases are searched after the root, and are part of the dataset."""
         if not name:
@@ -117,6 +132,7 @@ class _Place:
         if self.confined:
             roots = [os.path.normpath(place) for place in places]
             paths = [path for path in paths if any(map(path.is_relative_to, roots))]
+            paths = [path for path in paths if any(is_inside(path, root) for root in roots)]
             if not paths:
                 return None, f"{self.told(name)} leads out of the dataset's folder"
         found = next(filter(os.path.isfile, paths), None)  # a Path's own is_file raises for a name that is too long
@@ -165,15 +181,29 @@ def _walk_pictures(folder: Path) -> Iterator[Path]:
     return (path for path in walk_files(folder) if path.suffix.lower() in PICTURE_SUFFIXES)
 
 
-def read_text(path: Path) -> str:
-    """A text file in UTF-8 or UTF-16 with a mark, else in Windows' western code page, whose every byte is a letter."""
-    data = path.read_bytes()
+def read_text(path: Path, most_bytes: int = TABLE_BYTES) -> str:
+    """A text file in UTF-8 or UTF-16 with a mark, else in Windows' western code page, whose every byte is a letter.
+
+    Raises OSError, and ValueError for what is no regular file or too large.
+    """
+    data = read_bytes(path, most_bytes)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16")
+        return data.decode("utf-16", errors="replace")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         return data.decode("cp1252", errors="replace")
+
+
+def _read_caption(text: Path | None, place: _Place) -> tuple[str | None, str | None]:
+    """(the caption of a file or None, what is wrong with it)."""
+    if text is None:
+        return None, None
+    try:
+        place.check(text)
+        return read_text(text, CAPTION_BYTES), None
+    except (OSError, ValueError) as error:
+        return None, f"caption: {shorten(error, 200)}"
 
 
 def _read_folder(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
@@ -184,13 +214,14 @@ def _read_folder(path: Path, place: _Place, columns: Columns, control: _Stems | 
             continue
         name = picture.relative_to(inner)
         texts = (picture.with_suffix(suffix) for suffix in _CAPTION_SUFFIXES)
-        text = next((text for text in texts if text.is_file()), None)
+        caption, problem = _read_caption(next((text for text in texts if os.path.lexists(text)), None), place)
         hint = control.find(name) if control else None
-        yield Record(name.as_posix(), FilePicture(picture), read_text(text) if text else None, hint)
+        problem = problem or place.problem_of(picture)
+        yield Record(name.as_posix(), None if problem else FilePicture(picture), caption, hint, problem=problem)
 
 
 def _read_csv(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
-    table = _only_table(path, (".csv", ".tsv"))
+    table = _only_table(path, (".csv", ".tsv"), place)
     text = read_text(table).replace("\r\n", "\n").replace("\r", "\n")
     separator = "\t" if table.suffix.lower() == ".tsv" else _separator(text)
     reader = csv.DictReader(chain(io.StringIO(text), [_CSV_END]), delimiter=separator)
@@ -198,9 +229,9 @@ def _read_csv(path: Path, place: _Place, columns: Columns, control: _Stems | Non
         rows = list(reader)
     except csv.Error as error:
         got = f"line {reader.line_num + 1} that is no table's ({error})"
-        raise _wrong_table(table, got, "columns, and texts with separators in quotes") from error
+        raise wrong_table(table, got, "columns, and texts with separators in quotes") from error
     if rows and _CSV_END not in rows.pop().values():
-        raise _wrong_table(table, "a quote that is never closed", 'two around a text, and "" for one within it')
+        raise wrong_table(table, "a quote that is never closed", 'two around a text, and "" for one within it')
     yield from _read_rows(rows, table, place, columns, control)
 
 
@@ -210,14 +241,14 @@ def _separator(text: str) -> str:
 
 
 def _read_jsonl(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
-    table = _only_table(path, (".jsonl",))
+    table = _only_table(path, (".jsonl",), place)
     lines = [(number, line) for number, line in enumerate(read_text(table).split("\n"), 1) if line.strip()]
     rows = []
     for number, line in lines:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise _wrong_table(table, f"line {number} that is no JSON ({error.msg})", "one object a line") from error
+            raise wrong_table(table, f"line {number} that is no JSON ({error.msg})", "one object a line") from error
     yield from _read_rows(rows, table, place, columns, control)
 
 
@@ -226,10 +257,12 @@ def _read_pixart(path: Path, place: _Place, columns: Columns, control: _Stems | 
     table = path if path.is_file() else _find_json(path)
     if table is None:
         raise FileNotFoundError(f"Dataset not found: got '{path}' without data_info.json, expected one. Choose a file.")
+    if table != path:
+        place.check(table)
     try:
         rows = json.loads(read_text(table))
     except json.JSONDecodeError as error:
-        raise _wrong_table(table, f"no JSON ({error.msg})", "a list of objects") from error
+        raise wrong_table(table, f"no JSON ({error.msg})", "a list of objects") from error
     root = table.parent.parent if table.parent.name.startswith("partition") else table.parent
     place = _Place(root, place.confined, place.shows_cells)
     twin = Path(str(root).replace("InternData", "InternImgs"))
@@ -240,7 +273,7 @@ def _read_pixart(path: Path, place: _Place, columns: Columns, control: _Stems | 
 
 def _read_rows(rows, table: Path, place: _Place, columns: Columns, control, *bases: Path) -> Iterator[Record]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise _wrong_table(table, "other content", "a list of rows with named columns")
+        raise wrong_table(table, "other content", "a list of rows with named columns")
     found = list(dict.fromkeys(name for row in rows[:100] for name in row if name))
     shown = found if place.shows_cells else None
     picture = _column(columns.picture, PICTURE_COLUMNS, found, "picture", table, shown)
@@ -304,22 +337,25 @@ def _read_sam(path: Path, place: _Place, columns: Columns, control: _Stems | Non
     pictures = {_stem(picture.relative_to(images)): picture for picture in _walk_pictures(images)}
     texts = {_stem(text.relative_to(captions)): text for text in walk_files(captions) if text.suffix == ".txt"}
     parts = sorted((path / "partition").glob("*.txt")) if (path / "partition").is_dir() else []
+    for part in parts:
+        place.check(part)
     lines = [line.strip() for part in parts for line in read_text(part).splitlines() if line.strip()]
     is_file = [Path(line).suffix.lower() in PICTURE_SUFFIXES for line in lines]
     listed = [_stem(Path(line)) if named else _composed(line) for line, named in zip(lines, is_file, strict=True)]
     for stem in listed or pictures:
-        picture, text = pictures.get(stem), texts.get(stem)
+        picture, (caption, problem) = pictures.get(stem), _read_caption(texts.get(stem), place)
+        problem = (problem or place.problem_of(picture)) if picture else f"no picture images/{shorten(stem)[1:-1]}"
         yield Record(
             stem,
-            None if picture is None else FilePicture(picture),
-            None if text is None else read_text(text),
+            None if problem else FilePicture(picture),
+            caption,
             control.find(Path(stem)) if control else None,
-            problem=None if picture else f"no picture images/{stem}",
+            problem=problem,
         )
 
 
 def _read_hugging_face(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
-    rows = _open_hugging_face(path)
+    rows = open_rows(path)
     from datasets import Image
 
     found = rows.column_names
@@ -329,7 +365,7 @@ def _read_hugging_face(path: Path, place: _Place, columns: Columns, control: _St
     hint = _column(columns.control, CONTROL_COLUMNS, found, "control", path, shown)
     for name in filter(None, (picture, hint)):
         if not isinstance(rows.features[name], Image):
-            raise _wrong_table(path, f"the type {rows.features[name]} in {name}", "pictures (the feature Image)")
+            raise wrong_table(path, f"the type {rows.features[name]} in {name}", "pictures (the feature Image)")
         rows = rows.cast_column(name, Image(decode=False))
     for index, text in enumerate(rows[caption]):
         hint_picture = RowPicture(rows, index, hint, place.root, place.confined) if hint else None
@@ -337,38 +373,7 @@ def _read_hugging_face(path: Path, place: _Place, columns: Columns, control: _St
         yield Record(f"row {index + 1}", own, _caption_of(text), hint_picture)
 
 
-def _open_hugging_face(path: Path):
-    """The rows of what save_to_disk wrote or of .parquet files; those of the split train where there is one."""
-    try:
-        from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
-        from datasets.exceptions import DatasetGenerationError
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "Package missing: got no 'datasets', expected it for a Hugging Face dataset on disk. Install it with: "
-            "pip install datasets"
-        ) from error
-    files = _parquet_files(path)
-    try:
-        if files:
-            return Dataset.from_parquet([str(file) for file in files])
-        rows = load_from_disk(str(path))
-    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
-        got = f"another content ({error.__cause__ or error})"
-        raise _wrong_table(path, got, "one that save_to_disk wrote, or .parquet files") from error
-    if isinstance(rows, DatasetDict):
-        rows = rows["train"] if "train" in rows else concatenate_datasets(list(rows.values()))
-    return rows
-
-
-def _parquet_files(path: Path) -> list[Path]:
-    """Those of a dataset in the form of the hub, in the folder or its folder data; of the split train if any is."""
-    if path.is_file():
-        return [path] if path.suffix.lower() == ".parquet" else []
-    files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
-    return [file for file in files if file.name.startswith("train")] or files
-
-
-def _only_table(path: Path, suffixes: tuple[str, ...]) -> Path:
+def _only_table(path: Path, suffixes: tuple[str, ...], place: _Place) -> Path:
     if path.is_file():
         return path
     tables = [table for table in _tables_in(path) if table.suffix.lower() in suffixes]
@@ -377,11 +382,8 @@ def _only_table(path: Path, suffixes: tuple[str, ...]) -> Path:
         raise ValueError(
             f"Which table is meant: got {names} in '{path.name}', expected one {suffixes[0]} file. Enter its path."
         )
+    place.check(tables[0])
     return tables[0]
-
-
-def _wrong_table(path: Path, got: str, expected: str) -> ValueError:
-    return ValueError(f"Dataset cannot be read: got {got} in {path.name}, expected {expected}. Correct the file.")
 
 
 _READERS = {

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..files.regular import read_text
 from ..quoting import shorten
 
 DEPTH_LIMIT = 64  # of lists and objects within each other; Python's own readers go down some thousand and then fail
@@ -29,10 +30,10 @@ def parse_json(text: str | bytes, limit: int = JSON_LIMIT) -> Any:
 
 
 def load_json(path: str | os.PathLike, limit: int = JSON_LIMIT) -> Any:
-    """The value of a file of at most `limit` bytes in UTF-8. Raises OSError, and ValueError as parse_json does."""
+    """The value of a regular file of at most `limit` bytes in UTF-8. Raises OSError, and ValueError as parse_json."""
     path = Path(path)
     _check_size(path.stat().st_size, limit)
-    return parse_json(path.read_text(encoding="utf-8-sig"), limit)
+    return parse_json(read_text(path, limit), limit)
 
 
 def parse_yaml(text: str) -> Any:

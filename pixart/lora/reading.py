@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..config import PixArtConfig
+from ..files.inside import check_inside
 from ..weights.checking import expected_shapes
 from ..weights.folders import read_json
 from ..weights.reading import read_tensors
@@ -56,7 +57,8 @@ def read_lora(path: str | os.PathLike, config: PixArtConfig | None = None, alpha
     """Read a LoRA from a file or a PEFT folder; see `load_lora`, also for what is raised.
 
     A file that lies in a PEFT folder under one of its names is read with the folder's adapter_config.json.
-    Raises FileNotFoundError when there is no such file, or none in the folder.
+    Raises FileNotFoundError when there is no such file, or none in the folder, and ValueError for a link that leads
+    out of the folder.
     """
     path = file = Path(path)
     if path.is_dir():
@@ -66,7 +68,7 @@ def read_lora(path: str | os.PathLike, config: PixArtConfig | None = None, alpha
                 f"No LoRA in folder '{path.name}': got none of {', '.join(PEFT_WEIGHTS)}, expected one of them. "
                 f"Choose a folder that PEFT saved, or the LoRA's file."
             )
-        file = found[0]
+        file = check_inside(found[0], path)
     beside = file.parent / PEFT_CONFIG
     adapter_config = read_json(beside) if file.name in PEFT_WEIGHTS and beside.is_file() else None
     tensors, metadata = read_tensors(file)

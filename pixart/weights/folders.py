@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..files.inside import check_inside, is_plain_name
+from ..files.regular import CONFIG_BYTES, read_bytes
+from ..quoting import shorten
+
 TRANSFORMER_STEMS = ("diffusion_pytorch_model",)
 TEXT_ENCODER_STEMS = ("model", "pytorch_model")
 TRANSFORMER_CLASSES = ("Transformer2DModel", "PixArtTransformer2DModel")
@@ -74,9 +78,14 @@ def find_weights(
     """(files, weight_map) of the model in a folder: an index with its shards, a single file, or complete shards.
 
     stems: accepted file names without suffix, best first; safetensors are preferred over .bin.
-    Raises FileNotFoundError naming what is missing, ValueError when the folder leaves open what to take.
+    Raises FileNotFoundError naming what is missing, ValueError when the folder leaves open what to take, and for a
+    name or a link that leads out of the folder.
     """
-    stems = tuple(stems)
+    files, weight_map = _find(folder, tuple(stems), variant)
+    return tuple(check_inside(file, folder) for file in files), weight_map
+
+
+def _find(folder: Path, stems: tuple[str, ...], variant: str | None) -> tuple[tuple[Path, ...], dict[str, str]]:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     for suffix in _SUFFIXES:
         for stem in stems:
@@ -101,12 +110,18 @@ def find_weights(
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ValueError naming the file when it holds something else."""
+    """A JSON object from a file of a model's folder.
+
+    Raises ValueError naming the file when it holds something else, is no regular file, is larger than 16 MB, or is a
+    link that leads out of the folder.
+    """
+    data = read_bytes(check_inside(path, path.parent), CONFIG_BYTES)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"Unreadable '{path.name}': got no JSON ({error}), expected a configuration. Download '{path}' again."
+            f"Unreadable '{path.name}': got no JSON ({shorten(error)}), expected a configuration. "
+            f"Download '{path}' again."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(
@@ -162,9 +177,9 @@ def _indexed_files(index: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
 
 def _plain_name(index: Path, name: object) -> str:
     """A shard's name that cannot lead out of the folder."""
-    if not isinstance(name, str) or not name.endswith(_SUFFIXES) or re.search(r"[/\\:\x00]", name):
+    if not is_plain_name(name) or not name.endswith(_SUFFIXES):
         raise ValueError(
-            f"Unsafe index '{index.name}': got the shard name {name!r:.80}, expected a file of the same folder. "
+            f"Unsafe index '{index.name}': got the shard name {shorten(name)}, expected a file of the same folder. "
             f"Download the model from a source that you trust."
         )
     return name

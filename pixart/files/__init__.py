@@ -1,0 +1,1 @@
+"""Files and folders of strangers, before anyone knows what is in them."""
