@@ -9,7 +9,8 @@ PERMISSION = "PIXART_WANDB"  # the environment variable by which the owner of a 
 # A workflow comes from anybody: neither the console of the server nor its code, folders and hardware are recorded.
 _PRIVATE = {
     **{"silent": True, "console": "off", "disable_code": True, "disable_git": True, "disable_job_creation": True},
-    **{"save_code": False, "x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True},
+    **{"save_code": False, "x_save_requirements": False},
+    **{"x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True},
     **{"host": "", "username": "", "email": "", "program": "pixart"},
 }
 
@@ -24,7 +25,7 @@ def check_tracking(mode: str) -> None:
     if mode == OFF:
         return
     try:
-        import wandb  # noqa: F401
+        _import_wandb()
     except ImportError as error:
         raise ImportError(
             "wandb is missing: got no such package, expected it for Weights & Biases. Install it with "
@@ -74,8 +75,15 @@ def open_run(folder: Path, mode: str, project: str = "pixart", **options):
     The mode is given in full, since the environment may say otherwise and nothing may be sent that was not asked for.
     """
     check_tracking(mode)
-    import wandb
-
+    wandb = _import_wandb()
     known = getattr(wandb.Settings, "model_fields", _PRIVATE)  # an older wandb has fewer settings
     settings = wandb.Settings(mode=mode, **{name: value for name, value in _PRIVATE.items() if name in known})
     return wandb.init(project=project, name=folder.name, dir=str(folder), mode=mode, settings=settings, **options)
+
+
+def _import_wandb():
+    """The package, which would send counts of its use to its makers, also in a run that is offline."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    return wandb

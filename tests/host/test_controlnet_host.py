@@ -166,7 +166,7 @@ def test_other_weights_and_patches_are_read_anew(comfy, adapter, patcher, vae, m
 
 def test_copies_compress_where_their_blocks_do(comfy, adapter, patcher, vae, make_control, monkeypatch):
     acceleration, attention = (
-        importlib.import_module(f"pixart_pack.nodes.host.{n}") for n in ("acceleration", "attention")
+        importlib.import_module(f"pixart_pack.nodes.host.denoiser.{n}") for n in ("acceleration", "attention")
     )
     keys, attend = [], attention._host_attend
 

@@ -29,7 +29,7 @@ def host(pack):
 
 @pytest.fixture(scope="module")
 def patcher(host):
-    return host("model").make_patcher(make_weights(CONFIG), CONFIG, dtype=torch.float32)
+    return host("denoiser.model").make_patcher(make_weights(CONFIG), CONFIG, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def watched(comfy, host, patcher, monkeypatch):
     def run(model=patcher, prompts=None, name="dpm_solver", schedule="uniform", options=None, batch=2, **settings):
         watch.found.clear()
         watch.others.clear()
-        sampling = host("sampling")
+        sampling = host("denoiser.sampling")
         levels = sampling.make_sigmas(schedule, SHORT.get(schedule, STEPS), settings.pop("denoise", 1.0))
         latent = settings.pop("latent", torch.zeros(batch, 4, 9, 13))
         noise = comfy_sample.prepare_noise(latent, 5)
@@ -103,12 +103,12 @@ def test_weights_that_are_patched(watched, patcher):
 
 
 def test_dials_that_need_not_decide(watched, host, patcher):
-    compressed = host("acceleration").compress_attention(patcher, 2, "all", 0.0, 1.0)
+    compressed = host("denoiser.acceleration").compress_attention(patcher, 2, "all", 0.0, 1.0)
     assert watched(compressed).found == []
 
 
 def test_dials_decide_once_an_evaluation(watched, host, patcher):
-    dials = host("acceleration")
+    dials = host("denoiser.acceleration")
     intervals = {
         "guidance": dials.limit_guidance(patcher, 0.3, 1.0),
         "compression": dials.compress_attention(patcher, 2, "all", 0.3, 1.0),
