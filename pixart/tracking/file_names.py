@@ -30,6 +30,8 @@ def fault_of(name: str) -> str | None:
         return "with characters that are not seen"
     if _FORBIDDEN.search(name):
         return 'with one of \\ / : * ? " < > |'
+    if name.startswith("~"):
+        return "beginning with ~, which shells take for somebody's home"
     if name != name.strip() or name.endswith("."):
         return "with a space at an end, or a dot at the last"
     if is_device(name):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from pixart_pack.tests.host.hostile import SECRET, names_for, write_decoy
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
@@ -162,6 +163,47 @@ def test_no_text_of_any_node_leads_out(pack, places, connected, exposed, opened)
     assert not [text for text in told if base in text]
 
 
+PLAIN = "$HOME/x"  # nothing expands it: an ordinary folder below the output folder
+FILES = {
+    ("PixArtDataset", "path"),
+    ("PixArtDataset", "control_folder"),
+    ("PixArtLoadFeatures", "path"),
+    ("PixArtLoadPromptEmbeddings", "embeddings"),
+    ("PixArtEncodeDataset", "name"),
+    ("PixArtRunLog", "folder"),
+}
+
+
+def test_names_of_files_are_refused_in_the_houses_words(pack, places, connected, exposed):
+    """All names: typed paths, outputs and what is chosen from lists of files."""
+    names = names_for(places["decoy"], [places["input"]])
+    lists = ("checkpoint", "vae", "decoder", "text_encoder", "tokenizer", "lora", "control_net", "filename_prefix")
+    inputs = [
+        (node, name)
+        for node, name in texts_of(pack)
+        if (node.GET_SCHEMA().node_id, name) in FILES or name in lists or name == "name"
+    ]
+    assert len(inputs) > 15
+    strange = []
+    for node, name in inputs:
+        plain, is_list = usual(node, connected), node.GET_SCHEMA().is_input_list
+        for hostile in names:
+            if hostile == PLAIN and name in ("filename_prefix", "name", "folder"):
+                continue
+            said = None
+            try:
+                with torch.inference_mode():
+                    node.EXECUTE_NORMALIZED(**{**plain, name: [hostile] if is_list else hostile})
+            except (ValueError, FileNotFoundError) as error:
+                said = str(error)
+            except Exception as error:
+                said = repr(error)
+            in_words = said is not None and ": got " in said and "expected" in said and said.isprintable()
+            if not in_words:
+                strange.append((node.__name__, name, hostile, said))
+    assert not strange
+
+
 def test_a_private_host_reads_other_folders_and_tells_nothing_of_them(run_node, places, private):
     table = places["decoy"] / "table.csv"
     for columns in ({}, {"picture_column": SECRET}, {"caption_column": "x"}):
@@ -253,3 +295,28 @@ def test_what_holds_prompts_is_the_accounts_alone(run_node, connected, places):
     finally:
         for folder in ("private", "private_log"):
             shutil.rmtree(output / folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows makes links for administrators alone")
+def test_links_lead_no_prompt_out(run_node, places, exposed, opened):
+    """A picture, a caption and a folder that are links to what lies outside."""
+    folder, decoy = places["input"] / "linked", places["decoy"]
+    folder.mkdir()
+    try:
+        Image.new("RGB", (64, 64)).save(folder / "a.png")
+        Image.new("RGB", (64, 64)).save(decoy / "b.png")
+        (decoy / "b.txt").write_text(SECRET)
+        (folder / "a.txt").symlink_to(decoy / "b.txt")
+        (folder / "c.png").symlink_to(decoy / "b.png")
+        (folder / "further").symlink_to(decoy, target_is_directory=True)
+        opened.clear()
+        try:
+            said = str(run_node("PixArtDataset", path="linked", kind="folder"))
+        except ValueError as error:
+            said = str(error)
+        read = [path for event, path in opened if event == "open" and Path(path).resolve().is_relative_to(decoy)]
+        assert not read and SECRET not in said
+    finally:
+        shutil.rmtree(folder)
+        for name in ("b.png", "b.txt"):
+            (decoy / name).unlink()

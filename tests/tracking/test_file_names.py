@@ -6,7 +6,21 @@ from pixart_pack.pixart.tracking.file_names import fault_of, has_hidden_letters,
 
 GOOD = ("my_style", "Größe 1.5 [v2]", ".hidden", "画风", "console", "com10", "null.txt", "a..b", "👩\u200d🎨")
 BAD = ("", ".", "..", " . ", "a/b", "a\\b", "C:", 'a"b', "a|b", "a?", "a*", "<a>", "a\0b", "a\nb", "a\x7fb", "\x85")
-BAD += ("a\u202egpj.exe", "\u200fa", "\u2066a", "\ufeffa", "a\u2028b", "\ud800", "a ", " a", "a.", "x" * 101, "画" * 67)
+BAD += (
+    "~",
+    "~me",
+    "a\u202egpj.exe",
+    "\u200fa",
+    "\u2066a",
+    "\ufeffa",
+    "a\u2028b",
+    "\ud800",
+    "a ",
+    " a",
+    "a.",
+    "x" * 101,
+    "画" * 67,
+)
 DEVICES = ("CON", "nul", "NUL.txt", "Aux.tar.gz", "com1", "LPT9.safetensors", "COM¹", "conin$", "prn .txt", "con ")
 
 
