@@ -5,9 +5,12 @@ within about a second and without taking memory.
 """
 
 import ast
+import json
+import os
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -98,6 +101,78 @@ for _name, _build in {
     "longest name": lambda: b"}" + text("x" * 10**6) + tensor((4,), (1,)) + b"s",
 }.items():  # fmt: skip
     _program(_name, _build)
+
+
+_PICKLED = text(NAME)
+
+
+def _archive(path: Path, entries: Sequence[tuple[str, bytes]]) -> Path:
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+        warnings.simplefilter("ignore")  # zipfile warns of a name that is there
+        for entry, data in entries:
+            archive.writestr(entry, data)
+    return path
+
+
+def _lying_archive(path: Path) -> Path:
+    """An entry that is said to hold 1 GB."""
+    write_pickle(path, b"}")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"PK\x01\x02")
+    content[place + 20 : place + 28] = struct.pack("<II", 2**30, 2**30)
+    return _written(path, bytes(content))
+
+
+def _header(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
+    return _written(path, struct.pack("<Q", len(header) if length is None else length) + header + data)
+
+
+def _pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def _link(path: Path, target: str) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+def _one(shape: Sequence[int], dtype: str = "F32", end: int = 16) -> bytes:
+    return json.dumps({NAME: {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}).encode()
+
+
+_HUGE = tensor((2**20, 10**5), (0, 1), count=10**5)
+for _name, _write in {
+    "expanded tensor": lambda path: write_pickle(
+        path, b"}" + _PICKLED + _HUGE + b"s", [("data/0", bytes(4 * 10**5))]
+    ),
+    "overlapping rows": lambda path: write_pickle(
+        path, b"}" + _PICKLED + tensor((5000, 5000), (1, 1), count=10**4) + b"s", [("data/0", bytes(4 * 10**4))]
+    ),
+    "many names of one storage": lambda path: write_pickle(
+        path,
+        b"}" + tensor((10**5,), (1,), count=10**5) + b"q\x000("
+        + b"".join(text(f"{index}.weight") + b"h\x00" for index in range(10_000)) + b"u",
+        [("data/0", bytes(4 * 10**5))],
+    ),
+    "negative stride": lambda path: write_pickle(path, b"}" + _PICKLED + tensor((2, 2), (-1, 1), offset=2) + b"s"),
+    "product beyond all numbers": lambda path: write_pickle(
+        path, b"}" + _PICKLED + tensor((0, 2**61, 2**61), (0, 0, 0)) + b"s"
+    ),
+    "entries of one name": lambda path: _archive(path, [("a/data.pkl", b"\x80\x02}."), ("a/data.pkl", b"\x80\x02].")]),
+    "a lying archive": _lying_archive,
+    "unknown type.safetensors": lambda path: _header(path, _one([4], "F7"), bytes(16)),
+    "overflowing shape.safetensors": lambda path: _header(path, _one([2**40, 2**40]), bytes(16)),
+    "offsets beyond the end.safetensors": lambda path: _header(path, _one([2**30], end=2**32), bytes(16)),
+    "header beyond the end.safetensors": lambda path: _header(path, _one([4]), length=2**24),
+    "vast header.safetensors": lambda path: _header(path, b"{" + b" " * 2**26 + b"}"),
+    "deep header.safetensors": lambda path: _header(path, b'{"__metadata__":' + b"[" * 10**5),
+    "name of a megabyte.safetensors": lambda path: _header(path, _one([4]).replace(b"fc1", b"x" * 10**6), bytes(16)),
+    "pipe": _pipe,
+    "device": lambda path: _link(path, "/dev/zero"),
+}.items():  # fmt: skip
+    _file = _name.replace(" ", "-") + ("" if "." in _name else ".pth")
+    _add(_name.removesuffix(".safetensors"), lambda folder, file=_file, write=_write: write(folder / file))
 
 
 _CHILD = """

@@ -13,6 +13,8 @@ from PIL import Image
 
 from ..drawing.sheets import labelled_sheet
 from ..weights.atomic import write_atomically
+from ..weights.pickles import check_pth
+from ..weights.reading import require_file
 
 PICTURE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 INCEPTION_FEATURES = 2048
@@ -125,6 +127,8 @@ def load_fid(weights: Path):
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     try:
+        require_file(weights)
+        check_pth(weights)
         # Without antialiasing, as the Inception of the published numbers resizes.
         return FrechetInceptionDistance(
             INCEPTION_FEATURES, feature_extractor_weights_path=str(weights), antialias=False

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
+from ..quoting import shorten
 from ..weights.atomic import dump, write_atomically
+from ..weights.pickles import check_pth
+from ..weights.reading import require_file
 from .settings import TrainingSettings, settings_to_dict
 
 logger = logging.getLogger(__name__)
@@ -72,9 +75,11 @@ class Checkpoints:
         """The newest one that can be read, or None; one that cannot is named in the log and passed over."""
         for path in reversed(self.all()):
             try:
+                require_file(path)
+                check_pth(path)
                 return torch.load(path, map_location="cpu", weights_only=True)
             except _UNREADABLE as error:
-                logger.warning("Checkpoint %s cannot be read and is passed over: %s", path.name, error)
+                logger.warning("Checkpoint %s cannot be read and is passed over: %s", path.name, shorten(error, 300))
         return None
 
     def clear(self) -> None:

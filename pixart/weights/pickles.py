@@ -12,6 +12,7 @@ import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file by torch.save be
 _MOST_NAMES = 64  # of unknown objects that are kept for the log
 _MOST_DIMENSIONS = 64  # of a tensor, as in PyTorch
 _MOST_ELEMENTS = 2**62
+_MOST_REPEATED_BYTES = 2**20  # of a tensor that was saved expanded: one row for many
+_MOST_SHARES = 4  # names of the same bytes, as T5's tied embeddings have
+_MOST_DIRECTORY_BYTES = 2**23  # of an archive's list of entries, about a hundred thousand
+_MOST_PICKLE_BYTES = 2**28
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -100,10 +105,23 @@ class PickledFile:
 
 def open_pickled(path: Path) -> PickledFile:
     """Describe a file by torch.save, zip or older format. Raises ValueError when it is damaged or no such file."""
+    return PickledFile(path, *_open(path))
+
+
+def check_pth(path: Path) -> None:
+    """What has to be asked before torch.load, which bounds nothing even where it reads weights only.
+
+    Raises ValueError for a file that is damaged, beyond a bound, or holds anything but tensors and plain containers:
+    no sets and byte strings either, which torch.save writes as calls.
+    """
+    _open(path, foreign=False)
+
+
+def _open(path: Path, foreign: bool = True) -> tuple[object, dict[str, int]]:
+    """(everything in the file, storage key -> position of its bytes)."""
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
-    content, places = _open_zip(path) if is_zip else _open_legacy(path)
-    return PickledFile(path, content, places)
+    return (_open_zip if is_zip else _open_legacy)(path, foreign)
 
 
 class _Names:
@@ -188,7 +206,7 @@ _ALLOWED = {
 }
 
 
-def _load_pickle(file: io.BufferedIOBase, path: Path) -> tuple[object, dict[str, _Storage]]:
+def _load_pickle(file: io.BufferedIOBase, path: Path, foreign: bool = True) -> tuple[object, dict[str, _Storage]]:
     names = _Names()
     try:
         content = run(file, names.find, names.storage)
@@ -199,19 +217,26 @@ def _load_pickle(file: io.BufferedIOBase, path: Path) -> tuple[object, dict[str,
         ) from error
     if names.foreign:
         listed = ", ".join(shorten(name)[1:-1] for name in sorted(names.foreign)[:8])
+        if not foreign:
+            raise ValueError(
+                f"Foreign objects in '{path.name}': got {listed}, expected tensors and plain values alone. Choose "
+                f"another file, from a source that you trust."
+            )
         log.info("%s: skipped objects that are no weights (%s); nothing of them was run.", path.name, listed)
     return content, names.storages
 
 
-def _open_zip(path: Path) -> tuple[object, dict[str, int]]:
-    """(everything in the file, storage key -> position of its bytes)."""
+def _open_zip(path: Path, foreign: bool) -> tuple[object, dict[str, int]]:
+    """As _open for torch.save's archives."""
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            entries = {entry.filename: entry for entry in archive.infolist()}
+        with path.open("rb") as file, zipfile.ZipFile(_Directory(file)) as archive:
+            entries = _entries(path, archive)
             folder = _checkpoint_folder(path, entries)
             order = entries.get(f"{folder}byteorder")
-            _require_little_endian(path, order is None or archive.read(order) == b"little")
-            content, storages = _load_pickle(io.BytesIO(archive.read(f"{folder}data.pkl")), path)
+            _require_little_endian(path, order is None or _read_entry(path, file, order) == b"little")
+            content, storages = _load_pickle(
+                io.BytesIO(_read_entry(path, file, entries[f"{folder}data.pkl"])), path, foreign
+            )
             places = {}
             for storage in storages.values():
                 entry = entries.get(f"{folder}data/{storage.key}")
@@ -219,14 +244,54 @@ def _open_zip(path: Path) -> tuple[object, dict[str, int]]:
                     raise _truncated(path)
                 places[storage.key] = _position(file, entry)
             return content, places
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, UnicodeDecodeError, struct.error) as error:
         raise _truncated(path) from error
+
+
+class _Directory:
+    """An archive's file for zipfile, which takes the length of the list of entries on trust."""
+
+    def __init__(self, file: io.BufferedReader):
+        self.seek, self.tell, self.seekable, self._read = file.seek, file.tell, file.seekable, file.read
+
+    def read(self, count: int = -1) -> bytes:
+        data = self._read(min(count, _MOST_DIRECTORY_BYTES + 1) if count >= 0 else _MOST_DIRECTORY_BYTES + 1)
+        if len(data) > _MOST_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile("a list of entries without measure")
+        return data
+
+
+def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The entries by name. Raises ValueError where two have one name, or all claim more than the archive holds."""
+    listed = archive.infolist()
+    entries = {entry.filename: entry for entry in listed}
+    if len(entries) < len(listed):
+        raise ValueError(
+            f"Ambiguous archive: got two entries of one name in '{path.name}', expected names of their own. Download "
+            f"the file again from a source that you trust."
+        )
+    size = path.stat().st_size
+    if any(entry.header_offset < 0 for entry in listed) or sum(entry.compress_size for entry in listed) > size:
+        raise _truncated(path)
+    return entries
+
+
+def _read_entry(path: Path, file: io.BufferedReader, entry: zipfile.ZipInfo) -> bytes:
+    """The bytes of a stored entry. Raises BadZipFile when they are not what was written."""
+    if entry.file_size > _MOST_PICKLE_BYTES:
+        raise ValueError(
+            f"Oversized pickle: got {math.ceil(entry.file_size / 1e6)} MB in '{path.name}' beside its tensors, "
+            f"expected at most {math.ceil(_MOST_PICKLE_BYTES / 1e6)} MB. Save the weights alone."
+        )
+    file.seek(_position(file, entry))
+    data = file.read(entry.file_size)
+    if zlib.crc32(data) != entry.CRC:
+        raise zipfile.BadZipFile("a wrong checksum")
+    return data
 
 
 def _checkpoint_folder(path: Path, entries: Mapping[str, zipfile.ZipInfo]) -> str:
     """The folder in the archive that holds data.pkl, "" or with its slash. Raises ValueError for another archive."""
-    if any(entry.header_offset < 0 for entry in entries.values()):
-        raise _truncated(path)
     pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1 or any(name.endswith("constants.pkl") for name in entries):
         kind = "a TorchScript program" if pickles else "a zip archive of other files"
@@ -234,7 +299,7 @@ def _checkpoint_folder(path: Path, entries: Mapping[str, zipfile.ZipInfo]) -> st
             f"Not a checkpoint: got {kind} in '{path.name}', expected a file by torch.save. "
             f"Unpack the archive, or choose the checkpoint itself."
         )
-    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries.values()):
+    if any(_is_packed(entry) for entry in entries.values()):
         raise ValueError(
             f"Packed checkpoint: got compressed or locked entries in '{path.name}', expected them stored as "
             f"torch.save does. Unpack the archive, or download the checkpoint again."
@@ -242,15 +307,23 @@ def _checkpoint_folder(path: Path, entries: Mapping[str, zipfile.ZipInfo]) -> st
     return pickles[0].removesuffix("data.pkl")
 
 
+def _is_packed(entry: zipfile.ZipInfo) -> bool:
+    stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+    return not stored or bool(entry.flag_bits & 1)
+
+
 def _position(file, entry: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin: behind its local header, whose name and extra field have their own lengths."""
+    file.seek(entry.header_offset)
+    if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+        raise zipfile.BadZipFile("no entry where one should be")
     file.seek(entry.header_offset + 26)
     name_length, extra_length = struct.unpack("<HH", file.read(4))
     return entry.header_offset + 30 + name_length + extra_length
 
 
-def _open_legacy(path: Path) -> tuple[object, dict[str, int]]:
-    """As _open_zip for the format before torch 1.6: four pickles, the storage keys, then length and bytes of each."""
+def _open_legacy(path: Path, foreign: bool) -> tuple[object, dict[str, int]]:
+    """As _open for the format before torch 1.6: four pickles, the storage keys, then length and bytes of each."""
     with path.open("rb") as file:
         magic = _load_pickle(file, path)[0]
         if magic != LEGACY_MAGIC:
@@ -261,7 +334,7 @@ def _open_legacy(path: Path) -> tuple[object, dict[str, int]]:
         _load_pickle(file, path)  # the version of the format, the same ever since
         system = _load_pickle(file, path)[0]
         _require_little_endian(path, not isinstance(system, Mapping) or system.get("little_endian", True) is True)
-        content, storages = _load_pickle(file, path)
+        content, storages = _load_pickle(file, path, foreign)
         keys = _load_pickle(file, path)[0]
         size = path.stat().st_size
         places = {}
@@ -279,8 +352,29 @@ def _open_legacy(path: Path) -> tuple[object, dict[str, int]]:
         return content, places
 
 
+def _require_held(path: Path, wanted: Mapping[str, StoredTensor], file_bytes: int) -> None:
+    """Raises ValueError for tensors that claim far more than the file holds: what is read is copied at full size."""
+    total = 0
+    for name, stored in wanted.items():
+        claimed = math.prod(stored.shape) * stored.dtype.itemsize
+        total += claimed
+        span = sum((length - 1) * step for length, step in zip(stored.shape, stored.stride, strict=True)) + 1
+        if claimed > max(span * stored.dtype.itemsize, _MOST_REPEATED_BYTES):
+            raise ValueError(
+                f"Repeated tensor {shorten(name)}: got {shorten(stored.shape)} of {span} stored numbers in "
+                f"'{path.name}', expected all of its numbers there. Save it again with .contiguous()."
+            )
+    if total > _MOST_SHARES * file_bytes + _MOST_REPEATED_BYTES:
+        raise ValueError(
+            f"Tensors share their bytes too often: got {math.ceil(total / 1e6)} MB in all out of '{path.name}' of "
+            f"{math.ceil(file_bytes / 1e6)} MB, expected at most {_MOST_SHARES} times as many. Save them again with "
+            f".clone()."
+        )
+
+
 def _read_tensors(path: Path, wanted: Mapping, places: dict, own: Collection[str]) -> dict[str, torch.Tensor]:
     size = path.stat().st_size
+    _require_held(path, wanted, size)
     mapping = torch.UntypedStorage.from_file(str(path), False, size) if wanted else None
     read, tensors = {}, {}
     with path.open("rb", buffering=0) as file:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..config import PixArtConfig
+from ..quoting import shorten
 from .checking import check_weights
 from .detection import Detection, detect
 from .folders import TRANSFORMER_STEMS, ModelFolder, find_weights, open_folder
@@ -21,7 +22,8 @@ from .pickles import ZIP_MAGIC, open_pickled
 log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 64 * 2**20  # mapped at a time while tensors are copied into memory of their own
-_HEADER_LIMIT = 100 * 10**6  # of a safetensors file, the format's own limit
+_HEADER_LIMIT = 2**25  # bytes of a safetensors file's header; those of the largest models have some hundred kilobytes
+_MOST_TENSORS = 10**5
 # First bytes -> what the file is instead of weights.
 _OTHER_FILES = {
     b"version https://git-lfs": (
@@ -160,17 +162,30 @@ def naming(path: Path):
         raise ValueError(f"{path.name}: {error}") from error
 
 
+def require_file(path: Path) -> None:
+    """Raises FileNotFoundError for a missing file, ValueError for a pipe, device or socket, whose opening can block."""
+    if not path.exists():
+        raise FileNotFoundError(f"File not found: got '{path}', expected a checkpoint. Choose another file.")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe, device or socket"
+        raise ValueError(f"Not a file: got {kind} named '{path.name}', expected a checkpoint. Choose another file.")
+
+
 def _recognise(path: Path) -> str:
     """Tell "safetensors" from "torch" by content. Raises ValueError saying what the file is else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"File not found: got '{path}', expected a checkpoint. Choose another file.")
+    require_file(path)
     with path.open("rb") as file:
         head = file.read(512)
     size = path.stat().st_size
     if not head:
         raise ValueError(f"Empty file: got 0 bytes in '{path.name}', expected a checkpoint. Download the file again.")
     header = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and header <= _HEADER_LIMIT:
+    if head[8:9] == b"{" and header <= 100 * 10**6:  # the format's own limit
+        if header > _HEADER_LIMIT:
+            raise ValueError(
+                f"Oversized header: got {header / 1e6:.0f} MB of names in '{path.name}', expected at most "
+                f"{_HEADER_LIMIT / 1e6:.0f} MB. Save the weights again without other texts."
+            )
         if header > size - 8:
             raise ValueError(
                 f"Truncated file: got {size} bytes in '{path.name}', expected at least the {header} of its header. "
@@ -234,7 +249,13 @@ class _SafetensorsFile:
 
 def _open_safetensors(path: Path) -> _SafetensorsFile:
     with _sound_safetensors(path), safe_open(path, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = list(file.keys())
+        if len(names) > _MOST_TENSORS:
+            raise ValueError(
+                f"Too many tensors: got {len(names)} in '{path.name}', expected at most {_MOST_TENSORS}. "
+                f"Choose another file."
+            )
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         metadata = dict(file.metadata() or {})
     return _SafetensorsFile(path, {name: _NamedTensor(name, shape) for name, shape in shapes.items()}, metadata)
 
@@ -245,8 +266,8 @@ def _sound_safetensors(path: Path):
         yield
     except SafetensorError as error:
         raise ValueError(
-            f"Truncated or damaged file: got unreadable safetensors in '{path.name}' ({error}), expected complete "
-            f"weights. Download the file again."
+            f"Truncated or damaged file: got unreadable safetensors in '{path.name}' ({shorten(error)}), "
+            f"expected complete weights. Download the file again."
         ) from error
 
 
