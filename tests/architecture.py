@@ -8,7 +8,7 @@ ROOMS = {
     "pixart.documents": ("JSON and YAML that others wrote", ("pixart", "pixart.files"), ("yaml",)),
     "pixart.weights": ("files of weights", ("pixart", "pixart.files"), ("torch", "numpy", "safetensors")),
     "pixart.lora": ("adapters", ("pixart", "pixart.files", "pixart.weights"), ("torch", "safetensors")),
-    "pixart.encoders": ("networks beside the transformer", ("pixart", "pixart.weights"), ("torch",)),
+    "pixart.encoders": ("networks beside the transformer", ("pixart", "pixart.files", "pixart.weights"), ("torch",)),
     "pixart.drawing": ("pictures with words", ("pixart",), ("PIL",)),
     "pixart.tracking": ("what made a picture or a training", ("pixart.documents", "pixart.weights"), ("PIL", "wandb")),
     "pixart.data": (
@@ -57,6 +57,7 @@ OPTIONAL = {
     "pixart.encoders.autoencoder": {"diffusers"},
     "pixart.encoders.consistency_decoder": {"diffusers"},
     "pixart.encoders.captioner": {"transformers", "PIL"},
+    "pixart.encoders.chat_process": {"jinja2"},
     "pixart.encoders.edges": {"kornia"},
     "pixart.data.sources": {"datasets"},
     "pixart.data.hugging_face": {"datasets"},

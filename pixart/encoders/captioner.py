@@ -1,15 +1,17 @@
 """Dense captions of pictures by a vision-language model from a local folder: LLaVA, or any other of transformers."""
 
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..weights.folders import read_json
+from ..files.inside import check_folder
+from ..quoting import shorten
+from ..weights.folders import indexed_files, read_json
+from .chat_templates import render_chats
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,6 +23,9 @@ DESCRIBE = "Describe this image in a very detailed manner"
 DESCRIBE_CAPTION = 'Given the caption of this image "{}", describe this image in a very detailed manner'
 CAPTION_MARK = "{}"
 LONG_PX, SHORT_PX = 800, 400
+# All that transformers is asked with: it neither runs code of a folder nor asks on the terminal, and reads no pickles.
+_OFFLINE = {"local_files_only": True, "trust_remote_code": False}
+_OWN_ATTENTION = ("eager", "sdpa", "flex_attention", None)  # any other may be code that transformers gets somewhere
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>")
 PLAIN_CHAT = "USER: {image}\n{prompt} ASSISTANT:"  # LLaVA 1.5's, for processors without a template
 
@@ -46,10 +51,10 @@ def is_captioner_folder(folder: Path) -> bool:
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         return False
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and ("vision_config" in config or "image_token_index" in config)
+    return "vision_config" in config or "image_token_index" in config
 
 
 def fill_prompt(prompt: str, caption: str | None) -> str:
@@ -76,6 +81,7 @@ class Captioner:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.ends = _end_tokens(model, tokenizer)
+        self._chats: dict[tuple[str, str], str] = {}
 
     def __call__(
         self,
@@ -89,7 +95,7 @@ class Captioner:
         on_token: called as each token of the batch is written; what it raises ends the work.
         """
         settings = settings or CaptionSettings()
-        texts = [self._chat(prompt) for prompt in prompts]
+        texts = self._write_chats(prompts)
         begun = texts[0].startswith(self.processor.tokenizer.bos_token or "\0")  # some templates write it themselves
         inputs = self.processor(
             images=[[shrink(picture)] for picture in pictures],
@@ -119,12 +125,22 @@ class Captioner:
         self._warn_of_cut(answers)
         return [text.strip() for text in self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
-    def _chat(self, prompt: str) -> str:
-        if not getattr(self.processor, "chat_template", None):
+    def _write_chats(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts as the model's chats, by its template where it has one; those of the last call are kept."""
+        template = getattr(self.processor, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not template:
             image = getattr(self.processor, "image_token", None) or "<image>"
-            return PLAIN_CHAT.format(image=image, prompt=prompt)
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            return [PLAIN_CHAT.format(image=image, prompt=prompt) for prompt in prompts]
+        missing = [prompt for prompt in dict.fromkeys(prompts) if (template, prompt) not in self._chats]
+        if missing:
+            contents = [[{"type": "image"}, {"type": "text", "text": prompt}] for prompt in missing]
+            chats = [[{"role": "user", "content": content}] for content in contents]
+            texts = render_chats(template, chats, self.processor.tokenizer.special_tokens_map)
+            kept = {key: text for key, text in self._chats.items() if key[1] in prompts}
+            self._chats = kept | {(template, prompt): text for prompt, text in zip(missing, texts, strict=True)}
+        return [self._chats[template, prompt] for prompt in prompts]
 
     def _warn_of_cut(self, answers: torch.Tensor) -> None:
         ended = torch.isin(answers, answers.new_tensor(self.ends)).any(1)
@@ -175,13 +191,18 @@ def load_captioner(folder: str | Path, dtype: torch.dtype | None = None, device=
             f"transformers cannot be used: got '{error}', expected 4.46 or newer for captions. "
             f"Install it with 'pip install -U transformers'."
         ) from error
+    check_folder(folder)
+    kind = _check_configuration(folder)
+    mapped = [file.name for file in sorted(folder.glob("*.json")) if _has_code(file)]
     precision = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     try:
-        kind = read_json(folder / "config.json").get("model_type")
-        options = {precision: dtype or "auto"}
-        model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, **options)
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, AttributeError) as error:
+        options = {precision: dtype or "auto", "use_safetensors": True, **_OFFLINE}
+        model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+        processor = AutoProcessor.from_pretrained(folder, **_OFFLINE)
+    except (ValueError, OSError, KeyError, AttributeError, TypeError, RuntimeError, ImportError) as error:
+        if mapped:
+            got = f"code of its own (auto_map in {mapped[0]}), which is never run,"
+            raise _refused(folder, got, "a kind that transformers has") from error
         raise ValueError(
             f"Not a captioning model: got '{folder.name}' ({_first_line(error)}), expected a model that sees pictures, "
             f"with its processor, as transformers saves it. Choose a folder such as llava-1.5-7b-hf."
@@ -194,5 +215,51 @@ def load_captioner(folder: str | Path, dtype: torch.dtype | None = None, device=
     return Captioner(model.to(device).eval().requires_grad_(False), processor)
 
 
+def _check_configuration(folder: Path) -> str:
+    """The folder's model_type. Raises ValueError for what would make transformers run code, connect or read pickles."""
+    try:
+        config = read_json(folder / "config.json")
+    except FileNotFoundError as error:
+        raise _refused(folder, "no config.json", "a model as transformers saves it") from error
+    for entry, value in _entries(config):
+        if entry.endswith("attn_implementation") and value not in _OWN_ATTENTION:
+            raise _refused(folder, f"the attention {shorten(value)} in config.json", "one of transformers' own")
+        if entry == "use_pretrained_backbone" and value:
+            raise _refused(folder, "a backbone to download in config.json", "all weights in the folder")
+        if entry == "transformers_weights":
+            raise _refused(folder, "another name of the weights in config.json", "model.safetensors or its index")
+    if (folder / "adapter_config.json").is_file():
+        raise _refused(folder, "an adapter", "a whole model. Merge the adapter into its model first")
+    names = [file.name for file in folder.iterdir()]
+    if not any(name.endswith(".safetensors") for name in names) and any(name.endswith(".bin") for name in names):
+        raise _refused(folder, "weights in .bin files alone", "safetensors, which hold no program")
+    for name in names:
+        if name.endswith(".safetensors.index.json"):
+            indexed_files(folder / name)
+    return str(config.get("model_type"))
+
+
+def _entries(config: dict) -> Iterator[tuple[str, object]]:
+    """All entries of a configuration and of those within it; deeper than any real one it goes on not."""
+    level = [config]
+    for _ in range(8):
+        yield from ((name, value) for each in level for name, value in each.items())
+        level = [value for each in level for value in each.values() if isinstance(value, dict)]
+
+
+def _has_code(file: Path) -> bool:
+    try:
+        return "auto_map" in read_json(file)
+    except (OSError, ValueError):  # a tokenizer's, which may be larger than a configuration
+        return False
+
+
+def _refused(folder: Path, got: str, expected: str) -> ValueError:
+    return ValueError(
+        f"Not a captioning model: got {got} in {shorten(folder.name)}, expected {expected}. Choose a folder "
+        f"such as llava-1.5-7b-hf."
+    )
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+    return shorten(Exception((str(error).splitlines() or [""])[0]), 200)

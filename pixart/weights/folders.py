@@ -92,7 +92,7 @@ def _find(folder: Path, stems: tuple[str, ...], variant: str | None) -> tuple[tu
             for infix in _infixes(names, stem, suffix, variant):
                 index = folder / f"{stem}{suffix}.index{infix}.json"
                 if index.is_file():
-                    return _indexed_files(index)
+                    return indexed_files(index)
                 single = folder / f"{stem}{infix}{suffix}"
                 if single.is_file():
                     return (single,), {}
@@ -159,7 +159,8 @@ def _infixes(names: list[str], stem: str, suffix: str, variant: str | None) -> l
     return sorted({match[1] or match[2] or "" for match in map(pattern.fullmatch, names) if match})
 
 
-def _indexed_files(index: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
+def indexed_files(index: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """(shards, weight_map) of an index. Raises ValueError for names that lead out, FileNotFoundError for a lost one."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
