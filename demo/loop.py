@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..pixart.weights.atomic import write_atomically
+from ..pixart.weights.pickles import check_pth
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def fit(
     path = folder / "checkpoint.pt"
     number, spent = 0, 0.0
     if resume and path.exists():
+        check_pth(path)
         state = torch.load(path, weights_only=True)
         stage.load_state_dict(state["stage"])
         number, spent = state["step"], state["seconds"]

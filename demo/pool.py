@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..pixart.weights.pickles import check_pth
 from .autoencoder import average_latents
 from .scenes import Scene, draw_scene, random_scene
 
@@ -78,6 +79,7 @@ class Pool:
                 torch.save(_latents(bucket, scenes, label), path.with_suffix(".part"))
                 path.with_suffix(".part").replace(path)
             self.scenes.append(scenes)
+            check_pth(path)
             self.latents.append(torch.load(path, weights_only=True))
 
     def draw(self, rng: Random, batch_size: int) -> tuple[Bucket, list[Scene], Tensor]:

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from random import Random
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "blocks.0.mlp.fc1.bias"
@@ -173,6 +174,39 @@ for _name, _write in {
 }.items():  # fmt: skip
     _file = _name.replace(" ", "-") + ("" if "." in _name else ".pth")
     _add(_name.removesuffix(".safetensors"), lambda folder, file=_file, write=_write: write(folder / file))
+
+
+# Pieces of pickles: what torch.save writes, and what it never would.
+_PIECES = [
+    b"(", b")", b"]", b"}", b"\x8f", b"N", b"\x88", b"K\x01", b"M\x01\x02", b"J\xff\xff\xff\xff", b"G" + bytes(8),
+    b"t", b"\x85", b"\x86", b"\x87", b"l", b"d", b"a", b"e", b"s", b"u", b"\x90", b"\x91", b"R", b"b", b"\x81", b"\x92",
+    b"o", b"Q", b"0", b"1", b"2", b"\x94", b"q\x00", b"h\x00", b"q\x01", b"h\x01", b"r\xff\xff\xff\x7f", b"p7\n",
+    b"g7\n", b"I5\n", b"L5L\n", b"F1e400\n", b"S'a'\n", b"Va\n", b"\x8c\x01a", b"C\x01a", b"\x96" + bytes(8), b"\x97",
+    b"\x98", b"\x8b\xff\xff\xff\x7f", b"\x8d" + b"\xff" * 8, b"\x95" + b"\xff" * 8, b"\x82\x01", b"P0\n",
+    b"ios\nsystem\n", b"\x93",
+    b"cos\nsystem\n", b"ctorch\nSize\n", b"ccollections\nOrderedDict\n", b"ctorch._tensor\n_rebuild_from_type_v2\n",
+    b"ctorch._utils\n_rebuild_parameter\n", b"ctorch\nfloat16\n", b"c__builtin__\nset\n", text("state_dict"), _PICKLED,
+    tensor((4,), (1,)), tensor((2, 2), (1, 2)), tensor((2**20, 4), (0, 1)), tensor((2**40,), (2**40,)),
+    number(2**61 - 1),
+    b"2\x86" * 40, b"\x85" * 1000, b"]" * 1000, b"(" * 1000,
+]  # fmt: skip
+
+
+def random_program(random: Random) -> bytes:
+    """A pickle's program: a sound one with pieces lost, doubled, changed or put in, or pieces alone."""
+    program = [b"}", b"("]
+    for name in ("x_embedder.proj.bias", NAME, "epoch"):
+        program += [text(name), random.choice(_PIECES) if random.random() < 0.1 else tensor((4,), (1,))]
+    program += [b"u"]
+    if random.random() < 0.3:
+        program = random.choices(_PIECES, k=random.randrange(40))
+    for _ in range(random.choice((0, 1, 2, 5))):
+        place = random.randrange(len(program) + 1)
+        program[place : place + random.randrange(3)] = random.choices(_PIECES, k=random.randrange(4))
+    data = bytearray(b"".join(program))
+    for _ in range(random.choice((0, 0, 1, 3)) if data else 0):
+        data[random.randrange(len(data))] = random.randrange(256)
+    return bytes(data)
 
 
 _CHILD = """

@@ -1,13 +1,14 @@
 """A stranger's file can do no harm: the process lives on, nothing hangs, and the answer is one short line."""
 
 import os
+from random import Random
 
 import pytest
 import torch
 
 from pixart_pack.pixart.training.state import Checkpoints
 from pixart_pack.pixart.weights.pickles import check_pth
-from pixart_pack.tests.hostile import FILES, read_in_child
+from pixart_pack.tests.hostile import FILES, PROTOCOL, random_program, read_in_child, write_pickle
 
 pytestmark = pytest.mark.skipif("sys.platform == 'win32'", reason="limits of a process are set as on Unix")
 
@@ -56,3 +57,17 @@ def test_what_trainings_hold_is_no_harm(tmp_path):
     for zipped in (True, False):
         torch.save(content, tmp_path / "state.pt", _use_new_zipfile_serialization=zipped)
         check_pth(tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_random_programs_end_in_words(tmp_path, count):
+    random, paths = Random(count), []
+    for index in range(count):
+        program = random_program(random)
+        paths += [write_pickle(tmp_path / f"{index}.pth", program), tmp_path / f"{index}.bin"]
+        paths[-1].write_bytes(PROTOCOL + program + b".")
+    results = read_in_child(paths, "read_checkpoint, read_tensors, ", timeout_s=count / 5, memory=2**28)
+    for path, (seconds, said) in zip([path for path in paths for _ in range(2)], results, strict=True):
+        assert said == "read" or said.startswith("ValueError: ") and path.name in said, said
+        assert len(said) < 700 and seconds < 1, f"{seconds} s, {said}"
+    assert 20 < sum(said == "read" for _, said in results) < len(results) / 2  # neither all sound nor all refused early
