@@ -2,6 +2,7 @@
 
 import html
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -15,11 +16,14 @@ from urllib.parse import unquote_plus
 import torch
 import torch.nn.functional as F
 
+from .files.inside import check_file
 from .quoting import shorten
 
 PAD_ID = 0
 EOS_ID = 1
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")  # the first that is there counts
+# What transformers reads beside them.
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 CHARACTER_LIMIT = 30_000  # of a caption; the longest, of 4096 tokens, has about 18,000
 TAG_LIMIT = 200  # of signs that may open a tag; the reader of HTML goes through the rest of the text for each
@@ -263,16 +267,19 @@ def clean_prompt(text: str) -> str:
 def load_tokenizer(folder: str | Path) -> Any:
     """The T5 tokenizer of a folder: spiece.model by sentencepiece, else tokenizer.json by transformers.
 
-    Raises FileNotFoundError when the folder has neither.
+    Raises FileNotFoundError when the folder has neither, ValueError for a link out of it or a file beyond its limit.
     """
     file = tokenizer_file(folder)
+    for path in map(Path(folder).joinpath, (file.name, *_TOKENIZER_SETTINGS)):
+        if path == file or os.path.lexists(path):
+            check_file(path, Path(folder))
     if file.name == "spiece.model":
         import sentencepiece
 
         return sentencepiece.SentencePieceProcessor(model_file=str(file))
     from transformers import T5TokenizerFast
 
-    return T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    return T5TokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
 def tokenizer_file(folder: str | Path) -> Path:

@@ -8,7 +8,11 @@ ROOMS = {
     "pixart.documents": ("JSON and YAML that others wrote", ("pixart", "pixart.files"), ("yaml",)),
     "pixart.weights": ("files of weights", ("pixart", "pixart.files"), ("torch", "numpy", "safetensors")),
     "pixart.lora": ("adapters", ("pixart", "pixart.files", "pixart.weights"), ("torch", "safetensors")),
-    "pixart.encoders": ("networks beside the transformer", ("pixart", "pixart.files", "pixart.weights"), ("torch",)),
+    "pixart.encoders": (
+        "networks beside the transformer",
+        ("pixart", "pixart.files", "pixart.weights"),
+        ("torch", "safetensors"),
+    ),
     "pixart.drawing": ("pictures with words", ("pixart",), ("PIL",)),
     "pixart.tracking": ("what made a picture or a training", ("pixart.documents", "pixart.weights"), ("PIL", "wandb")),
     "pixart.data": (
@@ -27,7 +31,7 @@ ROOMS = {
     "pixart.commands": (
         "`python -m pixart <command>`",
         (
-            *("pixart", "pixart.documents", "pixart.weights", "pixart.lora", "pixart.encoders"),
+            *("pixart", "pixart.files", "pixart.documents", "pixart.weights", "pixart.lora", "pixart.encoders"),
             *("pixart.drawing", "pixart.data", "pixart.training"),
         ),
         ("torch", "numpy", "safetensors", "PIL", "tqdm"),

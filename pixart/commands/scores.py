@@ -11,10 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.pictures import FilePicture, decode_picture
 from ..drawing.sheets import labelled_sheet
+from ..files.inside import check_folder
+from ..quoting import shorten
 from ..weights.atomic import write_atomically
+from ..weights.folders import TEXT_ENCODER_STEMS, find_weights
 from ..weights.pickles import check_pth
-from ..weights.reading import require_file
+from ..weights.reading import read_tensors, require_file
 
 PICTURE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 INCEPTION_FEATURES = 2048
@@ -143,7 +147,7 @@ def load_fid(weights: Path):
 def load_clip(folder: Path):
     """torchmetrics' CLIP score with the model of a folder. Raises ValueError for a folder of another kind."""
     from torchmetrics.multimodal.clip_score import CLIPScore
-    from transformers import CLIPModel, CLIPProcessor
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     class PlainCLIP(CLIPModel):
         """From transformers 5 on, features come in an object; torchmetrics computes with tensors."""
@@ -155,8 +159,18 @@ def load_clip(folder: Path):
             return _tensor_of(super().get_text_features(*args, **kwargs))
 
     def local():
-        load = {"local_files_only": True}
-        return PlainCLIP.from_pretrained(folder, **load), CLIPProcessor.from_pretrained(folder, **load)
+        check_folder(folder)
+        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        files, _ = find_weights(folder, TEXT_ENCODER_STEMS)
+        if all(file.suffix == ".safetensors" for file in files):
+            source, options = folder, {"local_files_only": True, "use_safetensors": True}
+        else:  # read here, so that transformers reads no pickles
+            config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+            source, options = None, {"config": config, "state_dict": read_tensors(folder, TEXT_ENCODER_STEMS)[0]}
+        model, found = PlainCLIP.from_pretrained(source, output_loading_info=True, **options)
+        if found["missing_keys"]:
+            raise ValueError(f"{len(found['missing_keys'])} weights too few")
+        return model, processor
 
     try:
         return CLIPScore(model_name_or_path=local)
@@ -168,7 +182,7 @@ def load_clip(folder: Path):
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return shorten(Exception((str(error).splitlines() or [type(error).__name__])[0]), 200)
 
 
 def _tensor_of(features) -> torch.Tensor:
@@ -199,8 +213,8 @@ def frechet_distance(metric, real: Sequence[Path], made: Sequence[Path]) -> floa
 
 
 def _open(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    picture = FilePicture(path)
+    return decode_picture(picture, picture.content()).convert("RGB")
 
 
 def _pixels(picture: Image.Image) -> torch.Tensor:

@@ -1,13 +1,17 @@
 """Autoencoders outside ComfyUI, by diffusers: pictures to latents and back."""
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from ..weights.folders import read_json
+from ..files.inside import check_folder
+from ..quoting import shorten
+from ..weights.folders import TRANSFORMER_STEMS, find_weights, read_json
 from ..weights.layouts import describe, detect_layout
 from ..weights.reading import read_tensors
 
@@ -49,7 +53,7 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32, devic
                 f"Not an autoencoder folder: got {path.name}, expected AutoencoderKL or AutoencoderTiny in its "
                 f"config.json. Choose the vae folder of the pipeline."
             )
-        network = kind.from_pretrained(path, local_files_only=True)
+        network = _from_folder(kind, path)
     else:
         network = _from_file(diffusers, path)
     network = torch.nn.Module.to(network, device, dtype).eval().requires_grad_(False)  # diffusers' own .to() warns
@@ -72,6 +76,31 @@ def _import_diffusers():
     return diffusers
 
 
+def _from_folder(kind, folder: Path):
+    """By diffusers where it finds safetensors; other weights are read here first, so that it reads no pickles."""
+    check_folder(folder)
+    files, _ = find_weights(folder, TRANSFORMER_STEMS)
+    if all(file.suffix == ".safetensors" for file in files):
+        return _whole(kind, folder, folder.name)
+    with tempfile.TemporaryDirectory() as place:
+        weights = {name: tensor.contiguous() for name, tensor in read_tensors(folder)[0].items()}
+        save_file(weights, Path(place, f"{TRANSFORMER_STEMS[0]}.safetensors"), {"format": "pt"})
+        Path(place, "config.json").write_text(json.dumps(read_json(folder / "config.json")), encoding="utf-8")
+        return _whole(kind, Path(place), folder.name)
+
+
+def _whole(kind, folder: Path, name: str):
+    """diffusers' network of a folder. Raises ValueError where weights are missing, of which it would but warn."""
+    network, found = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"Not a whole autoencoder: got {len(missing)} weights too few in '{name}', such as {shorten(missing[0])}, "
+            f"expected all of {kind.__name__}. Download it again."
+        )
+    return network
+
+
 def _from_file(diffusers, path: Path):
     weights, _ = read_tensors(path)
     if any(name.startswith(TINY_DECODER) for name in weights):
@@ -83,7 +112,7 @@ def _from_file(diffusers, path: Path):
         )
     with tempfile.TemporaryDirectory() as folder:  # diffusers asks for a folder, and would else look on the network
         diffusers.AutoencoderKL.from_config(KL_CONFIG).save_config(folder)
-        return diffusers.AutoencoderKL.from_single_file(str(path), config=folder, local_files_only=True)
+        return diffusers.AutoencoderKL.from_single_file(weights, config=folder, local_files_only=True)
 
 
 def _tiny(diffusers, weights: dict, path: Path):

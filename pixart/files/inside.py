@@ -50,17 +50,22 @@ def check_folder(folder: Path) -> None:
     beyond its limit; FileNotFoundError for a link to nothing.
     """
     for path in _walk(folder):
-        check_inside(path, folder)
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise FileNotFoundError(
-                f"File not found: got the link {shorten(path.name)} to nothing, expected a file. Download it again."
-            ) from error
-        check_mode(status.st_mode, path)
-        limit = _PARSED.get(path.suffix.lower())
-        if limit is not None and status.st_size > limit:
-            raise too_large(path, status.st_size, limit)
+        check_file(path, folder)
+
+
+def check_file(path: Path, folder: Path) -> None:
+    """Check one file in a folder, as `check_folder` does for all."""
+    check_inside(path, folder)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"File not found: got the link {shorten(path.name)} to nothing, expected a file. Download it again."
+        ) from error
+    check_mode(status.st_mode, path)
+    limit = _PARSED.get(path.suffix.lower())
+    if limit is not None and status.st_size > limit:
+        raise too_large(path, status.st_size, limit)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

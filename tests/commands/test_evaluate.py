@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from pixart_pack.demo import prompt_scorer
 from pixart_pack.demo.scenes import caption, draw_scene, random_scene
@@ -275,6 +276,28 @@ def test_the_clip_score_is_that_of_a_local_model(tmp_path):
     assert scores == [clip_scores(load_clip(folder), [each])[0] for each in ((paths[0], "a fox"), (paths[1], long))]
     assert all(0 <= score <= 100 for score in scores)
     assert abs(scores[0] - cosine(folder, paths[0], "a fox")) < 1e-3
+
+
+def test_a_clip_of_a_stranger_is_read_without_its_pickles_program(tmp_path):
+    pytest.importorskip("torchmetrics")
+    folder = write_clip(tmp_path / "clip")
+    paths = save(tmp_path / "made", 1)
+    expected = clip_scores(load_clip(folder), [(paths[0], "a fox")])
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert clip_scores(load_clip(folder), [(paths[0], "a fox")]) == pytest.approx(expected, abs=1e-4)
+    torch.save({"a": Strange()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="Not a CLIP model: got .*weights too few") as caught:
+        load_clip(folder)
+    assert "weights_only" not in str(caught.value)
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "model.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="A link leads out of its folder"):
+        load_clip(folder)
+
+
+class Strange:
+    """What a pickle of strangers may hold."""
 
 
 @torch.no_grad()
