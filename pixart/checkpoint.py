@@ -1,6 +1,6 @@
 """What a checkpoint is: its layout, its configuration, and a strict check of its weights. Dict in, dict out.
 
-`layout.py` holds the names, `detection.py` the signs; `storage.py` reads and writes the files.
+`layouts.py` holds the names, `detection.py` the signs; `reading.py` reads the files and `saving.py` writes them.
 """
 
 from .weights.checking import check_weights, expected_shapes

@@ -1,6 +1,6 @@
 """LoRAs of every kind: merge them into weights; read, describe and save them. Dict in, dict out.
 
-`adapters.py` holds the maths of each kind, `lora_names.py` the names; `lora_reading.py` and `lora_saving.py` the files.
+`kinds.py` holds the maths of each kind, `names.py` the names; `reading.py` and `saving.py` the files.
 """
 
 from collections.abc import Mapping

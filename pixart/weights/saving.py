@@ -1,4 +1,4 @@
-"""Writes PixArt weights: one file or a diffusers folder, complete or not at all; `storage.py` reads them."""
+"""Writes PixArt weights: one file or a diffusers folder, complete or not at all; `reading.py` reads them."""
 
 import json
 import os

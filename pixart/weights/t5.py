@@ -1,6 +1,6 @@
 """T5 v1.1 encoders: tell their files from others, and read the size of one from the shapes of its weights.
 
-Dict in, dict out: reading files is left to `storage.py`, building the network to ComfyUI or transformers.
+Dict in, dict out: reading files is left to `reading.py`, building the network to ComfyUI or transformers.
 """
 
 import re
