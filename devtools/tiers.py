@@ -18,7 +18,15 @@ TIERS = {  # the options of `test`
     "cpus": "the tests that compute, as on other processors: once for each of five settings",
 }
 UNIT = ("--ignore=tests/host", "--ignore=tests/browser")  # not even imported
-COMPUTING = ("tests/pixart", "tests/samplers", "tests/lora", "tests/encoders", "tests/training")
+COMPUTING = (  # about half a minute of one core's time
+    "tests/samplers",
+    "tests/lora",
+    "tests/encoders",
+    "tests/pixart/test_transformer.py",
+    "tests/pixart/test_controlnet.py",
+    "tests/pixart/test_diffusion.py",
+    "tests/training/test_objectives.py",
+)
 SETTINGS = (  # variables that make PyTorch compute as on another processor
     {"ATEN_CPU_CAPABILITY": "default"},
     {"ATEN_CPU_CAPABILITY": "avx2"},
@@ -69,7 +77,8 @@ def plan(tier: str | None, rest: Sequence[str]) -> list[Run]:
         return [with_workers(Run("quick", quick), rest)]
     if tier == "cpus":
         chosen = () if paths else COMPUTING
-        return [with_workers(Run(title(each), (*quick, *chosen), each), rest) for each in SETTINGS]
+        # No workers: to start them costs as much as they save here, and with two threads each they wait for each other.
+        return [Run(title(each), (*quick, *chosen), {"OMP_NUM_THREADS": "1", **each}) for each in SETTINGS]
     if tier is not None:
         folder = () if paths else (f"tests/{tier}",)
         return [Run(tier, (*rest, *folder), editor=tier == "browser")]

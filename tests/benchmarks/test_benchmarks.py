@@ -180,6 +180,7 @@ def run_plain(tmp_path, options, before=""):
     return json.loads(out.read_text())["cases"], done.stderr
 
 
+@pytest.mark.slow
 def test_plain_script_needs_four_libraries(tmp_path):
     """torch, numpy and safetensors, with what they need: nothing else that is installed here is found."""
     allowed = allowed_packages(["torch", "numpy", "safetensors"])
@@ -206,6 +207,7 @@ sys.meta_path.insert(0, Hide())
     assert "1 steps of LCM, 64 px, fp32: " in said
 
 
+@pytest.mark.slow
 def test_plain_script_races_diffusers(tmp_path):
     pytest.importorskip("diffusers")
     results, said = run_plain(tmp_path, "--captions mixed --steps 2 --lcm-steps 0 --dtypes bf16")
@@ -219,6 +221,7 @@ def test_plain_script_races_diffusers(tmp_path):
     assert said.count("; over diffusers ") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["alpha-1024", "sigma-512"])
 def test_plain_script_on_a_gpu(variant, monkeypatch):
     """One that is not there: tensors have a device, a type and a shape alone. Nothing mixes devices, no step waits."""

@@ -192,6 +192,7 @@ def test_real_processes_go_both_ways_and_replace_nothing_unasked(tmp_path, model
     assert convert_in_a_process(tmp_path / there, tmp_path / back, "--force")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_real_process_with_help():
     code, shown, _ = convert_in_a_process("--help")
     assert code == 0 and "python -m pixart convert peft-folder/" in shown

@@ -75,6 +75,7 @@ def test_each_setting_of_a_processor_is_a_run():
     runs = tiers.plan("cpus", [])
     assert [run.name for run in runs] == [tiers.title(setting) for setting in tiers.SETTINGS]
     assert [run.variables["OMP_NUM_THREADS"] for run in runs] == ["1", "1", "1", "1", "2"]
+    assert not any("--dist" in run.arguments for run in runs)
     assert all((tiers.ROOT / path).exists() for path in tiers.COMPUTING)
     assert tiers.plan("cpus", ["tests/lora"])[0].arguments[-1] == "tests/lora"
 

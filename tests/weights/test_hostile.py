@@ -13,6 +13,7 @@ from pixart_pack.tests.hostile import FILES, PROTOCOL, random_program, read_in_c
 pytestmark = pytest.mark.skipif("sys.platform == 'win32'", reason="limits of a process are set as on Unix")
 
 
+@pytest.mark.slow
 def test_every_hostile_file_is_refused_in_words(tmp_path):
     paths = [write(tmp_path) for write in FILES.values()]
     results = read_in_child(paths)
