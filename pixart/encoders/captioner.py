@@ -26,6 +26,13 @@ LONG_PX, SHORT_PX = 800, 400
 # All that transformers is asked with: it neither runs code of a folder nor asks on the terminal, and reads no pickles.
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 _OWN_ATTENTION = ("eager", "sdpa", "flex_attention", None)  # any other may be code that transformers gets somewhere
+# Numbers that decide how much is allocated for one picture or answer: many times what any model needs.
+_LARGEST = {
+    **dict.fromkeys(("height", "width", "shortest_edge"), 8192),
+    **dict.fromkeys(("image_seq_length", "num_additional_image_tokens"), 2**16),
+    **{"min_pixels": 2**26, "num_beams": 16, "num_return_sequences": 1},
+}
+_SIZED = ("config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>")
 PLAIN_CHAT = "USER: {image}\n{prompt} ASSISTANT:"  # LLaVA 1.5's, for processors without a template
 
@@ -228,6 +235,10 @@ def _check_configuration(folder: Path) -> str:
             raise _refused(folder, "a backbone to download in config.json", "all weights in the folder")
         if entry == "transformers_weights":
             raise _refused(folder, "another name of the weights in config.json", "model.safetensors or its index")
+    for file in (folder / name for name in _SIZED if (folder / name).is_file()):
+        for entry, value in _entries(read_json(file)):
+            if isinstance(value, int | float) and value > _LARGEST.get(entry, value):
+                raise _refused(folder, f"{entry} {shorten(value)} in {file.name}", f"at most {_LARGEST[entry]}")
     if (folder / "adapter_config.json").is_file():
         raise _refused(folder, "an adapter", "a whole model. Merge the adapter into its model first")
     names = [file.name for file in folder.iterdir()]

@@ -77,6 +77,20 @@ def test_a_configuration_fetches_nothing(folder, entries, expected):
     refuses(folder, expected)
 
 
+@pytest.mark.parametrize(
+    ("file", "entries", "expected"),
+    [
+        ("processor_config.json", {"image_processor": {"size": {"shortest_edge": 10**9}}}, "shortest_edge 1000000000"),
+        ("processor_config.json", {"num_additional_image_tokens": 10**12}, "num_additional_image_tokens 1000000000000"),
+        ("config.json", {"image_seq_length": 10**12}, "image_seq_length 1000000000000 in config.json"),
+        ("generation_config.json", {"num_beams": 10**6}, "num_beams 1000000 in generation_config.json"),
+    ],
+)
+def test_numbers_that_would_fill_the_memory_are_refused(folder, file, entries, expected):
+    change(folder / file, **entries)
+    refuses(folder, f"got {expected}")
+
+
 def test_adapters_that_name_another_model_are_refused(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
     refuses(folder, "got an adapter in 'model', expected a whole model")
