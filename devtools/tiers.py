@@ -81,10 +81,11 @@ def plan(tier: str | None, rest: Sequence[str]) -> list[Run]:
         return [Run(title(each), (*quick, *chosen), {"OMP_NUM_THREADS": "1", **each}) for each in SETTINGS]
     if tier is not None:
         folder = () if paths else (f"tests/{tier}",)
-        return [Run(tier, (*rest, *folder), editor=tier == "browser")]
+        return [with_workers(Run(tier, (*rest, *folder), editor=tier == "browser"), rest, "loadfile")]
     if paths or any(argument in WHOLE for argument in rest):
         return [Run("", rest, editor=runs_browser_tests(rest))]
-    return [with_workers(Run("quick", quick), rest), Run("the rest", marked("not quick", rest), editor=True)]
+    others = Run("the rest", marked("not quick", rest), editor=True)
+    return [with_workers(Run("quick", quick), rest), with_workers(others, rest, "loadfile")]
 
 
 def title(variables: dict[str, str]) -> str:
@@ -111,13 +112,16 @@ def marked(marks: str, rest: Sequence[str]) -> tuple[str, ...]:
     return ("-m", f"({marks}) and ({asked})" if asked else marks, *kept)
 
 
-def with_workers(run: Run, rest: Sequence[str]) -> Run:
-    """Spread a run over the processor's cores, unless the arguments want otherwise. Its threads share them too."""
+def with_workers(run: Run, rest: Sequence[str], distribution: str = "worksteal") -> Run:
+    """Spread a run over the processor's cores, unless the arguments want otherwise. Its threads share them too.
+
+    distribution: of pytest-xdist; "loadfile" keeps the tests of a file together, which share what takes long to start.
+    """
     if any(argument in TERMINAL or argument[:2] == "-n" for argument in rest):
         return run
     workers = max(1, min(MOST_WORKERS, usable_cores()))
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // workers))
-    arguments = ("-n", str(workers), "--dist", "worksteal", *run.arguments)
+    arguments = ("-n", str(workers), "--dist", distribution, *run.arguments)
     return replace(run, arguments=arguments, variables={"OMP_NUM_THREADS": threads, **run.variables})
 
 

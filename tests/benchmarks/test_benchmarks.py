@@ -181,7 +181,7 @@ def run_plain(tmp_path, options, before=""):
 
 
 @pytest.mark.slow
-def test_plain_script_needs_four_libraries(tmp_path):
+def test_plain_script_needs_three_libraries(tmp_path):
     """torch, numpy and safetensors, with what they need: nothing else that is installed here is found."""
     allowed = allowed_packages(["torch", "numpy", "safetensors"])
     others = sorted(set(metadata.packages_distributions()) - allowed)

@@ -16,6 +16,7 @@ def two_cores(monkeypatch):
 
 
 WORKERS = ("-n", "2", "--dist", "worksteal")
+BY_FILE = ("-n", "2", "--dist", "loadfile")
 
 
 def marks_of(run: Run) -> str:
@@ -38,16 +39,17 @@ def test_quick_leaves_out_the_host_and_the_browser():
 
 @pytest.mark.parametrize("tier", ["host", "browser"])
 def test_a_folder_is_a_tier(tier):
-    assert tiers.plan(tier, ["-q"]) == [Run(tier, ("-q", f"tests/{tier}"), editor=tier == "browser")]
+    (run,) = tiers.plan(tier, ["-q"])
+    assert run == Run(tier, (*BY_FILE, "-q", f"tests/{tier}"), {"OMP_NUM_THREADS": "1"}, editor=tier == "browser")
     path = f"tests/{tier}/conftest.py"
-    assert tiers.plan(tier, [path])[0].arguments == (path,)
+    assert tiers.plan(tier, [path])[0].arguments == (*BY_FILE, path)
 
 
 def test_everything_is_what_is_quick_and_what_is_not():
     quick, rest = tiers.plan(None, ["-k", "demo", "-m", "host or slow"])
     assert (marks_of(quick), marks_of(rest)) == ("(quick) and (host or slow)", "(not quick) and (host or slow)")
     assert quick.arguments[:4] == WORKERS
-    assert "-n" not in rest.arguments
+    assert rest.arguments[:4] == BY_FILE
     assert (quick.editor, rest.editor) == (False, True)
     assert all(run.arguments[-2:] == ("-k", "demo") for run in (quick, rest))
 
