@@ -4,6 +4,7 @@ import importlib
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,6 +219,21 @@ def test_another_file_of_the_same_name_is_read_anew(text, cache, load, run_node)
         assert nodes.LoadPromptEmbeddings.fingerprint_inputs(embeddings=away) is None
         with pytest.raises(FileNotFoundError, match="Prompt embeddings not found"):
             run_node("PixArtLoadPromptEmbeddings", embeddings=away)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+@pytest.mark.timeout(60)
+def test_a_pipe_among_the_files_blocks_nothing(pack):
+    pipe = Path(importlib.import_module("folder_paths").get_output_directory(), "pipe.safetensors")
+    pipe.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(pipe)
+    try:
+        embeddings = importlib.import_module("pixart_pack.nodes.host.text.embeddings")
+        assert "output/pipe.safetensors" not in embeddings.list_embeddings()
+        with pytest.raises(FileNotFoundError, match=r"Prompt embeddings not found: got 'output/pipe\.safetensors'"):
+            embeddings.load_embeddings("output/pipe.safetensors")
+    finally:
+        pipe.unlink()
 
 
 def test_what_a_file_cannot_hold_is_refused(run_node):

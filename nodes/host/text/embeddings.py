@@ -1,6 +1,7 @@
 """CONDITIONING as files, so that a graph runs without a text encoder."""
 
 import json
+import stat
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -122,6 +123,8 @@ def _entries_of(path: Path) -> list[dict] | None:
     try:
         state = path.stat()
     except OSError:
+        return None
+    if not stat.S_ISREG(state.st_mode):  # opening a pipe would block
         return None
     return deepcopy(_read_entries(path, state.st_size, state.st_mtime_ns))
 
