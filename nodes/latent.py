@@ -5,6 +5,7 @@ from math import gcd
 from comfy_api.latest import io, ui
 
 from ..pixart.drawing.diagrams import draw_bins
+from ..pixart.quoting import shorten
 from ..pixart.resolution import ASPECT_RATIOS, FIT_METHODS, fit_images, nearest_ratio
 from .host.denoiser.latent import empty_latent
 from .host.pictures import to_image
@@ -180,8 +181,8 @@ class FitImage(io.ComfyNode):
             height, width = ASPECT_RATIOS[int(base)][nearest_ratio(old_height, old_width, int(base))]
         elif not (width and height):
             raise ValueError(
-                f"Incomplete size: got {width}x{height}, expected a width and height for the mode '{mode}'. "
-                f"Set both, or connect original_width and original_height of the first PixArt Fit Image."
+                f"Incomplete size: got {width}x{height}, expected a width and height for the mode {shorten(mode)}. Set "
+                f"both, or connect original_width and original_height of the first PixArt Fit Image."
             )
         fitted = fit_images(image.movedim(-1, 1), height, width, method).movedim(1, -1)
         return io.NodeOutput(fitted, width, height, old_width, old_height)

@@ -5,6 +5,7 @@ import re
 from comfy_api.latest import io, ui
 
 from ..pixart.config import ALPHA_CAPTION_LENGTH, SIGMA_CAPTION_LENGTH
+from ..pixart.quoting import shorten
 from ..pixart.text import clean_prompt, limit_text
 from .host.schema import choice_input, node_input, schema
 from .host.text.captions import check_caption_width, encode_captions, learned_null, pixart_config, show_text, sizes_of
@@ -288,8 +289,8 @@ def _require(mode: str, **inputs) -> None:
     missing = [name for name, value in inputs.items() if value is None]
     if missing:
         raise ValueError(
-            f"Not connected: got no {' and no '.join(missing)}, expected it for the mode '{mode}'. "
-            f"Connect {' and '.join(missing)}, or choose another mode."
+            f"Not connected: got no {' and no '.join(missing)}, expected it for the mode {shorten(mode)}. Connect "
+            f"{' and '.join(missing)}, or choose another mode."
         )
 
 

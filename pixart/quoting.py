@@ -24,6 +24,11 @@ def shorten(value: object, length: int = 80) -> str:
     return _cut(_escape(_Bounded(length).repr(value)), length)
 
 
+def plain(text: str, length: int = 80) -> str:
+    """As shorten, without quotes: for what is no value, such as another program's message."""
+    return _cut(_escape(_ends(text, length)), length)
+
+
 def list_names(names: Collection, most: int = 8) -> str:
     """Names from outside between commas, without quotes: the first `most` of them, each shortened, and how many more.
 

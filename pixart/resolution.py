@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .quoting import shorten
+from .quoting import plain, shorten
 
 _FLAG_DIGITS = 6
 FIT_METHODS = ("bicubic", "lanczos", "bilinear")
@@ -116,7 +116,7 @@ def _find_flag(prompt: str, *names: str) -> tuple[int, int] | None:
         match = re.search(rf"--{name}\s+(\d+):(\d+)", prompt)
         if match and max(map(len, match.groups())) > _FLAG_DIGITS:
             raise ValueError(
-                f"Prompt flag out of range: got --{name} {shorten(Exception(':'.join(match.groups())))}, expected two "
+                f"Prompt flag out of range: got --{name} {plain(':'.join(match.groups()))}, expected two "
                 f"numbers of at most {_FLAG_DIGITS} digits, such as --{name} 3:4. Correct the prompt."
             )
         if match:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .config import LATENT_DOWNSCALE
+from .quoting import shorten
 from .solvers import SAMPLERS, SampleNoise, noise_seeds, schedule_sigmas, timesteps_from_sigmas, traits_of
 from .text import batch_captions
 from .transformer import PixArt
@@ -105,7 +106,9 @@ def sample_latents(
     comes after 2**64 - 1. on_step: a solver's callback. keep: see GuidedModel. Raises ValueError for unknown settings.
     """
     if settings.solver not in SAMPLERS:
-        raise ValueError(f"Unknown solver: got '{settings.solver}', expected one of {', '.join(SAMPLERS)}. Choose one.")
+        raise ValueError(
+            f"Unknown solver: got {shorten(settings.solver)}, expected one of {', '.join(SAMPLERS)}. Choose one."
+        )
     device = positive.states.device
     levels = schedule_sigmas(settings.schedule, settings.steps).float()
     shape = (1, model.config.in_channels, height_px // LATENT_DOWNSCALE, width_px // LATENT_DOWNSCALE)

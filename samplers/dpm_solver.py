@@ -2,6 +2,7 @@
 
 import logging
 import math
+import reprlib
 
 from .contract import Denoiser, check_sigmas, steps, steps_to_lower
 from .exponential import adams_weights, moments
@@ -57,8 +58,8 @@ def _check_order(order, lower_order_final, count):
         raise ValueError(f"DPM-Solver++ order is out of range: got {order}, expected 1, 2 or 3. Set the order to 2.")
     if lower_order_final not in LOWER_ORDER_FINAL:
         raise ValueError(
-            f"Unknown lower_order_final: got {lower_order_final!r}, expected one of {', '.join(LOWER_ORDER_FINAL)}. "
-            "Choose one of these."
+            f"Unknown lower_order_final: got {reprlib.repr(lower_order_final)}, expected one of "
+            f"{', '.join(LOWER_ORDER_FINAL)}. Choose one of these."
         )
     if order > count:
         logging.warning("DPM-Solver++ of order %d has only %d steps; it runs at order %d.", order, count, count)

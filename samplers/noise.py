@@ -1,6 +1,7 @@
 """Noise for the stochastic solvers, drawn sample by sample so that it does not depend on the batch."""
 
 import hashlib
+import reprlib
 
 import torch
 
@@ -14,7 +15,7 @@ class SampleNoise:
     def __init__(self, x, seeds, device="cpu"):
         """x: (B, ...) gives shape, dtype and device. seeds: B integers. device: "cpu" or "gpu" (that of x)."""
         if device not in NOISE_DEVICES:
-            raise ValueError(f"Unknown noise device: got {device!r}, expected cpu or gpu. Choose cpu.")
+            raise ValueError(f"Unknown noise device: got {reprlib.repr(device)}, expected cpu or gpu. Choose cpu.")
         self.like = x
         self.device = x.device if device == "gpu" else torch.device("cpu")
         self.generators = [torch.Generator(self.device).manual_seed(scramble(seed)) for seed in seeds]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import reprlib
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +105,7 @@ class _Step:
 def _tau_per_step(levels, tau, interval, unit, at):
     """The value of tau for each step."""
     if at not in OFFICIAL_INTERVALS:
-        raise ValueError(f"Unknown tau_at: got {at!r}, expected target or source. Choose target.")
+        raise ValueError(f"Unknown tau_at: got {reprlib.repr(at)}, expected target or source. Choose target.")
     if tau < 0.0:
         raise ValueError(f"Tau is negative: got {tau}, expected 0 or more. Set tau to 1, or 0 for no noise.")
     low, high = OFFICIAL_INTERVALS[at] if interval is None else _interval_timesteps(interval, unit)
@@ -115,7 +116,9 @@ def _tau_per_step(levels, tau, interval, unit, at):
 def _interval_timesteps(interval, unit):
     """The bounds of an interval as timesteps, the lower first."""
     if unit not in TAU_UNITS:
-        raise ValueError(f"Unknown tau unit: got {unit!r}, expected one of {', '.join(TAU_UNITS)}. Choose timestep.")
+        raise ValueError(
+            f"Unknown tau unit: got {reprlib.repr(unit)}, expected one of {', '.join(TAU_UNITS)}. Choose timestep."
+        )
     if unit == "sigma":
         return sorted(timesteps_from_sigmas(interval).tolist())
     if unit == "percent":
@@ -130,7 +133,7 @@ def _check_options(predictor_order, corrector_order, mode, count):
             f"expected 1 to {MAX_ORDER} and 0 to {MAX_ORDER}. Set both to 2."
         )
     if mode not in MODES:
-        raise ValueError(f"Unknown SA-Solver mode: got {mode!r}, expected PEC or PECE. Choose PEC.")
+        raise ValueError(f"Unknown SA-Solver mode: got {reprlib.repr(mode)}, expected PEC or PECE. Choose PEC.")
     if max(predictor_order, corrector_order) > count:
         logging.warning(
             "SA-Solver of orders %d and %d has only %d steps; it runs at the orders they allow.",

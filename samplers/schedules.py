@@ -7,6 +7,7 @@ discrete schedule (arXiv 2206.00927, appendix D.4). It goes on to t = -1, where 
 
 import logging
 import math
+import reprlib
 
 import torch
 
@@ -177,7 +178,7 @@ def schedule_sigmas(name, steps, denoise=1.0, end_clean=None):
     """
     if name not in SCHEDULES:
         known = ", ".join(SCHEDULES)
-        raise ValueError(f"Unknown schedule: got {name!r}, expected one of {known}. Choose one of these.")
+        raise ValueError(f"Unknown schedule: got {reprlib.repr(name)}, expected one of {known}. Choose one of these.")
     levels = sigmas(SCHEDULES[name](steps, denoise=denoise))
     clean = levels.new_zeros(1)
     if name in ENDS_CLEAN:

@@ -6,18 +6,30 @@ ROOMS = {
     "pixart.files": ("files and folders of strangers", ("pixart",), ()),
     "pixart": ("the model, and what describes it", ("samplers",), ("torch", "numpy", "safetensors")),
     "pixart.documents": ("JSON and YAML that others wrote", ("pixart", "pixart.files"), ("yaml",)),
-    "pixart.weights": ("files of weights", ("pixart", "pixart.files"), ("torch", "numpy", "safetensors")),
-    "pixart.lora": ("adapters", ("pixart", "pixart.files", "pixart.weights"), ("torch", "safetensors")),
+    "pixart.weights": (
+        "files of weights",
+        ("pixart", "pixart.files", "pixart.documents"),
+        ("torch", "numpy", "safetensors"),
+    ),
+    "pixart.lora": (
+        "adapters",
+        ("pixart", "pixart.files", "pixart.documents", "pixart.weights"),
+        ("torch", "safetensors"),
+    ),
     "pixart.encoders": (
         "networks beside the transformer",
         ("pixart", "pixart.files", "pixart.weights"),
         ("torch", "safetensors"),
     ),
     "pixart.drawing": ("pictures with words", ("pixart",), ("PIL",)),
-    "pixart.tracking": ("what made a picture or a training", ("pixart.documents", "pixart.weights"), ("PIL", "wandb")),
+    "pixart.tracking": (
+        "what made a picture or a training",
+        ("pixart", "pixart.documents", "pixart.weights"),
+        ("PIL", "wandb"),
+    ),
     "pixart.data": (
         "data sets",
-        ("pixart", "pixart.files", "pixart.weights"),
+        ("pixart", "pixart.files", "pixart.documents", "pixart.weights"),
         ("torch", "numpy", "safetensors", "PIL"),
     ),
     "pixart.training": (

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...pixart.config import ALPHA_VAE_SCALE, CONFIGS, SIGMA_VAE_SCALE, PixArtConfig
+from ...pixart.quoting import shorten
 from ...pixart.weights.folders import read_json
 from ...pixart.weights.reading import Checkpoint, read_checkpoint, read_tensors
 from .denoiser.model import make_patcher
@@ -109,8 +110,8 @@ def read_vae(path: Path):
         vae.throw_exception_if_invalid()
     except (RuntimeError, KeyError) as error:
         raise ValueError(
-            f"Not an autoencoder: got '{path.name}', expected a VAE of 4 latent channels. Choose the VAE of PixArt: "
-            f"sd-vae-ft-ema for alpha, the SDXL VAE for Sigma."
+            f"Not an autoencoder: got {shorten(path.name)}, expected a VAE of 4 latent channels. Choose the VAE of "
+            f"PixArt: sd-vae-ft-ema for alpha, the SDXL VAE for Sigma."
         ) from error
     return vae
 
@@ -122,7 +123,7 @@ def check_vae(path: Path, config: PixArtConfig) -> None:
         return
     family, fit = ("Sigma", "the SDXL VAE") if config.is_sigma else ("alpha", "sd-vae-ft-ema (SD 1.5's)")
     raise ValueError(
-        f"VAE of another family: got '{path.name}' with latent scale {found[0]:g} (by its {found[1]}), expected "
+        f"VAE of another family: got {shorten(path.name)} with latent scale {found[0]:g} (by its {found[1]}), expected "
         f"{config.vae_scale:g}. Choose {fit} for this PixArt-{family} model."
     )
 

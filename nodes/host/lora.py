@@ -14,6 +14,7 @@ from ...pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
 from ...pixart.lora import PEFT_CONFIG, Target, describe_lora, read_lora, save_lora
 from ...pixart.lora.extracting import extract_lora as extract_factors
 from ...pixart.lora.kinds import Difference, Factor, Hadamard, LowRank, set_lengths
+from ...pixart.quoting import list_names, shorten
 from ...pixart.weights.precision import DTYPES
 from .denoiser.model import TABLES
 from .folders import find_file, find_folder, find_folders, list_files, next_output, show_path
@@ -92,7 +93,7 @@ def add_lora(model, factors: Mapping[Target, Factor], strength: float = 1.0):
     missing = patches.keys() - set(clone.add_patches(patches, strength))
     if missing:
         raise ValueError(
-            f"LoRA does not fit: got changes of {', '.join(map(str, missing))}, expected weights of this model. "
+            f"LoRA does not fit: got changes of {list_names(missing)}, expected weights of this model. "
             f"Choose a LoRA that was trained on this PixArt model."
         )
     return clone
@@ -181,8 +182,8 @@ def _shared_names(model, base) -> list[str]:
     other = next((name for name in {**tuned, **plain} if tuned.get(name) != plain.get(name)), None)
     if other is not None:
         raise ValueError(
-            f"Models of different shapes: got {tuned.get(other)} and {plain.get(other)} for '{other}', expected the "
-            f"same. Connect a fine-tuned model and the base that it was made from."
+            f"Models of different shapes: got {tuned.get(other)} and {plain.get(other)} for {shorten(other)}, expected "
+            f"the same. Connect a fine-tuned model and the base that it was made from."
         )
     return list(tuned)
 

@@ -23,6 +23,7 @@ from ..encoders.captioner import (
     fill_prompt,
     load_captioner,
 )
+from ..quoting import shorten
 from ..weights.atomic import write_atomically
 from ..weights.precision import DTYPES
 from .console import add_device, make_parser, own_device, process_rank
@@ -97,7 +98,8 @@ def read_records(dataset: Path, kind: str, output: Path | None) -> list[Record]:
         return sources.read_dataset(dataset, kind)
     if dataset.is_file() and output.samefile(dataset):
         raise ValueError(
-            f"Table would be overwritten: got '{output}' as dataset and output, expected two. Name another --output."
+            f"Table would be overwritten: got {shorten(str(output), 300)} as dataset and output, expected two. Name "
+            f"another --output."
         )
     if kind == sources.AUTO and dataset.is_dir() and output.parent.samefile(dataset):
         tables = [path for path in sorted(dataset.iterdir()) if path.suffix.lower() in (".csv", ".tsv", ".jsonl")]
@@ -156,7 +158,8 @@ def make_output(dataset: Path, output: Path | None, rank: int = 0) -> "TextFiles
         return Table(output, rank)
     if output is not None and (output.suffix or output.is_file()) and not output.is_dir():
         raise ValueError(
-            f"Unknown output: got '{output.name}', expected a folder or one of {', '.join(TABLES)}. Correct --output."
+            f"Unknown output: got {shorten(output.name)}, expected a folder or one of {', '.join(TABLES)}. Correct "
+            f"--output."
         )
     return TextFiles(output, dataset if dataset.is_dir() else dataset.parent)
 
@@ -188,8 +191,8 @@ class TextFiles:
             other = places.setdefault(self.place(record), record.name)
             if other != record.name:
                 raise ValueError(
-                    f"Two captions in one file: got '{other}' and '{record.name}', expected names that differ before "
-                    f"the suffix. Rename one, or choose a table as output."
+                    f"Two captions in one file: got {shorten(other)} and {shorten(record.name)}, expected names that "
+                    f"differ before the suffix. Rename one, or choose a table as output."
                 )
 
     def names(self, records: Sequence[Record]) -> set[str]:
@@ -306,6 +309,6 @@ def _check_files(records: Sequence[Record]) -> None:
     )
     if strange:
         raise ValueError(
-            f"Pictures are no files: got '{strange.name}' in a dataset of another kind, expected a folder or a table "
-            f"that names files. Save the pictures as files first."
+            f"Pictures are no files: got {shorten(strange.name)} in a dataset of another kind, expected a folder or a "
+            f"table that names files. Save the pictures as files first."
         )

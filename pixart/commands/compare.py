@@ -18,7 +18,7 @@ from PIL import Image
 from ..documents.parsing import load_json
 from ..drawing.axes import Axis, Grid, parse_axis
 from ..drawing.sheets import comparison_grid, labelled_sheet
-from ..quoting import list_names, shorten
+from ..quoting import list_names, plain, shorten
 from ..weights.atomic import write_atomically
 from .console import make_parser
 from .server import ComfyServer
@@ -52,8 +52,7 @@ def parse_target(text: str, workflow: dict) -> tuple[str, str, Axis]:
     if name not in inputs:
         known = list_names(inputs if node in workflow else workflow, 64)
         raise ValueError(
-            f"No such input: got {shorten(Exception(place))}, expected one of {known}. "
-            f"Look them up in the workflow's file."
+            f"No such input: got {plain(place)}, expected one of {known}. Look them up in the workflow's file."
         )
     if values.startswith("@"):
         values = Path(values[1:]).read_text(encoding="utf-8-sig")
@@ -90,7 +89,7 @@ def main(options: argparse.Namespace) -> None:
 
     if options.output.exists() and not options.force:
         raise FileExistsError(
-            f"Exists already: got '{options.output}', expected a new name. Use --force to replace it."
+            f"Exists already: got {shorten(str(options.output), 300)}, expected a new name. Use --force to replace it."
         )
     workflow = read_workflow(options.workflow)
     axes = [parse_target(text, workflow) for text in (options.x, options.y) if text]
@@ -104,7 +103,7 @@ def main(options: argparse.Namespace) -> None:
         try:
             cells.append(make_cell(server, filled, path, options.timeout_s))
         except RuntimeError as error:
-            raise RuntimeError(f"{label}: {error}") from error
+            raise RuntimeError(f"{shorten(label)}: {error}") from error
     sheet = comparison_grid(cells, grid.y.headings(), grid.x.headings(), options.title)
     write_atomically(options.output, lambda temporary: sheet.save(temporary, "PNG"))
     sys.stdout.write(f"{options.output}\n")

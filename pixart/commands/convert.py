@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from ..lora import LAYOUTS as LORA_LAYOUTS
 from ..lora import PEFT_CONFIG, read_lora, save_lora
+from ..quoting import shorten
 from ..weights.atomic import write_atomically, write_folder_atomically
 from ..weights.controlnets import read_controlnet, save_controlnet
 from ..weights.folders import TEXT_ENCODER_STEMS
@@ -102,7 +103,9 @@ KINDS = {
 def detect_kind(source: Path) -> str:
     """The key of KINDS that a file or folder is. Raises FileNotFoundError, ValueError for what cannot be read."""
     if not source.exists():
-        raise FileNotFoundError(f"Not found: got '{source}', expected a file or folder. Correct the path.")
+        raise FileNotFoundError(
+            f"Not found: got {shorten(str(source), 300)}, expected a file or folder. Correct the path."
+        )
     if source.is_dir():
         if (source / PEFT_CONFIG).is_file():
             return "lora"
@@ -135,9 +138,11 @@ def main(options: argparse.Namespace) -> None:
     layout = choose_layout(KINDS[name], options)
     target = options.target
     if target.exists() and not options.force and (target.is_file() or any(target.iterdir())):
-        raise FileExistsError(f"Exists already: got '{target}', expected a new name. Use --force to replace it.")
+        raise FileExistsError(
+            f"Exists already: got {shorten(str(target), 300)}, expected a new name. Use --force to replace it."
+        )
     if target.exists() and target.resolve() == options.source.resolve():
-        raise ValueError(f"Source and target are the same: got '{target}', expected another name.")
+        raise ValueError(f"Source and target are the same: got {shorten(str(target), 300)}, expected another name.")
     replaced = target if target.is_dir() and any(target.iterdir()) else None
     if replaced:
         _require_model_folder(replaced)
@@ -155,8 +160,8 @@ def _require_model_folder(folder: Path) -> None:
     strange = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in own]
     if strange:
         raise ValueError(
-            f"Folder is not a model's alone: got '{strange[0]}', expected only model files in a folder that --force "
-            f"is to replace. Choose another name."
+            f"Folder is not a model's alone: got {shorten(strange[0])}, expected only model files in a folder that "
+            f"--force is to replace. Choose another name."
         )
 
 

@@ -15,6 +15,7 @@ from ..encoders.autoencoder import load_autoencoder
 from ..encoders.edges import canny_edges, soft_edges
 from ..encoders.hed import detect_edges, make_hed
 from ..encoders.t5 import find_tokenizer, load_text_encoder
+from ..quoting import shorten
 from ..text import tokenizer_file
 from ..weights.folders import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS
 from ..weights.precision import DTYPES
@@ -87,7 +88,9 @@ def main(options: argparse.Namespace) -> None:
         raise ValueError(f"Batch size out of range: got {options.batch_size}, expected at least 1. Enter 1 or more.")
     original = options.original_layout
     if original and not options.force and original.is_dir() and any(original.iterdir()):
-        raise FileExistsError(f"Exists already: got '{original}', expected a new folder. Use --force to write over it.")
+        raise FileExistsError(
+            f"Exists already: got {shorten(str(original), 300)}, expected a new folder. Use --force to write over it."
+        )
     rank, world_size = process_rank()
     settings = _settings(options)
     make_hint, hint_identity = _hints(options)
@@ -184,7 +187,9 @@ def _identify_text_encoder(options: argparse.Namespace) -> str:
 def _identify(path: Path, stems: tuple[str, ...]) -> str:
     """A model's identity by its weights, of which only a few pages are read. Raises FileNotFoundError."""
     if not path.exists():
-        raise FileNotFoundError(f"Model not found: got '{path}', expected a file or folder. Correct the path.")
+        raise FileNotFoundError(
+            f"Model not found: got {shorten(str(path), 300)}, expected a file or folder. Correct the path."
+        )
     return fingerprint(read_tensors(path, stems)[0].items())
 
 

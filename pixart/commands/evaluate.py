@@ -135,8 +135,8 @@ def check_settings(folder: Path, settings: dict, force: bool) -> None:
     text = json.dumps(settings, indent=1, sort_keys=True)
     if path.is_file() and path.read_text(encoding="utf-8") != text and not force:
         raise ValueError(
-            f"Other settings: got a folder '{folder}' with pictures of another prompt file, model or setting, "
-            f"expected those of now. Choose another --output, or make all again with --force."
+            f"Other settings: got a folder {shorten(str(folder), 300)} with pictures of another prompt file, model or "
+            f"setting, expected those of now. Choose another --output, or make all again with --force."
         )
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

@@ -14,7 +14,7 @@ from PIL import Image
 from ..data.pictures import FilePicture, decode_picture
 from ..drawing.sheets import labelled_sheet
 from ..files.inside import check_folder
-from ..quoting import shorten
+from ..quoting import plain, shorten
 from ..weights.atomic import write_atomically
 from ..weights.folders import TEXT_ENCODER_STEMS, find_weights
 from ..weights.pickles import check_pth
@@ -74,7 +74,7 @@ class Scores:
         advice = {self.real: "Correct the path.", self.inception: GET_INCEPTION, self.clip: GET_CLIP}
         for path, how in advice.items():
             if path and not path.exists():
-                raise FileNotFoundError(f"Not found: got '{path}', expected a file or folder. {how}")
+                raise FileNotFoundError(f"Not found: got {shorten(str(path), 300)}, expected a file or folder. {how}")
 
 
 def _torchmetrics(also: str | None = None) -> None:
@@ -97,7 +97,8 @@ def load_scorer(text: str | None) -> Scorer | None:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"No such scorer: got '{text}' ({error}), expected module:function of an importable module. Correct it."
+            f"No such scorer: got {shorten(text)} ({shorten(error, 200)}), expected module:function of an importable "
+            f"module. Correct it."
         ) from error
 
 
@@ -105,7 +106,9 @@ def find_pictures(folder: Path) -> list[Path]:
     """All pictures below a folder. Raises FileNotFoundError when there are none."""
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
     if not found:
-        raise FileNotFoundError(f"No pictures: got '{folder}' without any, expected real pictures. Correct the path.")
+        raise FileNotFoundError(
+            f"No pictures: got {shorten(str(folder), 300)} without any, expected real pictures. Correct the path."
+        )
     return found
 
 
@@ -139,8 +142,8 @@ def load_fid(weights: Path):
         )
     except (*_LOAD_ERRORS, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"Not Inception's weights: got '{weights.name}' ({_first_line(error)}), expected {INCEPTION}. "
-            f"{GET_INCEPTION}"
+            f"Not Inception's weights: got {shorten(weights.name)} ({plain(_first_line(error), 200)}), "
+            f"expected {INCEPTION}. {GET_INCEPTION}"
         ) from error
 
 
@@ -176,8 +179,8 @@ def load_clip(folder: Path):
         return CLIPScore(model_name_or_path=local)
     except _LOAD_ERRORS as error:
         raise ValueError(
-            f"Not a CLIP model: got '{folder}' ({_first_line(error)}), expected a folder with CLIP's weights, "
-            f"tokenizer and preprocessor, as transformers saves them. {GET_CLIP}"
+            f"Not a CLIP model: got {shorten(str(folder), 300)} ({plain(_first_line(error), 200)}), "
+            f"expected a folder with CLIP's weights, tokenizer and preprocessor, as transformers saves them. {GET_CLIP}"
         ) from error
 
 

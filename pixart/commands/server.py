@@ -11,7 +11,7 @@ import uuid
 from PIL import Image
 
 from ..documents.parsing import parse_json
-from ..quoting import shorten
+from ..quoting import plain
 
 POLL_S = 0.5
 
@@ -104,7 +104,7 @@ class ComfyServer:
         for kind, data in entry["status"]["messages"]:
             if kind == "execution_error":
                 node, reason = data["node_type"], data["exception_message"].strip()
-                words = shorten(Exception(reason), 1000)
+                words = plain(reason, 1000)
                 raise PromptError(f"{node} failed: {data['exception_type']}: {words}", data)
             if kind == "execution_interrupted":
                 raise Interrupted(f"Interrupted in {data['node_type']}", data)
@@ -136,4 +136,4 @@ def _refusal(answer: dict) -> str:
     ]
     error = answer["error"]
     general = error if isinstance(error, str) else f"{error['message']} {error.get('details', '')}".strip()
-    return shorten(Exception("; ".join(reasons) or general), 1000)
+    return plain("; ".join(reasons) or general, 1000)

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from ..config import LATENT_DOWNSCALE
+from ..documents.parsing import parse_json
 from ..files.regular import TABLE_BYTES, read_text
+from ..quoting import shorten
 from ..resolution import ASPECT_RATIOS, fit_images
 from ..text import clean_prompt
 from ..weights.atomic import write_atomically
@@ -57,7 +59,8 @@ class EncodeSettings:
         for name, allowed in (("caption_dtype", CAPTION_DTYPES), ("size_condition", SIZE_CONDITIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"Unknown {name}: got '{getattr(self, name)}', expected one of {', '.join(allowed)}. Choose one."
+                    f"Unknown {name}: got {shorten(getattr(self, name))}, expected one of {', '.join(allowed)}. Choose "
+                    f"one."
                 )
         if self.base_px < _GRID_PX:
             raise ValueError(
@@ -306,8 +309,9 @@ class CachedFeatures:
         missing = sum(key not in shards for key in {*wanted, self._null_key})
         if missing:
             raise FileNotFoundError(
-                f"Cache is not complete: got {missing} of {len(wanted) + 1} entries missing in '{shards.folder}', "
-                f"expected all. Let the other processes finish, or encode the dataset again; only those are encoded."
+                f"Cache is not complete: got {missing} of {len(wanted) + 1} entries missing in "
+                f"{shorten(str(shards.folder), 300)}, expected all. Let the other processes finish, or encode the "
+                f"dataset again; only those are encoded."
             )
         self.bins = [self.shards.shape_of(item["picture"], "mean")[-2:] for item in self.items]
         self.is_prior = [item["is_prior"] for item in self.items]
@@ -343,15 +347,16 @@ def open_cached(path: str | Path) -> CachedFeatures:
     lists = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
     if not lists:
         raise FileNotFoundError(
-            f"Encoded dataset not found: got '{path}', expected {MANIFEST}. Encode a dataset first."
+            f"Encoded dataset not found: got {shorten(str(path), 300)}, expected {MANIFEST}. Encode a dataset first."
         )
     if len(lists) > 1:
         names = ", ".join(entry.name for entry in lists)
         raise ValueError(
-            f"Which encoded dataset is meant: got {names} in '{path}', expected one. Enter the file's path."
+            f"Which encoded dataset is meant: got {names} in {shorten(str(path), 300)}, expected one. Enter the file's "
+            f"path."
         )
     try:
-        content = json.loads(read_text(lists[0], TABLE_BYTES))
+        content = parse_json(read_text(lists[0], TABLE_BYTES), TABLE_BYTES)
         if content["version"] == VERSION and content["items"]:
             return CachedFeatures(ShardFolder(lists[0].parent), content, lists[0])
     except (ValueError, KeyError, TypeError) as error:

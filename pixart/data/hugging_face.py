@@ -1,8 +1,8 @@
 """Hugging Face datasets on disk: what save_to_disk wrote, or the .parquet files of the hub."""
 
-import json
 from pathlib import Path
 
+from ..documents.parsing import parse_json
 from ..files.inside import check_folder, check_inside, is_plain_name
 from ..files.regular import CONFIG_BYTES, check_mode, read_text
 from ..quoting import shorten
@@ -69,7 +69,7 @@ def _check_saved(path: Path) -> None:
 
 
 def _listed(file: Path, entry: str, inner: str | None = None) -> list[str]:
-    listed = json.loads(read_text(file, CONFIG_BYTES))[entry]
+    listed = parse_json(read_text(file, CONFIG_BYTES))[entry]
     names = [name[inner] for name in listed] if inner else list(listed)
     for name in names:
         if not is_plain_name(name):

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from ..config import ALPHA_CAPTION_LENGTH, LATENT_DOWNSCALE
+from ..documents.parsing import parse_json
 from ..files.regular import TABLE_BYTES, read_text
+from ..quoting import shorten
 from ..weights.atomic import write_atomically
 from .cache import training_bins
 from .examples import Example, FeatureSet
@@ -98,8 +100,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile) as error:
         raise ValueError(
-            f"Feature file cannot be read: got {error} in {path.name}, expected an array that numpy wrote. Extract the "
-            f"features of this picture again, or remove '{path}'."
+            f"Feature file cannot be read: got {shorten(error, 200)} in {path.name}, expected an array that numpy "
+            f"wrote. Extract the features of this picture again, or remove {shorten(str(path), 300)}."
         ) from error
 
 
@@ -119,8 +121,8 @@ def find_original_features(root: str | Path, base_px: int | None = None) -> Orig
     captions = next((root / name for name in CAPTION_FOLDERS if (root / name).is_dir()), None)
     if captions is None:
         raise FileNotFoundError(
-            f"Features not found: got '{root}' without {' or '.join(CAPTION_FOLDERS)}, expected one of them. "
-            f"Choose the root of the dataset."
+            f"Features not found: got {shorten(str(root), 300)} without {' or '.join(CAPTION_FOLDERS)}, expected one "
+            f"of them. Choose the root of the dataset."
         )
     latents, found_px = _find_latents(root, base_px)
     listed = next((root / name for name in _LISTS if (root / name).is_file()), None)
@@ -129,8 +131,8 @@ def find_original_features(root: str | Path, base_px: int | None = None) -> Orig
     entries = [entry for row in rows if (entry := _make_entry(row, captions, latents, found_px, several))]
     if not entries:
         raise FileNotFoundError(
-            f"Features not found: got none of {len(rows)} listed pictures in '{captions}' and '{latents}', expected "
-            f"an .npz and an .npy for each. Extract the features again."
+            f"Features not found: got none of {len(rows)} listed pictures in {shorten(str(captions), 300)} and "
+            f"{shorten(str(latents), 300)}, expected an .npz and an .npy for each. Extract the features again."
         )
     return OriginalFeatures(entries)
 
@@ -146,8 +148,8 @@ def _find_latents(root: Path, base_px: int | None) -> tuple[Path, int]:
     if not found:
         wanted = "one of any size" if base_px is None else f"one of {base_px} px"
         raise FileNotFoundError(
-            f"Latents not found: got no folder such as {LATENT_FOLDERS[3].format(px=base_px or 512)} in '{root}', "
-            f"expected {wanted}. Extract the VAE features, or enter their resolution."
+            f"Latents not found: got no folder such as {LATENT_FOLDERS[3].format(px=base_px or 512)} in "
+            f"{shorten(str(root), 300)}, expected {wanted}. Extract the VAE features, or enter their resolution."
         )
     if base_px is None and len({px for _, px in found}) > 1:
         names = ", ".join(folder.relative_to(root).as_posix() for folder, _ in found)
@@ -157,9 +159,9 @@ def _find_latents(root: Path, base_px: int | None) -> tuple[Path, int]:
 
 def _read_list(path: Path) -> list[dict]:
     try:
-        rows = json.loads(read_text(path, TABLE_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise _wrong_list(path, f"no JSON ({error})") from error
+        rows = parse_json(read_text(path, TABLE_BYTES), TABLE_BYTES)
+    except ValueError as error:
+        raise _wrong_list(path, f"no JSON ({shorten(error, 200)})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "path" in row for row in rows):
         raise _wrong_list(path, "other JSON")
     return rows
@@ -233,7 +235,7 @@ def _or_zeros(deviation: torch.Tensor | None, latent: torch.Tensor) -> torch.Ten
 def _pad_caption(caption: torch.Tensor, caption_length: int, text: str) -> dict[str, np.ndarray]:
     if len(caption) > caption_length:
         raise ValueError(
-            f"Caption too long: got {len(caption)} tokens for {text[:60]!r}, expected at most {caption_length}. "
+            f"Caption too long: got {len(caption)} tokens for {shorten(text[:60])}, expected at most {caption_length}. "
             f"Encode the dataset with a caption length of {caption_length}, or write longer ones."
         )
     rest = caption_length - len(caption)

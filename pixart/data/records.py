@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..quoting import shorten
 from .identity import digest
 from .pictures import Picture, decode_picture, measure_picture
 
@@ -84,7 +85,9 @@ def check_records(
     Raises ValueError with the table for policy "error", and when nothing is left.
     """
     if policy not in POLICIES:
-        raise ValueError(f"Unknown policy: got '{policy}', expected one of {', '.join(POLICIES)}. Choose one of them.")
+        raise ValueError(
+            f"Unknown policy: got {shorten(policy)}, expected one of {', '.join(POLICIES)}. Choose one of them."
+        )
     if not records:
         raise ValueError("Empty dataset: got no pictures, expected at least one. Choose a folder or file with some.")
     records = [_settle(record, fallback_caption, is_prior) for record in records]

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..quoting import shorten
 from ..weights.atomic import write_atomically
 
 log = logging.getLogger(__name__)
@@ -73,8 +74,9 @@ class ShardFolder:
                 self._open[shard] = safe_open(self.folder / shard, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise OSError(
-                    f"Cache file cannot be read: got '{error}' for {shard} in '{self.folder}', expected it as it was "
-                    f"when the dataset was opened. Encode the dataset again; only what is lost is encoded."
+                    f"Cache file cannot be read: got {shorten(error, 200)} for {shard} in "
+                    f"{shorten(str(self.folder), 300)}, expected it as it was when the dataset was opened. Encode the "
+                    f"dataset again; only what is lost is encoded."
                 ) from error
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
@@ -118,8 +120,9 @@ class ShardWriter:
                 write_atomically(path, lambda temporary: save_file(self._tensors, temporary))
             except (OSError, SafetensorError) as error:
                 raise OSError(
-                    f"Cache cannot be written: got '{error}' for {self._bytes / 2**20:.0f} MiB, expected room in "
-                    f"'{self.folder}'. Free space there or choose another folder; what is in it stays and is used."
+                    f"Cache cannot be written: got {shorten(error, 200)} for {self._bytes / 2**20:.0f} MiB, expected "
+                    f"room in {shorten(str(self.folder), 300)}. Free space there or choose another folder; what is in "
+                    f"it stays and is used."
                 ) from error
         self._tensors, self._bytes, self._since = {}, 0, time.monotonic()
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -11,9 +10,10 @@ from functools import partial
 from itertools import chain
 from pathlib import Path, PureWindowsPath
 
+from ..documents.parsing import TABLE_LIMIT, parse_json
 from ..files.inside import check_inside, is_inside
 from ..files.regular import MEGABYTE, TABLE_BYTES, read_bytes
-from ..quoting import shorten
+from ..quoting import plain, shorten
 from .hugging_face import open_rows, parquet_files
 from .pictures import PICTURE_SUFFIXES, FilePicture, RowPicture
 from .records import Record, wrong_table
@@ -58,9 +58,13 @@ def read_dataset(
     """
     path = Path(path)
     if kind not in KINDS:
-        raise ValueError(f"Unknown dataset kind: got '{kind}', expected one of {', '.join(KINDS)}. Choose one of them.")
+        raise ValueError(
+            f"Unknown dataset kind: got {shorten(kind)}, expected one of {', '.join(KINDS)}. Choose one of them."
+        )
     if not path.exists():
-        raise FileNotFoundError(f"Dataset not found: got '{path}', expected a folder or file. Correct the path.")
+        raise FileNotFoundError(
+            f"Dataset not found: got {shorten(str(path), 300)}, expected a folder or file. Correct the path."
+        )
     kind = detect_kind(path) if kind == AUTO else kind
     place = _Place(path if path.is_dir() else path.parent, confined, shows_cells)
     control = None if control_folder is None else _Stems(Path(control_folder))
@@ -73,8 +77,8 @@ def detect_kind(path: Path) -> str:
         kinds = {".csv": CSV, ".tsv": CSV, ".jsonl": JSONL, ".json": PIXART, ".parquet": HUGGING_FACE}
         if path.suffix.lower() not in kinds:
             raise ValueError(
-                f"Unknown dataset file: got '{path.name}', expected {', '.join(kinds)}. Choose such a file, or a "
-                f"folder of pictures."
+                f"Unknown dataset file: got {shorten(path.name)}, expected {', '.join(kinds)}. Choose such a file, or "
+                f"a folder of pictures."
             )
         return kinds[path.suffix.lower()]
     saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
@@ -145,8 +149,8 @@ class _Stems:
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"Control folder not found: got '{folder}', expected a folder of pictures. Correct the path, or leave "
-                f"it empty."
+                f"Control folder not found: got {shorten(str(folder), 300)}, expected a folder of pictures. Correct "
+                f"the path, or leave it empty."
             )
         self.folder = folder
         self.paths = {_stem(path.relative_to(folder)): path for path in _walk_pictures(folder)}
@@ -246,9 +250,11 @@ def _read_jsonl(path: Path, place: _Place, columns: Columns, control: _Stems | N
     rows = []
     for number, line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise wrong_table(table, f"line {number} that is no JSON ({error.msg})", "one object a line") from error
+            rows.append(parse_json(line))
+        except ValueError as error:
+            raise wrong_table(
+                table, f"line {number} that is no JSON ({plain(str(error))})", "one object a line"
+            ) from error
     yield from _read_rows(rows, table, place, columns, control)
 
 
@@ -256,13 +262,16 @@ def _read_pixart(path: Path, place: _Place, columns: Columns, control: _Stems | 
     """Source: PixArt-alpha, diffusion/data/datasets/InternalData.py: a list of {path, prompt, height, width, ratio}."""
     table = path if path.is_file() else _find_json(path)
     if table is None:
-        raise FileNotFoundError(f"Dataset not found: got '{path}' without data_info.json, expected one. Choose a file.")
+        raise FileNotFoundError(
+            f"Dataset not found: got {shorten(str(path), 300)} without data_info.json, expected one. Choose a file."
+        )
     if table != path:
         place.check(table)
+    text = read_text(table)
     try:
-        rows = json.loads(read_text(table))
-    except json.JSONDecodeError as error:
-        raise wrong_table(table, f"no JSON ({error.msg})", "a list of objects") from error
+        rows = parse_json(text, TABLE_LIMIT)
+    except ValueError as error:
+        raise wrong_table(table, f"no JSON ({plain(str(error))})", "a list of objects") from error
     root = table.parent.parent if table.parent.name.startswith("partition") else table.parent
     place = _Place(root, place.confined, place.shows_cells)
     twin = Path(str(root).replace("InternData", "InternImgs"))
@@ -331,8 +340,8 @@ def _read_sam(path: Path, place: _Place, columns: Columns, control: _Stems | Non
     images, captions = path / "images", path / "captions"
     if not images.is_dir():
         raise FileNotFoundError(
-            f"Dataset not found: got '{path}' without a folder images, expected images, captions and partition. "
-            f"Choose the folder above them."
+            f"Dataset not found: got {shorten(str(path), 300)} without a folder images, expected images, captions and "
+            f"partition. Choose the folder above them."
         )
     pictures = {_stem(picture.relative_to(images)): picture for picture in _walk_pictures(images)}
     texts = {_stem(text.relative_to(captions)): text for text in walk_files(captions) if text.suffix == ".txt"}
@@ -380,7 +389,8 @@ def _only_table(path: Path, suffixes: tuple[str, ...], place: _Place) -> Path:
     if len(tables) != 1:
         names = ", ".join(table.name for table in tables) or "none"
         raise ValueError(
-            f"Which table is meant: got {names} in '{path.name}', expected one {suffixes[0]} file. Enter its path."
+            f"Which table is meant: got {names} in {shorten(path.name)}, expected one {suffixes[0]} file. Enter its "
+            f"path."
         )
     place.check(tables[0])
     return tables[0]

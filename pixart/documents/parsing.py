@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.regular import read_text
-from ..quoting import shorten
+from ..quoting import plain, shorten
 
 DEPTH_LIMIT = 64  # of lists and objects within each other; Python's own readers go down some thousand and then fail
 JSON_LIMIT = 2**26
@@ -51,7 +51,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
         words = ", ".join(filter(None, (error.context, error.problem)))
-        raise ValueError(f"{shorten(Exception(words), 200)}{place}") from error
+        raise ValueError(f"{plain(words, 200)}{place}") from error
     except (yaml.YAMLError, ValueError, ArithmeticError) as error:  # of a date or number that there is not
         raise ValueError(shorten(error, 300)) from error
     except RecursionError as error:

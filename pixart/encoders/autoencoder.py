@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..files.inside import check_folder
-from ..quoting import shorten
+from ..quoting import plain, shorten
 from ..weights.folders import TRANSFORMER_STEMS, find_weights, read_json
 from ..weights.layouts import describe, detect_layout
 from ..weights.reading import read_tensors
@@ -131,8 +131,9 @@ def _tiny(diffusers, weights: dict, path: Path):
         network.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
-            f"Not a TAESD of {LATENT_CHANNELS} latent channels: got {str(error).splitlines()[1].strip()} in "
-            f"{path.name}, expected its encoder and decoder. Choose another autoencoder."
+            f"Not a TAESD of {LATENT_CHANNELS} latent channels: got "
+            f"{plain(str(error).splitlines()[1].strip(), 200)} in {path.name}, expected its encoder "
+            f"and decoder. Choose another autoencoder."
         ) from error
     return network
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..files.inside import check_folder
-from ..quoting import shorten
+from ..quoting import plain, shorten
 from ..weights.folders import indexed_files, read_json
 from .chat_templates import render_chats
 
@@ -188,15 +188,16 @@ def load_captioner(folder: str | Path, dtype: torch.dtype | None = None, device=
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"Captioning model not found: got '{folder}', expected a folder such as llava-1.5-7b-hf. Correct the path."
+            f"Captioning model not found: got {shorten(str(folder), 300)}, expected a folder such as llava-1.5-7b-hf. "
+            f"Correct the path."
         )
     try:
         import transformers
         from transformers import AutoModelForImageTextToText, AutoProcessor
     except ImportError as error:
         raise ImportError(
-            f"transformers cannot be used: got '{error}', expected 4.46 or newer for captions. "
-            f"Install it with 'pip install -U transformers'."
+            f"transformers cannot be used: got {shorten(error, 200)}, expected 4.46 or newer for captions. Install it "
+            f"with 'pip install -U transformers'."
         ) from error
     check_folder(folder)
     kind = _check_configuration(folder)
@@ -211,13 +212,14 @@ def load_captioner(folder: str | Path, dtype: torch.dtype | None = None, device=
             got = f"code of its own (auto_map in {mapped[0]}), which is never run,"
             raise _refused(folder, got, "a kind that transformers has") from error
         raise ValueError(
-            f"Not a captioning model: got '{folder.name}' ({_first_line(error)}), expected a model that sees pictures, "
-            f"with its processor, as transformers saves it. Choose a folder such as llava-1.5-7b-hf."
+            f"Not a captioning model: got {shorten(folder.name)} ({plain(_first_line(error), 200)}), "
+            f"expected a model that sees pictures, with its processor, as transformers saves it. Choose a folder such "
+            f"as llava-1.5-7b-hf."
         ) from error
     if not hasattr(processor, "tokenizer") or not model.can_generate():
         raise ValueError(
-            f"Not a captioning model: got '{folder.name}' of the kind {kind}, expected one that sees pictures and "
-            f"writes. Choose a folder such as llava-1.5-7b-hf."
+            f"Not a captioning model: got {shorten(folder.name)} of the kind {kind}, expected one that sees pictures "
+            f"and writes. Choose a folder such as llava-1.5-7b-hf."
         )
     return Captioner(model.to(device).eval().requires_grad_(False), processor)
 

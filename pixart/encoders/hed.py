@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..quoting import plain, shorten
+
 WIDTHS = (64, 128, 256, 512, 512)  # of the published network; each block after the first halves the resolution
 CONVOLUTIONS = (2, 2, 3, 3, 3)
 LEAST_PX = 2 ** (len(WIDTHS) - 1)  # a shorter side would vanish in the last block
@@ -81,16 +83,16 @@ def make_hed(state_dict: Mapping[str, torch.Tensor], name: str) -> HED:
     widths = [state_dict.get(f"block{number}.convs.0.bias") for number in range(1, len(WIDTHS) + 1)]
     if any(width is None for width in widths) or "norm" not in state_dict:
         raise ValueError(
-            f"Not the HED edge detector: got {_some(state_dict)} in '{name}', expected norm and block1 to block5 as in "
-            f"{FILE_NAME}. Choose that file, or another method."
+            f"Not the HED edge detector: got {_some(state_dict)} in {shorten(name)}, expected norm and block1 to "
+            f"block5 as in {FILE_NAME}. Choose that file, or another method."
         )
     network = HED(tuple(len(width) for width in widths))
     try:
         network.load_state_dict({key: value.float() for key, value in state_dict.items()})
     except RuntimeError as error:
         raise ValueError(
-            f"Damaged HED file: got {str(error).splitlines()[1].strip()} in '{name}', expected the tensors of "
-            f"{FILE_NAME}. Download it again."
+            f"Damaged HED file: got {plain(str(error).splitlines()[1].strip(), 200)} in {shorten(name)}, expected the "
+            f"tensors of {FILE_NAME}. Download it again."
         ) from error
     return network.eval().requires_grad_(False)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..quoting import shorten
 from ..text import TOKENIZER_FILES, load_tokenizer, tokenize
 from ..weights.folders import TEXT_ENCODER_STEMS
 from ..weights.reading import read_tensors
@@ -44,7 +45,7 @@ def load_text_encoder(
     scaled = [name for name, tensor in weights.items() if tensor.dtype.itemsize == 1 or name not in _names(sizes)]
     if scaled:
         raise ValueError(
-            f"Quantised text encoder: got '{scaled[0]}' in {path.name}, expected fp32, fp16 or bf16 weights. "
+            f"Quantised text encoder: got {shorten(scaled[0])} in {path.name}, expected fp32, fp16 or bf16 weights. "
             f"Choose such a file; quantised ones run in ComfyUI."
         )
     config = T5Config(**sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0)
@@ -75,6 +76,6 @@ def find_tokenizer(path: Path) -> Path:
         if any((place / name).is_file() for name in TOKENIZER_FILES):
             return place
     raise FileNotFoundError(
-        f"No T5 tokenizer: got none beside '{path.name}', expected {' or '.join(TOKENIZER_FILES)}. Name its folder "
-        f"with --tokenizer, or set COMFYUI_PATH to a ComfyUI, which holds one."
+        f"No T5 tokenizer: got none beside {shorten(path.name)}, expected {' or '.join(TOKENIZER_FILES)}. Name its "
+        f"folder with --tokenizer, or set COMFYUI_PATH to a ComfyUI, which holds one."
     )

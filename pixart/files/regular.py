@@ -5,6 +5,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from ..quoting import shorten
+
 MEGABYTE = 10**6
 CONFIG_BYTES = 16 * MEGABYTE  # the index of the largest models has a tenth of it
 # Two million captions of 500 letters; tables are read whole, and stand in memory as about five times their size.
@@ -33,7 +35,7 @@ def check_mode(mode: int, path: str | os.PathLike) -> None:
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"}
         kind = kinds.get(stat.S_IFMT(mode), "no file")
         raise ValueError(
-            f"Not a file: got {kind} named '{Path(path).name:.80}', expected a regular file. Put one in its place."
+            f"Not a file: got {kind} named {shorten(Path(path).name)}, expected a regular file. Put one in its place."
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..quoting import shorten
 from .kinds import Difference, Factor, Hadamard, Kronecker, LowRank
 from .names import Target
 from .reading import PEFT_CONFIG, LoRA, load_lora, read_lora
@@ -46,7 +47,7 @@ def merge(state_dict: Mapping[str, torch.Tensor], lora: LoRA, strength: float = 
         if weight is None or not factor.fits(target.shape(tuple(weight.shape))):
             got = "no such weight" if weight is None else f"a weight of shape {tuple(weight.shape)}"
             raise ValueError(
-                f"LoRA does not fit at '{target.name}': got {got}, expected one for a change of shape "
+                f"LoRA does not fit at {shorten(target.name)}: got {got}, expected one for a change of shape "
                 f"{factor.product_shape}. Choose a LoRA that was trained on this PixArt model."
             )
         exact = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)

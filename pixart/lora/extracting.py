@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from ..quoting import shorten
 from .kinds import Difference, Factor, LowRank
 from .names import Target
 
@@ -41,8 +42,8 @@ def extract_lora(
         total = float(difference.double().square().sum())
         if not math.isfinite(total):
             raise ValueError(
-                f"Broken weights: got infinite values or no numbers in '{name}' of one of the models, expected finite "
-                f"ones. Choose an earlier checkpoint of it."
+                f"Broken weights: got infinite values or no numbers in {shorten(name)} of one of the models, expected "
+                f"finite ones. Choose an earlier checkpoint of it."
             )
         is_small = difference.ndim < 2 or Target(name).module == name
         if not total or is_small and not keep_small:

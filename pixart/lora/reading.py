@@ -1,6 +1,5 @@
 """Reads LoRA files of every layout as one: factors for rows of weights in the original layout."""
 
-import json
 import math
 import os
 import re
@@ -12,7 +11,9 @@ from pathlib import Path
 import torch
 
 from ..config import PixArtConfig
+from ..documents.parsing import parse_json
 from ..files.inside import check_inside
+from ..quoting import shorten
 from ..weights.checking import expected_shapes
 from ..weights.folders import read_json
 from ..weights.reading import read_tensors
@@ -65,7 +66,7 @@ def read_lora(path: str | os.PathLike, config: PixArtConfig | None = None, alpha
         found = [path / name for name in PEFT_WEIGHTS if (path / name).is_file()]
         if not found:
             raise FileNotFoundError(
-                f"No LoRA in folder '{path.name}': got none of {', '.join(PEFT_WEIGHTS)}, expected one of them. "
+                f"No LoRA in folder {shorten(path.name)}: got none of {', '.join(PEFT_WEIGHTS)}, expected one of them. "
                 f"Choose a folder that PEFT saved, or the LoRA's file."
             )
         file = check_inside(found[0], path)
@@ -182,10 +183,10 @@ def _number(value: object, default: float) -> float:
 def _stored_config(metadata: Mapping[str, str] | None) -> dict:
     """PEFT's configuration from a header, whose keys name the pipeline's part first, `transformer.lora_alpha`."""
     try:
-        stored = json.loads((metadata or {}).get(HEADER_KEY, "{}"))
+        stored = parse_json((metadata or {}).get(HEADER_KEY, "{}"))
         own = {key: value for key, value in stored.items() if not key.startswith(TEXT_ENCODER_PREFIXES)}
         return {key.partition(".")[2] or key: value for key, value in own.items()}
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         return {}  # a header is no more than a note: the tensors say the rest
 
 
@@ -293,19 +294,19 @@ def _check_factors(lora: LoRA, shapes: Mapping[str, tuple[int, ...]] | None, set
         if product is None or wanted is not None and not factor.fits(wanted):
             got = "factors that do not belong together" if product is None else f"a change of shape {product}"
             raise ValueError(
-                f"LoRA width mismatch at '{target.name}': got {got}, expected {wanted or 'one matrix'}. Choose a LoRA "
-                f"that was trained on this PixArt model."
+                f"LoRA width mismatch at {shorten(target.name)}: got {got}, expected {wanted or 'one matrix'}. Choose "
+                f"a LoRA that was trained on this PixArt model."
             )
         if not factor.is_finite:
             raise ValueError(
-                f"Broken LoRA at '{target.name}': got infinite values or no numbers, expected finite ones. Its "
+                f"Broken LoRA at {shorten(target.name)}: got infinite values or no numbers, expected finite ones. Its "
                 f"training went wrong: choose an earlier checkpoint of it."
             )
     start = settings.peft.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_BASE_CHANGING):
         raise ValueError(
-            f"LoRA of a changed base: got init_lora_weights '{start}' in {PEFT_CONFIG}, expected an adapter for the "
-            f"model as it is. Save it with PEFT's path_initial_model_for_weight_conversion."
+            f"LoRA of a changed base: got init_lora_weights {shorten(start)} in {PEFT_CONFIG}, expected an adapter for "
+            f"the model as it is. Save it with PEFT's path_initial_model_for_weight_conversion."
         )
     if settings.use_dora and not any(factor.magnitude is not None for factor in lora.factors.values()):
         raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..quoting import shorten
 from ..weights.atomic import write_atomically, write_folder_atomically
 from .kinds import Difference, Factor, Hadamard, Kronecker, LowRank
 from .names import Target
@@ -63,7 +64,9 @@ def export_lora(
     Every layout keeps the change exactly. Raises ValueError for what the layout cannot hold.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"Unknown layout: got '{layout}', expected one of {', '.join(LAYOUTS)}. Choose one of them.")
+        raise ValueError(
+            f"Unknown layout: got {shorten(layout)}, expected one of {', '.join(LAYOUTS)}. Choose one of them."
+        )
     if not factors:
         raise ValueError("Nothing to save: got a LoRA without factors, expected at least one. Choose another LoRA.")
     placed = {Target.of(place) if isinstance(place, str) else place: factor for place, factor in factors.items()}
@@ -93,8 +96,8 @@ def split_factor(target: Target, factor: Factor) -> dict[Target, Factor]:
     by_columns = factor.magnitude is not None and factor.magnitude.shape[0] == 1
     if not isinstance(factor, LowRank) or by_columns:
         raise ValueError(
-            f"Change of packed rows: got {factor.title} of '{target.name}', expected LoRA or DoRA by rows, which can "
-            f"be split into q, k and v. Choose the layout 'host'."
+            f"Change of packed rows: got {factor.title} of {shorten(target.name)}, expected LoRA or DoRA by rows, "
+            f"which can be split into q, k and v. Choose the layout 'host'."
         )
     parts = {}
     for share in shares:
@@ -118,7 +121,7 @@ def _pack(factors: Mapping[Target, Factor]) -> dict[Target, Factor]:
         if whole in packed or not all(isinstance(each, LowRank) and each.magnitude is None for each in given.values()):
             kinds = ", ".join(sorted({each.title for each in given.values()}))
             raise ValueError(
-                f"Separate rows of '{target.name}': got {kinds}, expected plain LoRA, which can be joined. "
+                f"Separate rows of {shorten(target.name)}: got {kinds}, expected plain LoRA, which can be joined. "
                 f"Choose the layout 'host' or 'peft'."
             )
         packed[whole] = _join(given, target.parts)
@@ -187,7 +190,7 @@ def _require_peft(target: Target, factor: Factor) -> None:
     by_columns = factor.magnitude is not None and factor.magnitude.shape[0] == 1
     if not isinstance(factor, LowRank) or by_columns or target.module == target.name:
         raise ValueError(
-            f"Not for PEFT: got {factor.title} of '{target.name}', expected LoRA or DoRA of linear layers and "
+            f"Not for PEFT: got {factor.title} of {shorten(target.name)}, expected LoRA or DoRA of linear layers and "
             f"convolutions. Choose the layout 'host'."
         )
 

@@ -4,6 +4,8 @@ import netrc
 import os
 from pathlib import Path
 
+from ..quoting import shorten
+
 OFF, OFFLINE, ONLINE = WANDB_MODES = ("off", "offline", "online")
 PERMISSION = "PIXART_WANDB"  # the environment variable by which the owner of a machine allows what is sent
 # A workflow comes from anybody: neither the console of the server nor its code, folders and hardware are recorded.
@@ -21,7 +23,9 @@ def check_tracking(mode: str) -> None:
     Raises ImportError when the package is missing.
     """
     if mode not in WANDB_MODES:
-        raise ValueError(f"Unknown mode: got '{mode}', expected one of {', '.join(WANDB_MODES)}. Choose one of them.")
+        raise ValueError(
+            f"Unknown mode: got {shorten(mode)}, expected one of {', '.join(WANDB_MODES)}. Choose one of them."
+        )
     if mode == OFF:
         return
     try:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..layers import Mlp
+from ..quoting import list_names, shorten
 from .draws import Chances
 from .settings import TrainingSettings
 
@@ -248,8 +249,8 @@ def add_adapters(model: nn.Module, settings: TrainingSettings) -> dict[str, Adap
     chosen = [name for name in known if re.fullmatch(settings.pattern, name)]
     if not chosen:
         raise ValueError(
-            f"No layer for the LoRA: got pattern {settings.pattern!r}, expected one that matches whole names of layers "
-            f"such as {', '.join(known[:1] + known[-1:])}. Correct the target pattern, or choose a preset."
+            f"No layer for the LoRA: got pattern {shorten(settings.pattern)}, expected one that matches whole names of "
+            f"layers such as {list_names(known[:1] + known[-1:])}. Correct the target pattern, or choose a preset."
         )
     adapters = {}
     for number, name in enumerate(chosen):

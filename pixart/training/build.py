@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..controlnet import PixArtControlNet
+from ..quoting import shorten
 from ..transformer import PixArt
 from ..weights.precision import DTYPES
 from .adapters import add_adapters, freeze
@@ -91,8 +92,8 @@ _MAKERS = {
 def _check_base_dtype(settings):
     if settings.base_dtype != "same":
         raise ValueError(
-            f"Nothing is frozen in this training: got base dtype '{settings.base_dtype}' with kind '{settings.kind}', "
-            f"expected 'same'. Train a LoRA to keep the base in 8 bits."
+            f"Nothing is frozen in this training: got base dtype {shorten(settings.base_dtype)} with kind "
+            f"{shorten(settings.kind)}, expected 'same'. Train a LoRA to keep the base in 8 bits."
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from ..quoting import plain, shorten
 from .settings import TrainingSettings
 
 # Name -> (package to install, module, class, arguments beside learning rate and weight decay).
@@ -31,8 +32,8 @@ def make_optimizer(settings: TrainingSettings, parameters: Iterable[Tensor]) -> 
         library = importlib.import_module(module)
     except (ImportError, RuntimeError) as error:
         raise ValueError(
-            f"Optimiser is not installed: got '{settings.optimizer}', expected the package {package} ({error}). "
-            f"Install it with pip into ComfyUI's Python, or choose adamw."
+            f"Optimiser is not installed: got {shorten(settings.optimizer)}, expected the package {package} "
+            f"({shorten(error, 200)}). Install it with pip into ComfyUI's Python, or choose adamw."
         ) from error
     if settings.optimizer == "adamw8bit":
         _check_8bit(getattr(library, name), parameters)
@@ -48,9 +49,9 @@ def _check_8bit(optimizer: type, parameters: list[Tensor]) -> None:
         optimizer([trial]).step()
     except (RuntimeError, NotImplementedError, AttributeError, ValueError, AssertionError) as error:
         raise ValueError(
-            f"8-bit Adam does not work here: got '{(str(error).splitlines() or [type(error).__name__])[0]}' from "
-            f"bitsandbytes on the device '{device.type}', expected its kernels for it. Install a newer bitsandbytes, "
-            f"or choose adamw."
+            f"8-bit Adam does not work here: got "
+            f"{plain((str(error).splitlines() or [type(error).__name__])[0], 200)} from bitsandbytes on "
+            f"the device '{device.type}', expected its kernels for it. Install a newer bitsandbytes, or choose adamw."
         ) from error
 
 

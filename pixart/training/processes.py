@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..quoting import shorten
 from .settings import TrainingSettings
 
 _SHARDED_OPTIMIZERS = ("adamw", "lion")  # the others' states are not one number for each weight
@@ -106,8 +107,8 @@ def _check_sharded(settings: TrainingSettings, is_second: bool) -> None:
         )
     if settings.optimizer not in _SHARDED_OPTIMIZERS:
         raise ValueError(
-            f"Optimiser cannot be sharded: got '{settings.optimizer}', expected {' or '.join(_SHARDED_OPTIMIZERS)}. "
-            f"Choose one of them, or train with DDP."
+            f"Optimiser cannot be sharded: got {shorten(settings.optimizer)}, expected "
+            f"{' or '.join(_SHARDED_OPTIMIZERS)}. Choose one of them, or train with DDP."
         )
     if settings.dtype == "fp16":
         raise ValueError(

@@ -14,7 +14,7 @@ from ..data.examples import FeatureSet
 from ..documents.parsing import load_json
 from ..lora import Target, save_lora
 from ..lora.kinds import LowRank
-from ..quoting import shorten
+from ..quoting import plain, shorten
 from ..tracking.file_names import fault_of
 from ..transformer import PixArt
 from ..weights.atomic import write_atomically
@@ -86,8 +86,9 @@ def train(
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"Result cannot be written: got '{error.strerror or error}', expected a writable disk with space. "
-                f"Nothing is lost: free some space and start the training again, it will only write the result",
+                f"Result cannot be written: got {plain(error.strerror or error, 200)}, expected a "
+                f"writable disk with space. Nothing is lost: free some space and start the training again, it will "
+                f"only write the result",
                 str(file),
             ) from error
         curve.save(folder / "loss.png")

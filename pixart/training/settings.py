@@ -266,8 +266,8 @@ def _check_together(settings):
             )
     if settings.prior_target == "model" and settings.kind != "lora":
         raise ValueError(
-            f"No frozen model to learn prior pictures from: got prior target 'model' with kind '{settings.kind}', "
-            f"expected kind 'lora'. Train a LoRA, or set the prior target to 'picture'."
+            f"No frozen model to learn prior pictures from: got prior target 'model' with kind "
+            f"{shorten(settings.kind)}, expected kind 'lora'. Train a LoRA, or set the prior target to 'picture'."
         )
     for point in settings.timestep_weights:
         if len(point) != 2 or not (0 <= point[0] < TRAIN_STEPS and 0 <= point[1] < math.inf):
@@ -300,8 +300,8 @@ def parse_settings(text: str, values: Mapping) -> TrainingSettings:
         given = parse_yaml(text)
     except ValueError as error:
         raise ValueError(
-            f"Further settings cannot be read: got {shorten(text)} ({error}), expected lines of 'name: value'. "
-            f"Correct them."
+            f"Further settings cannot be read: got {shorten(text)} ({shorten(error, 200)}), expected lines of 'name: "
+            f"value'. Correct them."
         ) from error
     given = {} if given is None else given
     if not isinstance(given, dict):
@@ -342,8 +342,8 @@ def read_config(path: str | os.PathLike) -> RunConfig:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"Configuration not found: got '{path}', expected a YAML or JSON file. Write one with the node Export "
-            f"PixArt Training Config."
+            f"Configuration not found: got {shorten(str(path), 300)}, expected a YAML or JSON file. Write one with the "
+            f"node Export PixArt Training Config."
         )
     values = _parse(path)
     known = {field.name for field in fields(RunConfig)}

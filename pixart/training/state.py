@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..quoting import shorten
+from ..quoting import list_names, shorten
 from ..weights.atomic import dump, write_atomically
 from ..weights.pickles import check_pth
 from ..weights.reading import require_file
@@ -107,7 +107,7 @@ def check_continues(state: Mapping, settings: TrainingSettings, shapes: Mapping[
     then, now = dict(state["settings"]), settings_to_dict(settings)
     changed = {name: (then[name], now[name]) for name in now if name not in _FREE and then.get(name) != now[name]}
     if changed:
-        listed = ", ".join(f"{name} {new!r} instead of {old!r}" for name, (old, new) in changed.items())
+        listed = ", ".join(f"{name} {shorten(new)} instead of {shorten(old)}" for name, (old, new) in changed.items())
         raise ValueError(
             f"Training cannot be continued with other settings: got {listed}, expected the same. Set them as they "
             f"were, give the training another name, or turn resume off."
@@ -116,7 +116,7 @@ def check_continues(state: Mapping, settings: TrainingSettings, shapes: Mapping[
     wrong = sorted(name for name in stored.keys() | shapes.keys() if stored.get(name) != shapes.get(name))
     if wrong:
         raise ValueError(
-            f"Training cannot be continued on this model: got other trained weights ({', '.join(wrong[:3])}, "
+            f"Training cannot be continued on this model: got other trained weights ({list_names(wrong, 3)}, "
             f"{len(wrong)} in all), expected those of the checkpoint. Connect the model that it was begun with, give "
             f"the training another name, or turn resume off."
         )

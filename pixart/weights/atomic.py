@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from ..quoting import shorten
+
 
 def dump(content: dict, path: Path) -> None:
     """torch.save, by a file of Python's, which alone says what is wrong when the disk is full."""
@@ -70,7 +72,9 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
     Raises ValueError when there is a folder with content already.
     """
     if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"Folder is not empty: got '{path}', expected a new one. Choose another name.")
+        raise ValueError(
+            f"Folder is not empty: got {shorten(str(path), 300)}, expected a new one. Choose another name."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     temporary.mkdir()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from ..config import PixArtConfig
+from ..quoting import shorten
 from .layouts import NULL_CAPTION_KEY, RECOMPUTED_KEYS
 
 FREQUENCY_CHANNELS = 256  # width of the sinusoids that enter the timestep and size embedders
@@ -56,18 +57,19 @@ def check_weights(state_dict: Mapping, config: PixArtConfig) -> None:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(
-                f"Weights are {problem}: got {len(state_dict)} tensors, {problem} '{names[0]}'{more}, expected exactly "
-                f"the {len(expected)} of a PixArt of {config.depth} layers. Download the complete PixArt checkpoint."
+                f"Weights are {problem}: got {len(state_dict)} tensors, {problem} {shorten(names[0])}{more}, expected "
+                f"exactly the {len(expected)} of a PixArt of {config.depth} layers. Download the complete PixArt "
+                f"checkpoint."
             )
     for name, shape in expected.items():
         tensor = state_dict.get(name)
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(
-                f"Wrong shape of '{name}': got {tuple(tensor.shape)}, expected {shape}. "
-                f"Choose a PixArt checkpoint, or correct the overridden settings."
+                f"Wrong shape of {shorten(name)}: got {tuple(tensor.shape)}, expected {shape}. Choose a PixArt "
+                f"checkpoint, or correct the overridden settings."
             )
         if tensor is not None and not tensor.dtype.is_floating_point:
             raise ValueError(
-                f"Wrong type of '{name}': got {tensor.dtype}, expected a floating type. "
-                f"Choose a checkpoint in fp32, fp16, bf16 or fp8."
+                f"Wrong type of {shorten(name)}: got {tensor.dtype}, expected a floating type. Choose a checkpoint in "
+                f"fp32, fp16, bf16 or fp8."
             )

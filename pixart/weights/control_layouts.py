@@ -6,6 +6,7 @@ Nothing here opens a file, as in `layouts.py`, whose names of the blocks' tensor
 import re
 from collections.abc import Callable, Mapping
 
+from ..quoting import shorten
 from .layouts import (
     CONFIG_KEY,
     CONTROL,
@@ -100,8 +101,8 @@ def _rename(control: Mapping, convert: Callable[[Mapping], dict], block_stem: st
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ValueError(
-            f"Unknown weights: got '{unknown[0]}'{more}, expected the names of a PixArt ControlNet. "
-            f"Choose a PixArt ControlNet file."
+            f"Unknown weights: got {shorten(unknown[0])}{more}, expected the names of a PixArt ControlNet. Choose a "
+            f"PixArt ControlNet file."
         )
     found = {}
     for name, value in (convert(blocks) if blocks else {}).items():

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..config import SIGMA_VAE_SCALE, PixArtConfig
+from ..quoting import shorten
 from .atomic import write_atomically
 from .checking import check_weights, expected_shapes
 from .control_layouts import control_to_diffusers, control_to_original, identify_control, part_controlnet
@@ -84,7 +85,9 @@ def save_controlnet(
     """
     path = Path(path)
     if layout not in ("original", "diffusers"):
-        raise ValueError(f"Unknown layout: got '{layout}', expected 'original' or 'diffusers'. Choose one of them.")
+        raise ValueError(
+            f"Unknown layout: got {shorten(layout)}, expected 'original' or 'diffusers'. Choose one of them."
+        )
     weights = control_to_original(state_dict)
     num_copies = check_control_weights(weights, config)
     is_diffusers = layout == "diffusers" or not names_file(path)
@@ -123,15 +126,15 @@ def check_control_weights(state_dict: Mapping, config: PixArtConfig) -> int:
     for problem, names in (("missing", expected.keys() - weights), ("unknown", weights.keys() - expected)):
         if names:
             raise ValueError(
-                f"Weights are {problem}: got {len(weights)} tensors, {problem} '{min(names)}' and {len(names) - 1} "
-                f"more, expected exactly the {len(expected)} of {num_copies} copied blocks. Download the complete "
-                f"ControlNet."
+                f"Weights are {problem}: got {len(weights)} tensors, {problem} {shorten(min(names))} and "
+                f"{len(names) - 1} more, expected exactly the {len(expected)} of {num_copies} copied blocks. Download "
+                f"the complete ControlNet."
             )
     for name, shape in expected.items():
         if tuple(weights[name].shape) != shape or not weights[name].dtype.is_floating_point:
             raise ValueError(
-                f"Wrong tensor '{name}': got {tuple(weights[name].shape)} of {weights[name].dtype}, expected {shape} "
-                f"of a floating type. Choose a ControlNet of this PixArt model."
+                f"Wrong tensor {shorten(name)}: got {tuple(weights[name].shape)} of {weights[name].dtype}, expected "
+                f"{shape} of a floating type. Choose a ControlNet of this PixArt model."
             )
     return num_copies
 
@@ -181,8 +184,8 @@ def _shape(control: Mapping[str, torch.Tensor], name: str, dimensions: int) -> t
     shape = tuple(control[name].shape) if name in control else None
     if shape is None or len(shape) != dimensions or 0 in shape:
         raise ValueError(
-            f"Weights are missing or damaged: got {shape} for '{name}', expected {dimensions} dimensions. Download the "
-            f"complete ControlNet."
+            f"Weights are missing or damaged: got {shape} for {shorten(name)}, expected {dimensions} dimensions. "
+            f"Download the complete ControlNet."
         )
     return shape
 
@@ -207,7 +210,9 @@ def _diffusers_config(config: PixArtConfig, num_copies: int) -> dict:
 
 def _save_folder(path: Path, weights: dict, texts: dict, dtype: torch.dtype | None, model_config: dict) -> None:
     if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"Folder is not empty: got '{path}', expected a new one. Choose another name.")
+        raise ValueError(
+            f"Folder is not empty: got {shorten(str(path), 300)}, expected a new one. Choose another name."
+        )
     write_weights(path / f"{TRANSFORMER_STEMS[0]}.safetensors", weights, texts, dtype)
     text = json.dumps(model_config, indent=2) + "\n"
     write_atomically(path / "config.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -18,6 +18,8 @@ from ..config import (
     SIGMA_VAE_SCALE,
     PixArtConfig,
 )
+from ..documents.parsing import parse_json
+from ..quoting import list_names, shorten
 from .layouts import (
     CONFIG_KEY,
     DIFFUSERS,
@@ -100,7 +102,9 @@ def detect(
     Raises ValueError when the weights lack what every PixArt has.
     """
     if variant is not None and variant not in CONFIGS:
-        raise ValueError(f"Unknown variant: got '{variant}', expected one of {', '.join(CONFIGS)}. Choose one of them.")
+        raise ValueError(
+            f"Unknown variant: got {shorten(variant)}, expected one of {', '.join(CONFIGS)}. Choose one of them."
+        )
     saved = saved_fields(weights)
     shapes = _original_shapes(weights)
     facts = _fields_from_shapes(shapes)
@@ -135,11 +139,11 @@ def saved_fields(weights: Weights) -> dict:
         return {}
     defaults = {field.name: field.default for field in fields(PixArtConfig)}
     try:
-        saved = {name: _checked(value, defaults[name]) for name, value in json.loads(text).items() if name in defaults}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        saved = {name: _checked(value, defaults[name]) for name, value in parse_json(text).items() if name in defaults}
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"Unreadable saved configuration: got {text!r:.80}, expected the JSON of a PixArt configuration. "
-            f"Save the model again, or choose the original file."
+            f"Unreadable saved configuration: got {shorten(text)}, expected the JSON of a PixArt configuration. Save "
+            f"the model again, or choose the original file."
         ) from error
     return saved
 
@@ -154,7 +158,7 @@ def _checked(value, default):
         kinds = (int,) if isinstance(default, int) else (int, float)
         fits = type(value) in kinds and 0 < value < _LARGEST
     if not fits:
-        raise ValueError(f"got {value!r}, expected a value like {default!r}")
+        raise ValueError(f"got {shorten(value)}, expected a value like {default!r}")
     return tuple(value) if isinstance(default, tuple) else value
 
 
@@ -174,12 +178,13 @@ def _shape(shapes: Mapping, name: str, dimensions: int) -> tuple[int, ...]:
     shape = shapes.get(name)
     if shape is None:
         raise ValueError(
-            f"Weights are missing: got no '{name}', expected it in every PixArt model. "
-            f"Download the complete checkpoint."
+            f"Weights are missing: got no {shorten(name)}, expected it in every PixArt model. Download the complete "
+            f"checkpoint."
         )
     if len(shape) != dimensions or 0 in shape:
         raise ValueError(
-            f"Wrong shape of '{name}': got {shape}, expected {dimensions} dimensions. Download the checkpoint again."
+            f"Wrong shape of {shorten(name)}: got {shape}, expected {dimensions} dimensions. Download the checkpoint "
+            f"again."
         )
     return shape
 
@@ -358,7 +363,8 @@ def _apply_overrides(found: dict, overrides: dict) -> None:
     unknown = set(overrides) - set(found)
     if unknown:
         raise ValueError(
-            f"Unknown settings: got {', '.join(sorted(unknown))}, expected fields of PixArtConfig. Correct their names."
+            f"Unknown settings: got {list_names(sorted(unknown))}, expected fields of PixArtConfig. Correct "
+            f"their names."
         )
     found.update({field: (value, CHOSEN) for field, value in overrides.items() if value is not None})
 

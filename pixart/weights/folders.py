@@ -1,14 +1,14 @@
 """Finds the weights of a diffusers or transformers folder: one file, or shards with or without their index."""
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..documents.parsing import parse_json
 from ..files.inside import check_inside, is_plain_name
 from ..files.regular import CONFIG_BYTES, read_bytes
-from ..quoting import shorten
+from ..quoting import list_names, shorten
 
 TRANSFORMER_STEMS = ("diffusion_pytorch_model",)
 TEXT_ENCODER_STEMS = ("model", "pytorch_model")
@@ -49,15 +49,17 @@ def open_folder(path: Path, variant: str | None = None) -> ModelFolder:
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"Folder not found: got '{path}', expected a diffusers folder. Choose another one.")
+        raise FileNotFoundError(
+            f"Folder not found: got {shorten(str(path), 300)}, expected a diffusers folder. Choose another one."
+        )
     inner = path / "transformer"
     folder = inner if inner.is_dir() else path
     root = folder.parent if folder.name == "transformer" else folder
     if folder == path and (path / "model_index.json").is_file():
         kind = read_json(path / "model_index.json").get("_class_name")
         raise ValueError(
-            f"Not a PixArt folder: got a {kind} without a transformer in '{path.name}', expected a PixArt pipeline. "
-            f"Choose the folder of a PixArt-alpha or PixArt-Sigma model."
+            f"Not a PixArt folder: got a {kind} without a transformer in {shorten(path.name)}, expected a PixArt "
+            f"pipeline. Choose the folder of a PixArt-alpha or PixArt-Sigma model."
         )
     _refuse_other_models(folder)
     files, weight_map = find_weights(folder, TRANSFORMER_STEMS, variant)
@@ -104,8 +106,8 @@ def _find(folder: Path, stems: tuple[str, ...], variant: str | None) -> tuple[tu
         return (folder / others[0],), {}
     wanted = f"'{stems[0]}{f'.{variant}' if variant else ''}.safetensors'"
     raise FileNotFoundError(
-        f"No weights in folder '{folder.name}': got {', '.join(others) or 'no model file'}, expected {wanted} or an "
-        f"index of shards. Choose a folder with a complete model, or download the missing file."
+        f"No weights in folder {shorten(folder.name)}: got {list_names(others) or 'no model file'}, expected {wanted} "
+        f"or an index of shards. Choose a folder with a complete model, or download the missing file."
     )
 
 
@@ -117,16 +119,16 @@ def read_json(path: Path) -> dict:
     """
     data = read_bytes(check_inside(path, path.parent), CONFIG_BYTES)
     try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
         raise ValueError(
-            f"Unreadable '{path.name}': got no JSON ({shorten(error)}), expected a configuration. "
-            f"Download '{path}' again."
+            f"Unreadable {shorten(path.name)}: got no JSON ({shorten(error)}), expected a configuration. Download "
+            f"{shorten(str(path), 300)} again."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(
-            f"Unreadable '{path.name}': got a {type(content).__name__}, expected a JSON object. "
-            f"Download '{path}' again."
+            f"Unreadable {shorten(path.name)}: got a {type(content).__name__}, expected a JSON object. Download "
+            f"{shorten(str(path), 300)} again."
         )
     return content
 
@@ -134,7 +136,7 @@ def read_json(path: Path) -> dict:
 def _refuse_other_models(folder: Path) -> None:
     for name, kind in _OTHER_FOLDERS.items():
         if (folder / name).is_file():
-            raise ValueError(f"Not a PixArt folder: got '{folder.name}', {kind}")
+            raise ValueError(f"Not a PixArt folder: got {shorten(folder.name)}, {kind}")
     config = folder / "config.json"
     if not config.is_file():
         return
@@ -145,8 +147,8 @@ def _refuse_other_models(folder: Path) -> None:
     )
     if kind is not None and kind not in TRANSFORMER_CLASSES:
         raise ValueError(
-            f"Not a PixArt folder: got a {kind} in '{folder.name}', expected {' or '.join(TRANSFORMER_CLASSES)}. "
-            f"Choose the folder of a PixArt-alpha or PixArt-Sigma model."
+            f"Not a PixArt folder: got a {kind} in {shorten(folder.name)}, expected "
+            f"{' or '.join(TRANSFORMER_CLASSES)}. Choose the folder of a PixArt-alpha or PixArt-Sigma model."
         )
 
 
@@ -164,14 +166,14 @@ def indexed_files(index: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"Unreadable '{index.name}': got no weight_map, expected an index of shards. Download it again."
+            f"Unreadable {shorten(index.name)}: got no weight_map, expected an index of shards. Download it again."
         )
     shards = sorted({_plain_name(index, name) for name in weight_map.values()})
     for shard in shards:
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(
-                f"A shard is missing: got no '{shard}', expected all {len(shards)} files of '{index.name}'. "
-                f"Download it into '{index.parent.name}'."
+                f"A shard is missing: got no {shorten(shard)}, expected all {len(shards)} files of "
+                f"{shorten(index.name)}. Download it into {shorten(index.parent.name)}."
             )
     return tuple(index.parent / shard for shard in shards), weight_map
 
@@ -180,8 +182,8 @@ def _plain_name(index: Path, name: object) -> str:
     """A shard's name that cannot lead out of the folder."""
     if not is_plain_name(name) or not name.endswith(_SUFFIXES):
         raise ValueError(
-            f"Unsafe index '{index.name}': got the shard name {shorten(name)}, expected a file of the same folder. "
-            f"Download the model from a source that you trust."
+            f"Unsafe index {shorten(index.name)}: got the shard name {shorten(name)}, expected a file of the same "
+            f"folder. Download the model from a source that you trust."
         )
     return name
 
@@ -198,8 +200,8 @@ def _shards_without_index(folder: Path, names: list[str], variant: str | None) -
     if len(best) > 1:
         samples = ", ".join(sorted(sets[key][min(sets[key])] for key in best))
         raise ValueError(
-            f"Several sets of shards in '{folder.name}': got {samples}, expected one set or an index. "
-            f"Choose a folder with one model."
+            f"Several sets of shards in {shorten(folder.name)}: got {samples}, expected one set or an index. Choose a "
+            f"folder with one model."
         )
     if not best:
         return ()
@@ -207,7 +209,7 @@ def _shards_without_index(folder: Path, names: list[str], variant: str | None) -
     missing = sorted(set(range(1, count + 1)) - set(shards))
     if missing or len(shards) != count:
         raise FileNotFoundError(
-            f"A shard is missing: got {len(shards)} of {count} like '{shards[min(shards)]}', expected number "
-            f"{missing[0] if missing else count} as well. Download it into '{folder.name}'."
+            f"A shard is missing: got {len(shards)} of {count} like {shorten(shards[min(shards)])}, expected number "
+            f"{missing[0] if missing else count} as well. Download it into {shorten(folder.name)}."
         )
     return tuple(folder / shards[number] for number in sorted(shards))

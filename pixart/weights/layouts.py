@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..quoting import shorten
+
 ORIGINAL, DIFFUSERS, CONTROLNET, CONTROL, LORA = "original", "diffusers", "controlnet", "control", "lora"
 T5, UNKNOWN = "T5 text encoder", "unknown"
 
@@ -150,7 +152,9 @@ def identify(content: object, weights: str = "ema", metadata: Mapping[str, str] 
     Raises ValueError when there is nothing like a state dict, or not the chosen weights.
     """
     if weights not in ("ema", "model"):
-        raise ValueError(f"Unknown choice of weights: got '{weights}', expected 'ema' or 'model'. Choose one of them.")
+        raise ValueError(
+            f"Unknown choice of weights: got {shorten(weights)}, expected 'ema' or 'model'. Choose one of them."
+        )
     chosen = _strip_prefixes(_pick_weights(content, weights))
     if weights == "ema" and _wrapped(content, EMA_WRAPPERS) and _wrapped(content, MODEL_WRAPPERS):
         trained = _strip_prefixes(_pick_weights(content, "model"))

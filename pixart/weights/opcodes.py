@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..quoting import shorten
+
 # A training checkpoint has some ten thousands of opcodes; these leave room for a history of half a million numbers.
 _MOST_STEPS = 2**20
 _MOST_BYTES = 2**26  # of one text or byte string
@@ -76,7 +78,7 @@ class _Machine:
                 return content
             step = _STEPS.get(code)
             if step is None:
-                raise _refused(f"the opcode {code!r}") if code else EOFError("the pickle ends too early")
+                raise _refused(f"the opcode {shorten(code)}") if code else EOFError("the pickle ends too early")
             step(self)
         raise _refused(f"more than {_MOST_STEPS} steps")
 

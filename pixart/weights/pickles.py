@@ -212,15 +212,15 @@ def _load_pickle(file: io.BufferedIOBase, path: Path, foreign: bool = True) -> t
         content = run(file, names.find, names.storage)
     except _PICKLE_ERRORS as error:
         raise ValueError(
-            f"Unreadable PyTorch file '{path.name}': got a damaged or hostile pickle ({shorten(error)}), expected a "
-            f"checkpoint. Download the file again from a source that you trust."
+            f"Unreadable PyTorch file {shorten(path.name)}: got a damaged or hostile pickle ({shorten(error)}), "
+            f"expected a checkpoint. Download the file again from a source that you trust."
         ) from error
     if names.foreign:
         listed = ", ".join(shorten(name)[1:-1] for name in sorted(names.foreign)[:8])
         if not foreign:
             raise ValueError(
-                f"Foreign objects in '{path.name}': got {listed}, expected tensors and plain values alone. Choose "
-                f"another file, from a source that you trust."
+                f"Foreign objects in {shorten(path.name)}: got {listed}, expected tensors and plain values alone. "
+                f"Choose another file, from a source that you trust."
             )
         log.info("%s: skipped objects that are no weights (%s); nothing of them was run.", path.name, listed)
     return content, names.storages
@@ -267,8 +267,8 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
     entries = {entry.filename: entry for entry in listed}
     if len(entries) < len(listed):
         raise ValueError(
-            f"Ambiguous archive: got two entries of one name in '{path.name}', expected names of their own. Download "
-            f"the file again from a source that you trust."
+            f"Ambiguous archive: got two entries of one name in {shorten(path.name)}, expected names of their own. "
+            f"Download the file again from a source that you trust."
         )
     size = path.stat().st_size
     if any(entry.header_offset < 0 for entry in listed) or sum(entry.compress_size for entry in listed) > size:
@@ -280,7 +280,7 @@ def _read_entry(path: Path, file: io.BufferedReader, entry: zipfile.ZipInfo) -> 
     """The bytes of a stored entry. Raises BadZipFile when they are not what was written."""
     if entry.file_size > _MOST_PICKLE_BYTES:
         raise ValueError(
-            f"Oversized pickle: got {math.ceil(entry.file_size / 1e6)} MB in '{path.name}' beside its tensors, "
+            f"Oversized pickle: got {math.ceil(entry.file_size / 1e6)} MB in {shorten(path.name)} beside its tensors, "
             f"expected at most {math.ceil(_MOST_PICKLE_BYTES / 1e6)} MB. Save the weights alone."
         )
     file.seek(_position(file, entry))
@@ -296,12 +296,12 @@ def _checkpoint_folder(path: Path, entries: Mapping[str, zipfile.ZipInfo]) -> st
     if len(pickles) != 1 or any(name.endswith("constants.pkl") for name in entries):
         kind = "a TorchScript program" if pickles else "a zip archive of other files"
         raise ValueError(
-            f"Not a checkpoint: got {kind} in '{path.name}', expected a file by torch.save. "
-            f"Unpack the archive, or choose the checkpoint itself."
+            f"Not a checkpoint: got {kind} in {shorten(path.name)}, expected a file by torch.save. Unpack the archive, "
+            f"or choose the checkpoint itself."
         )
     if any(_is_packed(entry) for entry in entries.values()):
         raise ValueError(
-            f"Packed checkpoint: got compressed or locked entries in '{path.name}', expected them stored as "
+            f"Packed checkpoint: got compressed or locked entries in {shorten(path.name)}, expected them stored as "
             f"torch.save does. Unpack the archive, or download the checkpoint again."
         )
     return pickles[0].removesuffix("data.pkl")
@@ -328,8 +328,8 @@ def _open_legacy(path: Path, foreign: bool) -> tuple[object, dict[str, int]]:
         magic = _load_pickle(file, path)[0]
         if magic != LEGACY_MAGIC:
             raise ValueError(
-                f"Not a checkpoint: got a pickle of something else in '{path.name}', expected a file by torch.save. "
-                f"Choose the checkpoint itself."
+                f"Not a checkpoint: got a pickle of something else in {shorten(path.name)}, expected a file by "
+                f"torch.save. Choose the checkpoint itself."
             )
         _load_pickle(file, path)  # the version of the format, the same ever since
         system = _load_pickle(file, path)[0]
@@ -362,12 +362,12 @@ def _require_held(path: Path, wanted: Mapping[str, StoredTensor], file_bytes: in
         if claimed > max(span * stored.dtype.itemsize, _MOST_REPEATED_BYTES):
             raise ValueError(
                 f"Repeated tensor {shorten(name)}: got {shorten(stored.shape)} of {span} stored numbers in "
-                f"'{path.name}', expected all of its numbers there. Save it again with .contiguous()."
+                f"{shorten(path.name)}, expected all of its numbers there. Save it again with .contiguous()."
             )
     if total > _MOST_SHARES * file_bytes + _MOST_REPEATED_BYTES:
         raise ValueError(
-            f"Tensors share their bytes too often: got {math.ceil(total / 1e6)} MB in all out of '{path.name}' of "
-            f"{math.ceil(file_bytes / 1e6)} MB, expected at most {_MOST_SHARES} times as many. Save them again with "
+            f"Tensors share their bytes too often: got {math.ceil(total / 1e6)} MB in all out of {shorten(path.name)} "
+            f"of {math.ceil(file_bytes / 1e6)} MB, expected at most {_MOST_SHARES} times as many. Save them again with "
             f".clone()."
         )
 
@@ -409,8 +409,8 @@ def _read_bytes(file, path: Path, place: int, count: int) -> torch.Tensor:
 def _require_little_endian(path: Path, little: bool) -> None:
     if not little:
         raise ValueError(
-            f"Byte order mismatch: got a big-endian file '{path.name}', expected little-endian. "
-            f"Save the checkpoint again on an ordinary machine."
+            f"Byte order mismatch: got a big-endian file {shorten(path.name)}, expected little-endian. Save the "
+            f"checkpoint again on an ordinary machine."
         )
 
 

@@ -159,16 +159,20 @@ def naming(path: Path):
     except ValueError as error:
         if path.name in str(error):
             raise
-        raise ValueError(f"{path.name}: {error}") from error
+        raise ValueError(f"{path.name}: {shorten(error, 200)}") from error
 
 
 def require_file(path: Path) -> None:
     """Raises FileNotFoundError for a missing file, ValueError for a pipe, device or socket, whose opening can block."""
     if not path.exists():
-        raise FileNotFoundError(f"File not found: got '{path}', expected a checkpoint. Choose another file.")
+        raise FileNotFoundError(
+            f"File not found: got {shorten(str(path), 300)}, expected a checkpoint. Choose another file."
+        )
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe, device or socket"
-        raise ValueError(f"Not a file: got {kind} named '{path.name}', expected a checkpoint. Choose another file.")
+        raise ValueError(
+            f"Not a file: got {kind} named {shorten(path.name)}, expected a checkpoint. Choose another file."
+        )
 
 
 def _recognise(path: Path) -> str:
@@ -178,33 +182,35 @@ def _recognise(path: Path) -> str:
         head = file.read(512)
     size = path.stat().st_size
     if not head:
-        raise ValueError(f"Empty file: got 0 bytes in '{path.name}', expected a checkpoint. Download the file again.")
+        raise ValueError(
+            f"Empty file: got 0 bytes in {shorten(path.name)}, expected a checkpoint. Download the file again."
+        )
     header = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and header <= 100 * 10**6:  # the format's own limit
         if header > _HEADER_LIMIT:
             raise ValueError(
-                f"Oversized header: got {header / 1e6:.0f} MB of names in '{path.name}', expected at most "
+                f"Oversized header: got {header / 1e6:.0f} MB of names in {shorten(path.name)}, expected at most "
                 f"{_HEADER_LIMIT / 1e6:.0f} MB. Save the weights again without other texts."
             )
         if header > size - 8:
             raise ValueError(
-                f"Truncated file: got {size} bytes in '{path.name}', expected at least the {header} of its header. "
-                f"Download the file again."
+                f"Truncated file: got {size} bytes in {shorten(path.name)}, expected at least the {header} of its "
+                f"header. Download the file again."
             )
         return "safetensors"
     for start, (kind, remedy) in _OTHER_FILES.items():
         if head.lstrip().startswith(start):
-            raise ValueError(f"Not a checkpoint: got {kind} in '{path.name}', expected weights. {remedy}.")
+            raise ValueError(f"Not a checkpoint: got {kind} in {shorten(path.name)}, expected weights. {remedy}.")
     if head[257:262] == b"ustar":
         raise ValueError(
-            f"Not a checkpoint: got a tar archive in '{path.name}', expected weights. Unpack it, or save a checkpoint "
-            f"from before 2018 again with a newer PyTorch."
+            f"Not a checkpoint: got a tar archive in {shorten(path.name)}, expected weights. Unpack it, or save a "
+            f"checkpoint from before 2018 again with a newer PyTorch."
         )
     if head.startswith((ZIP_MAGIC, b"\x80")):
         return "torch"
     raise ValueError(
-        f"Not a checkpoint: got a file of an unknown kind ('{path.name}', starting with {head[:8]!r}), expected "
-        f"safetensors or .pth weights. Choose the checkpoint, or download it again."
+        f"Not a checkpoint: got a file of an unknown kind ({shorten(path.name)}, starting with {shorten(head[:8])}), "
+        f"expected safetensors or .pth weights. Choose the checkpoint, or download it again."
     )
 
 
@@ -252,8 +258,8 @@ def _open_safetensors(path: Path) -> _SafetensorsFile:
         names = list(file.keys())
         if len(names) > _MOST_TENSORS:
             raise ValueError(
-                f"Too many tensors: got {len(names)} in '{path.name}', expected at most {_MOST_TENSORS}. "
-                f"Choose another file."
+                f"Too many tensors: got {len(names)} in {shorten(path.name)}, expected at most {_MOST_TENSORS}. Choose "
+                f"another file."
             )
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         metadata = dict(file.metadata() or {})
@@ -266,7 +272,7 @@ def _sound_safetensors(path: Path):
         yield
     except SafetensorError as error:
         raise ValueError(
-            f"Truncated or damaged file: got unreadable safetensors in '{path.name}' ({shorten(error)}), "
+            f"Truncated or damaged file: got unreadable safetensors in {shorten(path.name)} ({shorten(error)}), "
             f"expected complete weights. Download the file again."
         ) from error
 
@@ -315,16 +321,16 @@ def _join_shards(files: Sequence[Opened], weight_map: Mapping[str, str]) -> _Sha
         for name, tensor in _top_level(file).items():
             if name in content:
                 raise ValueError(
-                    f"Tensor twice in shards: got '{name}' in '{content[name].file.path.name}' and '{file.path.name}', "
-                    f"expected it once. Download the folder again."
+                    f"Tensor twice in shards: got {shorten(name)} in {shorten(content[name].file.path.name)} and "
+                    f"{shorten(file.path.name)}, expected it once. Download the folder again."
                 )
             content[name] = _ShardedTensor(file, tensor)
         metadata |= file.metadata
     missing = [name for name in weight_map if name not in content]
     if missing:
         raise ValueError(
-            f"Truncated shard: got no '{missing[0]}' in '{weight_map[missing[0]]}', expected it there as the "
-            f"index says. Download this shard again."
+            f"Truncated shard: got no {shorten(missing[0])} in {shorten(weight_map[missing[0]])}, expected it there as "
+            f"the index says. Download this shard again."
         )
     return _Shards(files[0].path.parent, files, content, metadata)
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..config import PixArtConfig
+from ..quoting import shorten
 from .atomic import dump, write_atomically, write_folder_atomically
 from .checking import check_weights
 from .layouts import CONFIG_KEY, to_diffusers, to_original
@@ -36,7 +37,9 @@ def save_checkpoint(
     """
     path = Path(path)
     if layout not in ("original", "diffusers"):
-        raise ValueError(f"Unknown layout: got '{layout}', expected 'original' or 'diffusers'. Choose one of them.")
+        raise ValueError(
+            f"Unknown layout: got {shorten(layout)}, expected 'original' or 'diffusers'. Choose one of them."
+        )
     texts = {str(key): str(value) for key, value in (metadata or {}).items()}
     texts |= {"format": "pt", CONFIG_KEY: json.dumps(asdict(config))}
     weights = to_original(state_dict)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..quoting import list_names
 from .folders import TEXT_ENCODER_STEMS, read_json
 from .layouts import describe, detect_layout
 
@@ -87,7 +88,7 @@ def detect_t5_config(weights: Mapping[str, torch.Tensor], name: str, declared: M
     missing = [key for key in rows if key not in weights]
     if missing:
         raise ValueError(
-            f"Incomplete text encoder: got {name} without {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}, "
+            f"Incomplete text encoder: got {name} without {list_names(missing[:3])}{' ...' * (len(missing) > 3)}, "
             f"expected {len(rows)} tensors for {1 + max(layers)} layers. Download the file again."
         )
     width = rows["encoder.final_layer_norm.weight"]

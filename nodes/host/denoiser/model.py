@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ....pixart.checkpoint import CONFIG_KEY, config_to_tensor
 from ....pixart.config import PixArtConfig
 from ....pixart.layers import common_row
+from ....pixart.quoting import shorten
 from ....pixart.transformer import PixArt, ProjectedCaption, add_control
 from .attention import block_replacement, host_attention, replaced_attention
 from .block_cache import BLOCK_CACHE
@@ -274,8 +275,9 @@ class PixArtModel(comfy.model_base.PixArt):
             self.diffusion_model.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:
             raise ValueError(
-                f"PixArt weights do not fit the model: got {str(error).splitlines()[1:4]}, expected the keys and "
-                f"shapes of {self.pixart_config}. Choose the right variant in the loader, or download the file again."
+                f"PixArt weights do not fit the model: got {shorten(str(error).splitlines()[1:4], 300)}, expected the "
+                f"keys and shapes of {self.pixart_config}. Choose the right variant in the loader, or "
+                f"download the file again."
             ) from error
         self.diffusion_model.requires_grad_(False)
         comfy.model_management.archive_model_dtypes(self.diffusion_model)

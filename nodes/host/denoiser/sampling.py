@@ -8,6 +8,7 @@ import comfy.model_sampling
 import comfy.samplers
 import torch
 
+from ....pixart.quoting import shorten
 from ....samplers import SAMPLERS
 from ....samplers.contract import GUIDED_CHANNELS, traits_of
 from ....samplers.noise import SampleNoise, batch_seeds, noise_seeds
@@ -131,7 +132,9 @@ def _with_variance(x, extra_args, options):
     options = dict(options)
     mode = options.pop("guidance", GUIDANCE_MODES[0])
     if mode not in GUIDANCE_MODES:
-        raise ValueError(f"Unknown guidance: got {mode!r}, expected {' or '.join(GUIDANCE_MODES)}. Choose original.")
+        raise ValueError(
+            f"Unknown guidance: got {shorten(mode)}, expected {' or '.join(GUIDANCE_MODES)}. Choose original."
+        )
     sink = _VarianceSink(x)
     model_options = dict(extra_args.get("model_options", {}))
     model_options["transformer_options"] = {**model_options.get("transformer_options", {}), VARIANCE_SINK: sink}

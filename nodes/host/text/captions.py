@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from ....pixart.quoting import shorten
+from ....pixart.quoting import list_names, shorten
 from ....pixart.text import PAD_ID, batch_captions, check_brackets, limit_text, truncate
 from . import prompt_cache
 from .t5 import T5_NAME
@@ -76,7 +76,7 @@ def _tokenize(clip, caption: str) -> list[tuple]:
     tokens = clip.tokenize(caption)
     if set(tokens) != {T5_NAME}:
         raise ValueError(
-            f"Wrong text encoder: got the tokens of {', '.join(tokens)}, expected those of {T5_NAME} alone. "
+            f"Wrong text encoder: got the tokens of {list_names(tokens)}, expected those of {T5_NAME} alone. "
             f"Connect Load T5 Text Encoder, or Load CLIP with the type pixart."
         )
     pairs = [pair[:2] for pair in tokens[T5_NAME][0]]

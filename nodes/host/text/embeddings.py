@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ....pixart.quoting import shorten
+from ....pixart.documents.parsing import parse_json
+from ....pixart.quoting import list_names, shorten
 from ....pixart.weights.atomic import PRIVATE, write_atomically
 from ..folders import is_inner, next_output, open_paths
 
@@ -41,8 +42,8 @@ def save_embeddings(conditioning: list, prefix: str) -> str:
     except TypeError as error:
         names = sorted({name for entry in entries for name, value in entry.items() if not _is_plain(value)})
         raise ValueError(
-            f"Conditioning cannot be saved: got {', '.join(names)} in it, expected a caption alone. Save the output of "
-            f"the text node, and apply ControlNets and hooks after loading."
+            f"Conditioning cannot be saved: got {list_names(names)} in it, expected a caption alone. Save the "
+            f"output of the text node, and apply ControlNets and hooks after loading."
         ) from error
     path = next_output(prefix, _SUFFIX, is_private=True)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=texts), mode=PRIVATE)
@@ -134,7 +135,7 @@ def _read_entries(path: Path, size: int, time_ns: int) -> list[dict] | None:
     """The header of a file as it was at a time: the editor asks for the list again and again."""
     try:
         with safe_open(path, framework="pt") as file:
-            entries = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            entries = parse_json((file.metadata() or {}).get(_KEY, "null"))
     except (SafetensorError, OSError, ValueError):
         return None
     return entries if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries) else None

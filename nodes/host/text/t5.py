@@ -1,7 +1,6 @@
 """T5 text encoders as the host's CLIP: finds the files and loads them."""
 
 import functools
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,8 @@ import folder_paths
 import torch
 from transformers import T5TokenizerFast
 
-from ....pixart.quoting import shorten
+from ....pixart.documents.parsing import parse_json
+from ....pixart.quoting import plain, shorten
 from ....pixart.weights.folders import TEXT_ENCODER_STEMS, read_json
 from ....pixart.weights.reading import read_tensors
 from ....pixart.weights.t5 import detect_t5_config, encoder_weights, is_t5_folder
@@ -117,8 +117,8 @@ def load_t5(
         if "size mismatch" not in str(error):
             raise
         raise ValueError(
-            f"Text encoder cannot be loaded: got {str(error).splitlines()[-1].strip()} in {path.name}, expected a "
-            f"T5 v1.1 encoder. Download the file again."
+            f"Text encoder cannot be loaded: got {plain(str(error).splitlines()[-1].strip(), 200)} in "
+            f"{path.name}, expected a T5 v1.1 encoder. Download the file again."
         ) from error
     clip.patcher.cached_patcher_init = (_load_patcher, (path, tokenizer, device))
     return clip
@@ -160,8 +160,8 @@ def _declared_config(path: Path, metadata: dict[str, str]) -> dict:
     if (path / "config.json").is_file():
         return read_json(path / "config.json")
     try:
-        config = json.loads(metadata.get(T5_METADATA, "{}"))
-    except json.JSONDecodeError as error:
+        config = parse_json(metadata.get(T5_METADATA, "{}"))
+    except ValueError as error:
         raise ValueError(
             f"Damaged metadata: got {T5_METADATA} that is no JSON in {path.name}. Save it again."
         ) from error
