@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ..pixart.data.examples import Example
 from ..pixart.encoders.edges import soft_edges
-from ..pixart.weights.atomic import write_atomically
+from ..pixart.files.atomic import write_atomically
 from .autoencoder import VAE_SCALE, average_latents
 from .decoder_stage import to_tensor
 from .pool import Bucket, bucket_scenes

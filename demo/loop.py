@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..pixart.weights.atomic import write_atomically
+from ..pixart.files.atomic import write_atomically
 from ..pixart.weights.pickles import check_pth
 
 logger = logging.getLogger(__name__)

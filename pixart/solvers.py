@@ -20,13 +20,7 @@ else:
     from ..samplers.lcm import boundary_scalings
     from ..samplers.noise import SampleNoise, noise_seeds
     from ..samplers.presets import PRESETS
-    from ..samplers.schedules import (
-        NUM_TIMESTEPS,
-        SCHEDULES,
-        make_betas,
-        schedule_sigmas,
-        timesteps_from_sigmas,
-    )
+    from ..samplers.schedules import NUM_TIMESTEPS, SCHEDULES, make_betas, schedule_sigmas, timesteps_from_sigmas
 
 __all__ = [
     "NUM_TIMESTEPS",

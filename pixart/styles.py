@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .documents.parsing import load_json
+from .files.documents import load_json
 from .quoting import list_names, shorten
 
 STYLES_FILE = Path(__file__).resolve().parent.parent / "styles" / "styles.json"

@@ -3,17 +3,16 @@
 # room: (what is in it, the rooms that it may import from, and the libraries beside the standard one)
 ROOMS = {
     "samplers": ("the maths of one solver per file", (), ("torch", "tqdm")),
-    "pixart.files": ("files and folders of strangers", ("pixart",), ()),
     "pixart": ("the model, and what describes it", ("samplers",), ("torch", "numpy", "safetensors")),
-    "pixart.documents": ("JSON and YAML that others wrote", ("pixart", "pixart.files"), ("yaml",)),
+    "pixart.files": ("strangers' files in bounds, own files whole", ("pixart",), ("torch", "safetensors", "yaml")),
     "pixart.weights": (
         "files of weights",
-        ("pixart", "pixart.files", "pixart.documents"),
+        ("pixart", "pixart.files"),
         ("torch", "numpy", "safetensors"),
     ),
     "pixart.lora": (
         "adapters",
-        ("pixart", "pixart.files", "pixart.documents", "pixart.weights"),
+        ("pixart", "pixart.files", "pixart.weights"),
         ("torch", "safetensors"),
     ),
     "pixart.encoders": (
@@ -24,18 +23,18 @@ ROOMS = {
     "pixart.drawing": ("pictures with words", ("pixart",), ("PIL",)),
     "pixart.tracking": (
         "what made a picture or a training",
-        ("pixart", "pixart.documents", "pixart.weights"),
+        ("pixart", "pixart.files"),
         ("PIL", "wandb"),
     ),
     "pixart.data": (
         "data sets",
-        ("pixart", "pixart.files", "pixart.documents", "pixart.weights"),
+        ("pixart", "pixart.files", "pixart.weights"),
         ("torch", "numpy", "safetensors", "PIL"),
     ),
     "pixart.training": (
         "objectives and the loop",
         (
-            *("pixart", "pixart.documents", "pixart.weights", "pixart.lora"),
+            *("pixart", "pixart.files", "pixart.weights", "pixart.lora"),
             *("pixart.drawing", "pixart.tracking", "pixart.data"),
         ),
         ("torch", "numpy", "safetensors", "PIL", "accelerate", "tqdm", "wandb", "yaml"),
@@ -43,7 +42,7 @@ ROOMS = {
     "pixart.commands": (
         "`python -m pixart <command>`",
         (
-            *("pixart", "pixart.files", "pixart.documents", "pixart.weights", "pixart.lora", "pixart.encoders"),
+            *("pixart", "pixart.files", "pixart.weights", "pixart.lora", "pixart.encoders"),
             *("pixart.drawing", "pixart.data", "pixart.training"),
         ),
         ("torch", "numpy", "safetensors", "PIL", "tqdm"),
@@ -58,7 +57,7 @@ ROOMS = {
 # What single modules may import beyond their room's row.
 DOORS = {
     "pixart.checkpoint": ("pixart.weights",),  # the public names of a lower floor
-    "pixart.styles": ("pixart.documents",),
+    "pixart.styles": ("pixart.files",),
     "pixart.__main__": ("pixart.commands",),
     "pixart.text": ("pixart.files",),
 }

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import folder_paths
 from comfy.cli_args import args
 
+from ...pixart.files.names import fault_of, has_hidden_letters, is_device
 from ...pixart.quoting import shorten
-from ...pixart.tracking.file_names import fault_of, has_hidden_letters, is_device
 
 log = logging.getLogger(__name__)
 

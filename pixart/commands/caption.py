@@ -13,7 +13,6 @@ from pathlib import Path
 from ..data import sources
 from ..data.pictures import FilePicture, decode_picture, measure_picture
 from ..data.records import Record
-from ..documents.parsing import parse_json
 from ..encoders.captioner import (
     CAPTION_MARK,
     DESCRIBE,
@@ -23,8 +22,9 @@ from ..encoders.captioner import (
     fill_prompt,
     load_captioner,
 )
+from ..files.atomic import write_atomically
+from ..files.documents import parse_json
 from ..quoting import shorten
-from ..weights.atomic import write_atomically
 from ..weights.precision import DTYPES
 from .console import add_device, make_parser, own_device, process_rank
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..documents.parsing import load_json
 from ..drawing.axes import Axis, Grid, parse_axis
 from ..drawing.sheets import comparison_grid, labelled_sheet
+from ..files.atomic import write_atomically
+from ..files.documents import load_json
 from ..quoting import list_names, plain, shorten
-from ..weights.atomic import write_atomically
 from .console import make_parser
 from .server import ComfyServer
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..files.atomic import write_atomically, write_folder_atomically
 from ..lora import LAYOUTS as LORA_LAYOUTS
 from ..lora import PEFT_CONFIG, read_lora, save_lora
 from ..quoting import shorten
-from ..weights.atomic import write_atomically, write_folder_atomically
 from ..weights.controlnets import read_controlnet, save_controlnet
 from ..weights.folders import TEXT_ENCODER_STEMS
 from ..weights.layouts import CONTROL, CONTROLNET, LORA, T5, identify

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..documents.parsing import TABLE_LIMIT, load_json
+from ..files.atomic import write_atomically
+from ..files.documents import TABLE_LIMIT, load_json
 from ..quoting import shorten
-from ..weights.atomic import write_atomically
 from .compare import fill, make_cell, parse_target, read_workflow
 from .console import make_parser, own_device, process_rank
 from .sample import add_models, add_settings, load_pipeline, picture_size, read_settings, to_pictures

@@ -21,12 +21,12 @@ from PIL.PngImagePlugin import PngInfo
 from ..config import LATENT_DOWNSCALE
 from ..encoders.autoencoder import load_autoencoder
 from ..encoders.t5 import load_text_encoder
+from ..files.atomic import write_atomically
 from ..resolution import parse_prompt_flags
 from ..sampling import Settings
 from ..solvers import PRESETS, SAMPLERS, SCHEDULES
 from ..text import clean_prompt
 from ..transformer import PixArt
-from ..weights.atomic import write_atomically
 from ..weights.precision import DTYPES
 from ..weights.reading import read_checkpoint
 from .console import add_device, make_parser

@@ -13,9 +13,9 @@ from PIL import Image
 
 from ..data.pictures import FilePicture, decode_picture
 from ..drawing.sheets import labelled_sheet
+from ..files.atomic import write_atomically
 from ..files.inside import check_folder
 from ..quoting import plain, shorten
-from ..weights.atomic import write_atomically
 from ..weights.folders import TEXT_ENCODER_STEMS, find_weights
 from ..weights.pickles import check_pth
 from ..weights.reading import read_tensors, require_file

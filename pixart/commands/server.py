@@ -10,7 +10,7 @@ import uuid
 
 from PIL import Image
 
-from ..documents.parsing import parse_json
+from ..files.documents import parse_json
 from ..quoting import plain
 
 POLL_S = 0.5

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from ..config import LATENT_DOWNSCALE
-from ..documents.parsing import parse_json
+from ..files.atomic import write_atomically
+from ..files.documents import parse_json
 from ..files.regular import TABLE_BYTES, read_text
 from ..quoting import shorten
 from ..resolution import ASPECT_RATIOS, fit_images
 from ..text import clean_prompt
-from ..weights.atomic import write_atomically
 from ..weights.precision import DTYPES
 from .examples import Example
 from .identity import digest

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..documents.parsing import parse_json
+from ..files.documents import parse_json
 from ..files.inside import check_folder, check_inside, is_plain_name
 from ..files.regular import CONFIG_BYTES, check_mode, read_text
 from ..quoting import shorten

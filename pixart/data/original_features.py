@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from ..config import ALPHA_CAPTION_LENGTH, LATENT_DOWNSCALE
-from ..documents.parsing import parse_json
+from ..files.atomic import write_atomically
+from ..files.documents import parse_json
 from ..files.regular import TABLE_BYTES, read_text
 from ..quoting import shorten
-from ..weights.atomic import write_atomically
 from .cache import training_bins
 from .examples import Example, FeatureSet
 

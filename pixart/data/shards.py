@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..files.atomic import write_atomically
 from ..quoting import shorten
-from ..weights.atomic import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path, PureWindowsPath
 
-from ..documents.parsing import TABLE_LIMIT, parse_json
+from ..files.documents import TABLE_LIMIT, parse_json
 from ..files.inside import check_inside, is_inside
 from ..files.regular import MEGABYTE, TABLE_BYTES, read_bytes
 from ..quoting import plain, shorten

@@ -1,1 +1,1 @@
-"""Files and folders of strangers, before anyone knows what is in them."""
+"""Files and folders of strangers, read within bounds, and files of our own, which appear whole or not at all."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..config import PixArtConfig
-from ..documents.parsing import parse_json
+from ..files.documents import parse_json
 from ..files.inside import check_inside
 from ..quoting import shorten
 from ..weights.checking import expected_shapes

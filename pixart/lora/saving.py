@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..files.atomic import write_atomically, write_folder_atomically
 from ..quoting import shorten
-from ..weights.atomic import write_atomically, write_folder_atomically
 from .kinds import Difference, Factor, Hadamard, Kronecker, LowRank
 from .names import Target
 from .reading import HEADER_KEY, PEFT_CONFIG, PEFT_WEIGHTS

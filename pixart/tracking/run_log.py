@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..documents.parsing import load_json
-from ..weights.atomic import append_line, write_atomically
+from ..files.atomic import append_line, write_atomically
+from ..files.documents import load_json
 from .weights_and_biases import OFF, open_run
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..documents.parsing import parse_json
 from ..drawing.curves import draw_curve
+from ..files.atomic import write_atomically
+from ..files.documents import parse_json
 from ..tracking.weights_and_biases import open_run, usual_mode
-from ..weights.atomic import write_atomically
 from .settings import TrainingSettings, settings_to_dict
 
 logger = logging.getLogger(__name__)

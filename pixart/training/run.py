@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.examples import FeatureSet
-from ..documents.parsing import load_json
+from ..files.atomic import write_atomically
+from ..files.documents import load_json
+from ..files.names import fault_of
 from ..lora import Target, save_lora
 from ..lora.kinds import LowRank
 from ..quoting import plain, shorten
-from ..tracking.file_names import fault_of
 from ..transformer import PixArt
-from ..weights.atomic import write_atomically
 from ..weights.controlnets import save_controlnet
 from ..weights.precision import DTYPES
 from ..weights.saving import save_checkpoint

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..diffusion import TRAIN_STEPS
-from ..documents.parsing import load_json, parse_yaml
-from ..documents.patterns import compile_pattern
+from ..files.atomic import write_atomically
+from ..files.documents import load_json, parse_yaml
+from ..files.patterns import compile_pattern
 from ..quoting import list_names, shorten
 from ..weights import precision
-from ..weights.atomic import write_atomically
 
 KINDS = ("lora", "full", "dreambooth", "controlnet", "lcm", "lcm_lora")
 ADAPTED = ("lora", "lcm_lora")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ..files.atomic import dump, write_atomically
 from ..quoting import list_names, shorten
-from ..weights.atomic import dump, write_atomically
 from ..weights.pickles import check_pth
 from ..weights.reading import require_file
 from .settings import TrainingSettings, settings_to_dict

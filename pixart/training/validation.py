@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..config import LATENT_DOWNSCALE
 from ..drawing.strips import join_column, join_row, label_above
+from ..files.atomic import write_atomically
 from ..sampling import Captions, Settings, sample_latents
-from ..weights.atomic import write_atomically
 from .objectives import ControlPrediction, Distillation, Objective
 
 Decode = Callable[[Tensor], Tensor]  # unscaled latents (B, 4, h, w) -> pictures (B, H, W, 3) in [0, 1]

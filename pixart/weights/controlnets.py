@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from ..config import SIGMA_VAE_SCALE, PixArtConfig
+from ..files.atomic import write_atomically
 from ..quoting import shorten
-from .atomic import write_atomically
 from .checking import check_weights, expected_shapes
 from .control_layouts import control_to_diffusers, control_to_original, identify_control, part_controlnet
 from .detection import ALPHA, SIGMA, detect, guess_heads, mlp_ratio, read_name, saved_fields

@@ -18,7 +18,7 @@ from ..config import (
     SIGMA_VAE_SCALE,
     PixArtConfig,
 )
-from ..documents.parsing import parse_json
+from ..files.documents import parse_json
 from ..quoting import list_names, shorten
 from .layouts import (
     CONFIG_KEY,

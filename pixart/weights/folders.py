@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..documents.parsing import parse_json
+from ..files.documents import parse_json
 from ..files.inside import check_inside, is_plain_name
 from ..files.regular import CONFIG_BYTES, read_bytes
 from ..quoting import list_names, shorten

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from ..config import PixArtConfig
+from ..files.atomic import dump, write_atomically, write_folder_atomically
 from ..quoting import shorten
-from .atomic import dump, write_atomically, write_folder_atomically
 from .checking import check_weights
 from .layouts import CONFIG_KEY, to_diffusers, to_original
 

@@ -36,10 +36,10 @@ def test_depth_and_cycles_are_bounded():
         deep = (deep,)
     circle = []
     circle.append(circle)
-    start = time.perf_counter()
+    start = time.process_time()
     for value in (deep, circle, {0: deep}, [deep] * 10**5):
         assert len(shorten(value)) <= 80
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_what_is_short_looks_as_in_python():

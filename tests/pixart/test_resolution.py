@@ -60,12 +60,12 @@ def test_prompt_flags(case):
 @pytest.mark.parametrize("name", hostile_texts.FLAGS)
 def test_flags_that_mean_harm_take_a_moment(name):
     """Python takes no number of thousands of digits, and no ratio of numbers of hundreds."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         parse_prompt_flags(hostile_texts.FLAGS[name], 1024)
     except ValueError as error:
         assert "Prompt flag out of range: got --" in str(error) and len(str(error)) < 300
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("prompt", ["a cat --ar 0:1", "a cat --ar 1:0", "a cat --hw 0:5"])

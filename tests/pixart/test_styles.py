@@ -72,9 +72,9 @@ def test_styles_are_found_by_name_in_any_case_and_by_a_star():
 @pytest.mark.parametrize("name", hostile_texts.STYLES)
 def test_names_that_mean_harm_take_a_moment(name):
     many = {f"style {number} {'x' * 1000}": Style("x", SLOT) for number in range(5000)}
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         assert len(find_styles(hostile_texts.STYLES[name], many)) == 5000
     except ValueError as error:
         assert "Unknown style: got" in str(error) and len(str(error)) < 6000
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

@@ -117,9 +117,9 @@ def test_cleaning_takes_time_in_proportion_to_the_text(name):
 
     def seconds(count: int) -> float:
         text = (SLOW[name] * count)[:count]
-        start = time.perf_counter()
+        start = time.process_time()
         clean_prompt(text)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(100)
     short, long = min(seconds(7_500) for _ in range(2)), min(seconds(30_000) for _ in range(2))
@@ -128,9 +128,9 @@ def test_cleaning_takes_time_in_proportion_to_the_text(name):
 
 @pytest.mark.parametrize("text", ["1" * 29_000 + "_", "a1a" + "1" * 29_000 + "é", "a.com" + "é" * 29_000 + "@"])
 def test_cleaning_does_not_try_all_ways_to_part_a_row_of_signs(text):
-    start = time.perf_counter()
+    start = time.process_time()
     clean_prompt(text)
-    assert time.perf_counter() - start < 1  # was 10 and more
+    assert time.process_time() - start < 1  # was 10 and more
 
 
 def test_a_letter_by_a_number_of_thousands_of_digits():

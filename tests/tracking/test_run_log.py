@@ -14,13 +14,7 @@ import pytest
 from PIL import Image
 
 from pixart_pack.pixart.tracking import run_log, weights_and_biases
-from pixart_pack.pixart.tracking.run_log import (
-    Hashes,
-    close_tracking,
-    describe_workflow,
-    track,
-    write_run,
-)
+from pixart_pack.pixart.tracking.run_log import Hashes, close_tracking, describe_workflow, track, write_run
 from pixart_pack.pixart.tracking.weights_and_biases import PERMISSION, check_tracking, open_run, usual_mode
 from pixart_pack.tests.host.audit_hook import leaves_the_machine
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pixart_pack.pixart import CONFIGS, PixArt, PixArtConfig
 from pixart_pack.pixart.checkpoint import CONFIG_KEY, NULL_CAPTION_KEY, expected_shapes, to_diffusers
-from pixart_pack.pixart.weights.atomic import write_atomically
+from pixart_pack.pixart.files.atomic import write_atomically
 from pixart_pack.pixart.weights.folders import TEXT_ENCODER_STEMS
 from pixart_pack.pixart.weights.layouts import identify
 from pixart_pack.pixart.weights.reading import open_weights, read_checkpoint, read_tensors

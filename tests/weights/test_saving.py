@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
+from pixart_pack.pixart.files.atomic import write_atomically
 from pixart_pack.pixart.lora import LowRank, save_lora
-from pixart_pack.pixart.weights.atomic import write_atomically
 from pixart_pack.pixart.weights.saving import save_checkpoint
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 

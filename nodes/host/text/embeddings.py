@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ....pixart.documents.parsing import parse_json
+from ....pixart.files.atomic import PRIVATE, write_atomically
+from ....pixart.files.documents import parse_json
 from ....pixart.quoting import list_names, shorten
-from ....pixart.weights.atomic import PRIVATE, write_atomically
 from ..folders import is_inner, next_output, open_paths
 
 PLACES = {"output": folder_paths.get_output_directory, "input": folder_paths.get_input_directory}

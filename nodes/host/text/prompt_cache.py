@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ....pixart.weights.atomic import PRIVATE, write_atomically
+from ....pixart.files.atomic import PRIVATE, write_atomically
 from . import t5
 
 log = logging.getLogger(__name__)

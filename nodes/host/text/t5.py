@@ -15,7 +15,7 @@ import folder_paths
 import torch
 from transformers import T5TokenizerFast
 
-from ....pixart.documents.parsing import parse_json
+from ....pixart.files.documents import parse_json
 from ....pixart.quoting import plain, shorten
 from ....pixart.weights.folders import TEXT_ENCODER_STEMS, read_json
 from ....pixart.weights.reading import read_tensors

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pixart_pack.pixart.tracking.file_names import fault_of, has_hidden_letters, is_device
+from pixart_pack.pixart.files.names import fault_of, has_hidden_letters, is_device
 
 GOOD = ("my_style", "Größe 1.5 [v2]", ".hidden", "画风", "console", "com10", "null.txt", "a..b", "👩\u200d🎨")
 BAD = ("", ".", "..", " . ", "a/b", "a\\b", "C:", 'a"b', "a|b", "a?", "a*", "<a>", "a\0b", "a\nb", "a\x7fb", "\x85")

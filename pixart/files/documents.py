@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..files.regular import read_text
 from ..quoting import plain, shorten
+from .regular import read_text
 
 DEPTH_LIMIT = 64  # of lists and objects within each other; Python's own readers go down some thousand and then fail
 JSON_LIMIT = 2**26

@@ -4,14 +4,7 @@ import time
 
 import pytest
 
-from pixart_pack.pixart.documents.parsing import (
-    DEPTH_LIMIT,
-    JSON_LIMIT,
-    YAML_LIMIT,
-    load_json,
-    parse_json,
-    parse_yaml,
-)
+from pixart_pack.pixart.files.documents import DEPTH_LIMIT, JSON_LIMIT, YAML_LIMIT, load_json, parse_json, parse_yaml
 from pixart_pack.tests import hostile_texts
 
 
@@ -68,22 +61,22 @@ def test_other_yaml_is_refused_in_short_words(text, message):
 
 @pytest.mark.parametrize("name", hostile_texts.SETTINGS)
 def test_hostile_yaml_takes_a_moment(name):
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         parse_yaml(hostile_texts.SETTINGS[name])
     except ValueError as error:
         assert len(str(error)) <= 300
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("name", hostile_texts.JSON)
 def test_hostile_json_takes_a_moment(name):
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         parse_json(hostile_texts.JSON[name])
     except ValueError as error:
         assert len(str(error)) <= 300
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_files_are_measured_before_they_are_read(tmp_path):

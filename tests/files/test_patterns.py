@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pixart_pack.pixart.documents.patterns import compile_pattern
+from pixart_pack.pixart.files.patterns import compile_pattern
 from pixart_pack.pixart.training.settings import TARGETS
 
 NAME = "blocks.27.cross_attn.kv_linear.adapter_of_a_long_name"
@@ -36,6 +36,6 @@ def test_what_takes_hours_or_is_none_is_refused(pattern):
 @pytest.mark.parametrize("pattern", [".*.*.*.*!", "(.*)(.*)(.*)(.*)!", r"\w*.*\w*.*!", "x" * 999])
 def test_what_is_taken_ends_soon(pattern):
     found = compile_pattern(pattern)
-    start = time.perf_counter()
+    start = time.process_time()
     assert not found.fullmatch(NAME)
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2
