@@ -20,6 +20,7 @@ from .records import Record, wrong_table
 
 AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE = "auto", "folder", "csv", "jsonl", "pixart json", "sam", "datasets"
 KINDS = (AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE)
+_COLUMN_LIMIT = 1000
 _CSV_END = "\x1e"  # a row behind the last one: a quote that is never closed takes it in
 _CAPTION_SUFFIXES = (".txt", ".caption", ".TXT")
 CAPTION_BYTES = MEGABYTE  # a book's chapter; models read a few hundred words
@@ -230,6 +231,8 @@ def _read_csv(path: Path, place: _Place, columns: Columns, control: _Stems | Non
     separator = "\t" if table.suffix.lower() == ".tsv" else _separator(text)
     reader = csv.DictReader(chain(io.StringIO(text), [_CSV_END]), delimiter=separator)
     try:
+        if len(reader.fieldnames or ()) > _COLUMN_LIMIT:  # each row would hold as many
+            raise wrong_table(table, f"{len(reader.fieldnames)} columns", f"at most {_COLUMN_LIMIT}")
         rows = list(reader)
     except csv.Error as error:
         got = f"line {reader.line_num + 1} that is no table's ({error})"

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from ..config import PixArtConfig
 from ..files.documents import parse_json
 from ..files.inside import check_inside
+from ..files.patterns import compile_pattern
 from ..quoting import shorten
 from ..weights.checking import expected_shapes
 from ..weights.folders import read_json
@@ -168,11 +170,33 @@ class _Settings:
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Whether a key of PEFT's patterns means a module: the end of its name, which may be a regular expression."""
+    """Whether a key of PEFT's patterns means a module: the end of its name, which may be a regular expression.
+
+    Raises ValueError for one that could go on for hours.
+    """
+    if module == pattern or module.endswith(f".{pattern}"):
+        return True
     try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+        return re.match(rf"(.*\.)?({_checked_pattern(pattern)})$", module) is not None
     except re.error:
-        return module == pattern or module.endswith(f".{pattern}")
+        return False
+
+
+@lru_cache(maxsize=1024)
+def _checked_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error:
+        raise
+    except (OverflowError, RecursionError) as error:
+        raise re.error(str(error)) from error
+    try:
+        return compile_pattern(pattern).pattern
+    except ValueError as error:
+        raise ValueError(
+            f"Pattern of a LoRA is refused: got {shorten(pattern)} ({error}), expected names of layers or a plain "
+            f"pattern of them. Save the LoRA with the names themselves."
+        ) from error
 
 
 def _number(value: object, default: float) -> float:

@@ -469,3 +469,17 @@ def test_the_content_of_a_file_that_is_not_to_be_told_is_not(name, text, tmp_pat
         (record,) = read_dataset(tmp_path / name, "csv", Columns("picture", "text"), confined=True, shows_cells=False)
         assert record.name == ("in.png" if picture == "in.png" else "row 1")
         assert SECRET not in record.name + (record.problem or "")
+
+
+def test_a_table_of_a_million_columns_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("a," * 10**6 + "\n" + "x\n" * 1000)
+    with pytest.raises(ValueError, match="got 1000001 columns in t.csv, expected at most 1000"):
+        read_dataset(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000])
+@pytest.mark.parametrize("name", ["t.jsonl", "data_info.json"])
+def test_deep_tables_are_refused_in_words(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match="that is no JSON|no JSON"):
+        read_dataset(tmp_path / name)

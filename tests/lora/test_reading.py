@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from pixart_pack.pixart.checkpoint import detect_config, to_diffusers, to_original
 from pixart_pack.pixart.lora import Target, describe_lora, load_lora, merge, read_lora
+from pixart_pack.pixart.lora.reading import _matches
 from pixart_pack.pixart.transformer import PixArt
 from pixart_pack.tests.goldens import load_golden, take
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
@@ -482,3 +483,15 @@ def test_folders_and_files(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError, match=r"wrong\.safetensors: No key of this LoRA"):
         read_lora(tmp_path / "wrong.safetensors")
+
+
+@pytest.mark.parametrize("pattern", ["(.+)+!", "(?:a|a)*b", ".*.*.*.*.*!", "x" * 10**6 + "*"])
+def test_patterns_that_take_hours_are_refused(pattern):
+    with pytest.raises(ValueError, match="Pattern of a LoRA is refused: got '") as caught:
+        _matches(pattern, "blocks.27.cross_attn.kv_linear_of_a_long_name")
+    assert len(str(caught.value)) < 400
+
+
+def test_patterns_mean_the_end_of_a_name():
+    assert _matches("attn.qkv", "blocks.0.attn.qkv") and not _matches("qk", "blocks.0.attn.qkv")
+    assert _matches(r"blocks\.\d+\.(attn|mlp)\.\w+", "x.blocks.0.attn.qkv") and not _matches("(", "blocks.0")
