@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .commands.console import program, run_command
+
 COMMANDS = {
     "sample": "make pictures from prompts",
     "convert": "write a checkpoint, ControlNet, LoRA or T5 in another layout",
@@ -28,9 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         sys.stderr.write(f"error: Unknown command: got '{name}', expected one of {', '.join(COMMANDS)}. Choose one.\n")
         return 2
-    # Not imported before it is asked for: the list of commands needs no PyTorch.
-    from .commands.console import run_command
-
     command = importlib.import_module(f".commands.{name}", __package__)
     return run_command(command.main, command.parse(), rest)
 
@@ -39,9 +38,8 @@ def overview() -> str:
     """The commands, one a line."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        ["usage: python -m pixart <command> [options]", "", *lines, "", "Each has a --help with examples.", ""]
-    )
+    head, foot = f"usage: {program()} <command> [options]\n\n", "\n\nEach has a --help with examples.\n"
+    return head + "\n".join(lines) + foot
 
 
 if __name__ == "__main__":

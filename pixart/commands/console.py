@@ -6,10 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
-from ..weights.precision import DTYPES
-
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
@@ -48,6 +44,11 @@ def run_command(
 
 def add_device(parser) -> None:
     """--device and --dtype; the defaults are what this machine is best at."""
+    # Here, since the list of commands needs no PyTorch, which takes seconds.
+    import torch
+
+    from ..weights.precision import DTYPES
+
     device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
     parser.add_argument("--device", default=device, help="default: %(default)s")
     parser.add_argument("--dtype", choices=list(DTYPES), default=dtype, help="default: %(default)s")
