@@ -12,7 +12,8 @@ from pixart_pack.devtools.tiers import Outcome, Run
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
     monkeypatch.setattr(tiers, "usable_cores", lambda: 2)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", tiers.WAIT_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
 
 
 WORKERS = ("-n", "2", "--dist", "worksteal")
@@ -102,6 +103,15 @@ def test_the_last_line_sums_all_runs():
     outcomes = run_made_up(runs, [1, 1], counts)
     assert tiers.closing_lines(runs, outcomes) == ["Skipped, no c: a.py::b", "5 passed, 3 failed, 1 skipped"]
     assert tiers.exit_code(outcomes, chosen=False) == 1
+
+
+def test_threads_wait_without_spinning_unless_the_user_wants_it(monkeypatch):
+    seen = []
+    for policy in (None, "ACTIVE"):
+        if policy:
+            monkeypatch.setenv(tiers.WAIT_VARIABLE, policy)
+        tiers.run_all([Run("", ())], lambda run, variables: seen.append(variables[tiers.WAIT_VARIABLE]) or 0)
+    assert seen == ["PASSIVE", "ACTIVE"]
 
 
 def test_a_run_that_breaks_off_is_a_failure():
