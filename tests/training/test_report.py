@@ -121,7 +121,7 @@ def test_a_result_that_found_no_room_is_written_by_the_next_run(tmp_path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(run_module, "save_result", full)
-        with pytest.raises(OSError, match="Result cannot be written: got 'No space left"):
+        with pytest.raises(OSError, match="Result cannot be written: got No space left"):
             train(tiny_model(), make_features(), settings, folder)
     assert choose_folder(tmp_path, "full", True, 2) == folder
     result = train(tiny_model(), make_features(), settings, folder)
