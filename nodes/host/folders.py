@@ -41,15 +41,24 @@ def _fits(wanted: Callable[[Path], bool], folder: Path) -> bool:
         return False
 
 
+def names_of(kind: str) -> list[str]:
+    """The host's list of files. It remembers folders, and fails for ever when one of them is removed."""
+    try:
+        return folder_paths.get_filename_list(kind)
+    except FileNotFoundError:
+        folder_paths.filename_list_cache.pop(folder_paths.map_legacy(kind), None)
+        return folder_paths.get_filename_list(kind)
+
+
 def list_files(kinds: tuple[str, ...]) -> list[str]:
     """The names of all files of these kinds, each once."""
-    return list(dict.fromkeys(name for kind in kinds for name in folder_paths.get_filename_list(kind)))
+    return list(dict.fromkeys(name for kind in kinds for name in names_of(kind)))
 
 
 def find_file(kinds: tuple[str, ...], name: str) -> Path:
     """The path of a file of these kinds. Raises FileNotFoundError; a name never leads out of the folders."""
     for kind in kinds:
-        if name in folder_paths.get_filename_list(kind):
+        if name in names_of(kind):
             return Path(folder_paths.get_full_path_or_raise(kind, name))
     places = " or ".join(f"models/{kind}" for kind in kinds)
     raise FileNotFoundError(

@@ -33,6 +33,8 @@ def models(comfy):
     yield root
     for name in ("text_encoders", "clip", "diffusers"):
         shutil.rmtree(root / name)
+        (root / name).mkdir()
+    folder_paths.filename_list_cache.clear()  # the host remembers folders that are gone
 
 
 @pytest.fixture(scope="module")

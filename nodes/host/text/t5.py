@@ -20,7 +20,7 @@ from ....pixart.quoting import plain, shorten
 from ....pixart.weights.folders import TEXT_ENCODER_STEMS, read_json
 from ....pixart.weights.reading import read_tensors
 from ....pixart.weights.t5 import detect_t5_config, encoder_weights, is_t5_folder
-from ..folders import find_folders
+from ..folders import find_folders, names_of
 
 AUTO, BUILT_IN = "auto", "built-in"
 DEVICES = ("default", "cpu")
@@ -33,7 +33,7 @@ _VOCABULARY_SLACK = 256  # rows without a token: T5 has 32128 for 32100, or for 
 
 def list_text_encoders() -> list[str]:
     """What Load T5 Text Encoder offers: files by their names, folders with a slash at the end. No single shards."""
-    files = [name for name in folder_paths.get_filename_list("text_encoders") if not _SHARD.search(name)]
+    files = [name for name in names_of("text_encoders") if not _SHARD.search(name)]
     return [*files, *find_folders(FOLDER_KINDS, is_t5_folder)]
 
 
@@ -45,7 +45,7 @@ def list_tokenizers() -> list[str]:
 def find_text_encoder(name: str) -> Path:
     """The path of one of list_text_encoders. Raises FileNotFoundError."""
     path = find_folders(FOLDER_KINDS, is_t5_folder).get(name)
-    if path is None and name in folder_paths.get_filename_list("text_encoders"):
+    if path is None and name in names_of("text_encoders"):
         path = folder_paths.get_full_path("text_encoders", name)
     if path is None:
         raise FileNotFoundError(
