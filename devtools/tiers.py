@@ -34,6 +34,9 @@ SETTINGS = (  # variables that make PyTorch compute as on another processor
     {"OMP_NUM_THREADS": "1"},
     {"OMP_NUM_THREADS": "2"},
 )
+# What takes longest goes first, so that no worker waits for another at the end; `tests` stands for all the others.
+IN_ORDER = ("--no-loadscope-reorder",)
+LONGEST_FIRST = ("tests/training/test_processes.py", "tests/browser", "tests")
 MOST_WORKERS = 4  # each takes about 1 GB
 COUNTS_VARIABLE = "PIXART_TEST_COUNTS"  # tells the tests where to write what they came to
 WAIT_VARIABLE = "OMP_WAIT_POLICY"
@@ -85,7 +88,7 @@ def plan(tier: str | None, rest: Sequence[str]) -> list[Run]:
         return [with_workers(Run(tier, (*rest, *folder), editor=tier == "browser"), rest, "loadfile")]
     if paths or any(argument in WHOLE for argument in rest):
         return [Run("", rest, editor=runs_browser_tests(rest))]
-    others = Run("the rest", marked("not quick", rest), editor=True)
+    others = Run("the rest", (*IN_ORDER, *marked("not quick", rest), *LONGEST_FIRST), editor=True)
     return [with_workers(Run("quick", quick), rest), with_workers(others, rest, "loadfile")]
 
 

@@ -52,7 +52,7 @@ def test_everything_is_what_is_quick_and_what_is_not():
     assert quick.arguments[:4] == WORKERS
     assert rest.arguments[:4] == BY_FILE
     assert (quick.editor, rest.editor) == (False, True)
-    assert all(run.arguments[-2:] == ("-k", "demo") for run in (quick, rest))
+    assert quick.arguments[-2:] == ("-k", "demo") and rest.arguments[-5:] == ("-k", "demo", *tiers.LONGEST_FIRST)
 
 
 @pytest.mark.parametrize("rest", [["tests/samplers", "-q"], ["--lf"], ["--collect-only", "-q"]])
