@@ -5,13 +5,15 @@
 
 import json
 import sys
+import textwrap
 from html import escape
 
 from ..devtools.process import ROOT
 
 NODES_PAGE = ROOT / "docs" / "nodes.md"
 PICTURE = ROOT / "docs" / "architecture.svg"
-BOX_PX, GAP_PX = (216, 50), (18, 34)
+BOX_PX, GAP_PX = (180, 66), (14, 34)
+LETTERS_A_LINE = 25
 BOX_STYLE = 'fill="#eef2fb" stroke="#3f51b5"'
 INTRODUCTION = """# Nodes and workflows
 
@@ -58,52 +60,87 @@ def _note_of(path) -> str:
 
 
 def architecture_picture() -> str:
-    """The rooms of the house as SVG, each above those that it may import from, without arrows that others imply."""
+    """The rooms of the house as SVG, each right below those that import from it, without arrows that others imply."""
     from ..tests.architecture import ROOMS, arrows
 
     pairs = arrows()
-    floors: dict[str, int] = {}
-    while len(floors) < len(ROOMS):
-        for room in ROOMS:
-            below = [target for source, target in pairs if source == room]
-            if all(target in floors for target in below):
-                floors.setdefault(room, max((floors[target] + 1 for target in below), default=0))
-    rows = [[room for room in ROOMS if floors[room] == floor] for floor in range(max(floors.values()) + 1)]
-    width = max(map(len, rows)) * (BOX_PX[0] + GAP_PX[0]) + GAP_PX[0]
-    height = len(rows) * (BOX_PX[1] + GAP_PX[1]) + GAP_PX[1]
-    places = {}
+    rows = _rows(list(ROOMS), pairs)
+    widths = [sum(BOX_PX[0] if item in ROOMS else 0 for item in row) + GAP_PX[0] * (len(row) - 1) for row in rows]
+    width, height = max(widths) + 2 * GAP_PX[0], len(rows) * (BOX_PX[1] + GAP_PX[1]) + GAP_PX[1]
+    places = {}  # the middle of an item's upper edge
     for floor, row in enumerate(rows):
-        left = (width - len(row) * (BOX_PX[0] + GAP_PX[0]) + GAP_PX[0]) / 2
-        top = height - (floor + 1) * (BOX_PX[1] + GAP_PX[1])
-        places |= {room: (left + index * (BOX_PX[0] + GAP_PX[0]), top) for index, room in enumerate(row)}
-    return "\n".join([*_head(width, height), *_lines(pairs, places), *_boxes(ROOMS, places), "</svg>", ""])
+        left = (width - widths[floor]) / 2
+        for item in row:
+            item_px = BOX_PX[0] if item in ROOMS else 0
+            places[item] = (left + item_px / 2, GAP_PX[1] + floor * (BOX_PX[1] + GAP_PX[1]))
+            left += item_px + GAP_PX[0]
+    boxes = {room: places[room] for room in ROOMS}
+    return "\n".join([*_head(width, height), *_lines(pairs, places), *_boxes(ROOMS, boxes), "</svg>", ""])
+
+
+def _rows(rooms: list[str], pairs: list[tuple[str, str]]) -> list[list]:
+    """The items of each floor, the highest first: rooms, and (source, target, floor) where an arrow passes between."""
+    depths: dict[str, int] = {}
+    while len(depths) < len(rooms):
+        for room in rooms:
+            above = [source for source, target in pairs if target == room]
+            if all(source in depths for source in above):
+                depths.setdefault(room, max((depths[source] + 1 for source in above), default=0))
+    rows: list[list] = [[room for room in rooms if not depths[room]]]
+    for floor in range(1, max(depths.values()) + 1):
+        above = {item: index for index, item in enumerate(rows[-1])}
+        passing = [(a, b, floor) for a, b in pairs if depths[a] < floor < depths[b]]
+        parents = {room: [a for a, b in pairs if b == room] for room in rooms if depths[room] == floor}
+        parents |= {item: [item[0]] for item in passing}
+        middles = {item: _middle(item, sources, above, floor) for item, sources in parents.items()}
+        rows.append(sorted(middles, key=middles.get))
+    return rows
+
+
+def _middle(item, sources: list[str], above: dict, floor: int) -> float:
+    """Where in its row an item belongs: the mean place of what leads to it from the row above."""
+    target = item if isinstance(item, str) else item[1]
+    found = [above.get(source, above.get((source, target, floor - 1))) for source in sources]
+    return sum(found) / len(found)
 
 
 def _head(width: float, height: float) -> list[str]:
+    """No background: the boxes and lines are seen on light and on dark pages."""
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" font-family="sans-serif">',
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="#7a869a"/></marker></defs>',
-        f'<rect width="{width:g}" height="{height:g}" fill="#ffffff"/>',
     ]
 
 
 def _lines(pairs: list, places: dict) -> list[str]:
-    half, tall = BOX_PX[0] / 2, BOX_PX[1]
-    style = 'stroke="#7a869a" stroke-width="1.5" marker-end="url(#tip)"'
-    ends = [(*places[source], *places[target]) for source, target in pairs]
-    return [f'<line x1="{a + half:g}" y1="{b + tall:g}" x2="{c + half:g}" y2="{d:g}" {style}/>' for a, b, c, d in ends]
+    style = 'fill="none" stroke="#7a869a" stroke-width="1.5" marker-end="url(#tip)"'
+    found = []
+    for source, target in pairs:
+        passed = sorted((item for item in places if item[:2] == (source, target)), key=lambda item: item[2])
+        x, y = places[source]
+        points = [(x, y + BOX_PX[1])]
+        for item in passed:
+            x, y = places[item]
+            points += [(x, y), (x, y + BOX_PX[1])]
+        points.append(places[target])
+        found.append(f'<polyline points="{" ".join(f"{x:g},{y:g}" for x, y in points)}" {style}/>')
+    return found
 
 
 def _boxes(rooms: dict, places: dict) -> list[str]:
     found = []
-    for room, (x, y) in places.items():
-        middle = x + BOX_PX[0] / 2
+    for room, (middle, y) in places.items():
+        x = middle - BOX_PX[0] / 2
+        text = textwrap.wrap(rooms[room][0].replace("`", ""), LETTERS_A_LINE)
         found += [
             f'<rect x="{x:g}" y="{y:g}" width="{BOX_PX[0]}" height="{BOX_PX[1]}" rx="6" {BOX_STYLE}/>',
-            f'<text x="{middle:g}" y="{y + 20:g}" font-size="14" font-weight="bold" text-anchor="middle">{room}</text>',
-            f'<text x="{middle:g}" y="{y + 38:g}" font-size="10.5" fill="#444" text-anchor="middle">'
-            f"{escape(rooms[room][0].replace('`', ''))}</text>",
+            f'<text x="{middle:g}" y="{y + 22:g}" font-size="16" font-weight="bold" text-anchor="middle">{room}</text>',
+        ]
+        found += [
+            f'<text x="{middle:g}" y="{y + 41 + 15 * line:g}" font-size="13" fill="#444" text-anchor="middle">'
+            f"{escape(words)}</text>"
+            for line, words in enumerate(text)
         ]
     return found
 

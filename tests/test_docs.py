@@ -1,5 +1,6 @@
 """The documentation: a short front, no dead link, no command that does not exist, no node or workflow left out."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import pytest
 from pixart_pack.devtools import commands
 from pixart_pack.editor import reference
 from pixart_pack.pixart.__main__ import COMMANDS
+from pixart_pack.samplers.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*.md"), *ROOT.glob("web/docs/**/*.md")])
 LONGEST_README = 150
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"```.*?```", re.DOTALL)
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 PIXART = re.compile(r"(?:python -m|-m) pixart ([a-z]+)([^\n`]*)")
 DEV = re.compile(r"python dev\.py ([a-z]+)([^\n`]*)")
 OLD = re.compile(r"python -m pixart\.|pixart\.training (run|caption|encode)|-m pixart\.training|styles/user\.json")
@@ -48,7 +51,7 @@ def test_no_link_is_dead(path):
             continue
         name, _, anchor = target.partition("#")
         # The host serves the pages in another language from one folder above.
-        folder = path.parent.parent if path.parent.parent.name == "docs" else path.parent
+        folder = path.parent.parent if path.parent.parent == ROOT / "web" / "docs" else path.parent
         place = (folder / name).resolve() if name else path
         if not place.exists() or (anchor and place.suffix == ".md" and anchor not in anchors(place)):
             dead.append(target)
@@ -68,6 +71,38 @@ def test_commands_and_files_exist(path):
     assert not lost
 
 
+@pytest.mark.parametrize("path", [path for path in PAGES if PIXART.search(read(path))], ids=names)
+def test_options_of_commands_exist(path):
+    joined = read(path).replace("\\\n", " ")
+    for name, rest in PIXART.findall(joined):
+        parser = importlib.import_module(f"pixart_pack.pixart.commands.{name}").parse()
+        assert set(OPTION.findall(rest)) <= set(parser._option_string_actions), (name, rest)
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if DEV.search(read(path))], ids=names)
+def test_options_of_dev_exist(path, capsys):
+    for name, rest in DEV.findall(read(path)):
+        if name != "test" and name in commands.PASSING_ON:
+            continue  # they belong to another program
+        with pytest.raises(SystemExit):
+            commands.make_parser().parse_args([name, "--help"])
+        assert set(OPTION.findall(rest)) <= set(OPTION.findall(capsys.readouterr().out)), (name, rest)
+
+
+def test_the_table_of_presets_is_what_the_samplers_have():
+    page = read(ROOT / "docs" / "sampling.md")
+    row = re.compile(r"^\| `([^`]+)`[^|]*\| `pixart_(\w+)` \| `pixart_(\w+)` \| (\d+) \| ([\d.]+) \|$", re.MULTILINE)
+    shown = [(name, sampler, schedule, int(n), float(cfg)) for name, sampler, schedule, n, cfg in row.findall(page)]
+    assert shown == [(name, each.sampler, each.schedule, each.steps, each.guidance) for name, each in PRESETS.items()]
+
+
+def test_the_replaced_nodes_of_other_packs_are_listed():
+    text = read(ROOT / "nodes" / "migration.py")
+    others = re.findall(r'Replacement\(\s*"(\w+)"', text)
+    page = read(ROOT / "docs" / "from-other-tools.md")
+    assert others and [name for name in others if f"`{name}`" not in page] == []
+
+
 def test_the_tables_of_nodes_and_workflows_are_what_the_pack_has():
     # Mend with: python dev.py run -m pixart_pack.editor.reference
     assert read(reference.NODES_PAGE) == reference.nodes_page()
@@ -80,4 +115,4 @@ def test_the_picture_of_the_rooms_is_what_the_import_test_reads():
 
 def test_every_page_is_in_the_navigation():
     navigation = read(ROOT / "mkdocs.yml")
-    assert [path.name for path in ROOT.glob("docs/*.md") if f"- {path.name}" not in navigation] == []
+    assert [path.name for path in ROOT.glob("docs/*.md") if f" {path.name}\n" not in navigation] == []

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NEEDED = ("nodes", "pixart", "samplers", "web", "workflows", "subgraphs", "locales", "styles", "demo/models")
-LEFT_OUT = ("tests", "benchmarks", "editor", "devtools", "docs")
+LEFT_OUT = ("tests", "benchmarks", "editor", "devtools")
 LARGEST_MB = 20  # 17.4 when last measured, most of it the demo's models and the font
 PACK = "import sys; from comfy_cli.file_utils import zip_files; zip_files(sys.argv[1])"
 LIST_NODES = """
@@ -51,7 +51,8 @@ def tracked(*folders: str) -> set[str]:
 def test_all_that_runs_and_nothing_that_only_the_repository_needs(published):
     files = {path.relative_to(published).as_posix() for path in published.rglob("*") if path.is_file()}
     assert tracked(*NEEDED) <= files
-    assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"} <= files
+    assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "docs/demo.png"} <= files
+    assert [name for name in files if name.startswith("docs/")] == ["docs/demo.png"]  # the README's picture
     assert not {name for name in files if name.startswith((".", *(f"{folder}/" for folder in LEFT_OUT)))}
 
 
