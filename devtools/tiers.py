@@ -36,7 +36,8 @@ SETTINGS = (  # variables that make PyTorch compute as on another processor
 )
 # What takes longest goes first, so that no worker waits for another at the end; `tests` stands for all the others.
 IN_ORDER = ("--no-loadscope-reorder",)
-LONGEST_FIRST = ("tests/training/test_processes.py", "tests/browser", "tests")
+LONGEST_FIRST = ("tests/training/test_processes.py", "tests")
+EDITOR = "--ignore=tests/browser"  # its driver keeps an event loop running in its process, which the host's tests need
 MOST_WORKERS = 4  # each takes about 1 GB
 COUNTS_VARIABLE = "PIXART_TEST_COUNTS"  # tells the tests where to write what they came to
 WAIT_VARIABLE = "OMP_WAIT_POLICY"
@@ -85,11 +86,15 @@ def plan(tier: str | None, rest: Sequence[str]) -> list[Run]:
         return [Run(title(each), (*quick, *chosen), {"OMP_NUM_THREADS": "1", **each}) for each in SETTINGS]
     if tier is not None:
         folder = () if paths else (f"tests/{tier}",)
-        return [with_workers(Run(tier, (*rest, *folder), editor=tier == "browser"), rest, "loadfile")]
+        run = Run(tier, (*rest, *folder), editor=tier == "browser")
+        return [run if run.editor else with_workers(run, rest, "loadfile")]
     if paths or any(argument in WHOLE for argument in rest):
         return [Run("", rest, editor=runs_browser_tests(rest))]
-    others = Run("the rest", (*IN_ORDER, *marked("not quick", rest), *LONGEST_FIRST), editor=True)
-    return [with_workers(Run("quick", quick), rest), with_workers(others, rest, "loadfile")]
+    others = with_workers(
+        Run("the rest", (EDITOR, *IN_ORDER, *marked("not quick", rest), *LONGEST_FIRST)), rest, "loadfile"
+    )
+    editor = Run("browser", (*marked("not quick", rest), "tests/browser"), editor=True)
+    return [with_workers(Run("quick", quick), rest), others, editor]
 
 
 def title(variables: dict[str, str]) -> str:

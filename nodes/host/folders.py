@@ -56,10 +56,11 @@ def list_files(kinds: tuple[str, ...]) -> list[str]:
 
 
 def find_file(kinds: tuple[str, ...], name: str) -> Path:
-    """The path of a file of these kinds. Raises FileNotFoundError; a name never leads out of the folders."""
+    """The path of a regular file of these kinds. Raises FileNotFoundError; a name never leads out of the folders."""
     for kind in kinds:
-        if name in names_of(kind):
-            return Path(folder_paths.get_full_path_or_raise(kind, name))
+        path = folder_paths.get_full_path(kind, name) if name in names_of(kind) else None
+        if path is not None:  # the host lists pipes and devices, and gives no path for them
+            return Path(path)
     places = " or ".join(f"models/{kind}" for kind in kinds)
     raise FileNotFoundError(
         f"File not found: got {shorten(name)}, expected a file in {places}. Press R to refresh the lists, and choose "

@@ -41,18 +41,20 @@ def test_quick_leaves_out_the_host_and_the_browser():
 @pytest.mark.parametrize("tier", ["host", "browser"])
 def test_a_folder_is_a_tier(tier):
     (run,) = tiers.plan(tier, ["-q"])
-    assert run == Run(tier, (*BY_FILE, "-q", f"tests/{tier}"), {"OMP_NUM_THREADS": "1"}, editor=tier == "browser")
+    workers = BY_FILE if tier == "host" else ()
+    assert (run.name, run.arguments, run.editor) == (tier, (*workers, "-q", f"tests/{tier}"), tier == "browser")
     path = f"tests/{tier}/conftest.py"
-    assert tiers.plan(tier, [path])[0].arguments == (*BY_FILE, path)
+    assert tiers.plan(tier, [path])[0].arguments == (*workers, path)
 
 
 def test_everything_is_what_is_quick_and_what_is_not():
-    quick, rest = tiers.plan(None, ["-k", "demo", "-m", "host or slow"])
-    assert (marks_of(quick), marks_of(rest)) == ("(quick) and (host or slow)", "(not quick) and (host or slow)")
-    assert quick.arguments[:4] == WORKERS
-    assert rest.arguments[:4] == BY_FILE
-    assert (quick.editor, rest.editor) == (False, True)
-    assert quick.arguments[-2:] == ("-k", "demo") and rest.arguments[-5:] == ("-k", "demo", *tiers.LONGEST_FIRST)
+    quick, rest, editor = tiers.plan(None, ["-k", "demo", "-m", "host or slow"])
+    assert marks_of(quick) == "(quick) and (host or slow)"
+    assert marks_of(rest) == marks_of(editor) == "(not quick) and (host or slow)"
+    assert quick.arguments[:4] == WORKERS and rest.arguments[:4] == BY_FILE and "-n" not in editor.arguments
+    assert tiers.EDITOR in rest.arguments and editor.arguments[-1] == "tests/browser"
+    assert (quick.editor, rest.editor, editor.editor) == (False, False, True)
+    assert all("-k" in run.arguments for run in (quick, rest, editor))
 
 
 @pytest.mark.parametrize("rest", [["tests/samplers", "-q"], ["--lf"], ["--collect-only", "-q"]])
