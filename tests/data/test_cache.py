@@ -303,6 +303,7 @@ def start_writer(folder, cache, delay):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_encoding_goes_on(tmp_path):
     folder, cache = make_folder(tmp_path / "set", 12), tmp_path / "cache"
     writer = start_writer(folder, cache, 0.05)
@@ -319,6 +320,7 @@ def test_a_killed_encoding_goes_on(tmp_path):
     assert len(features) == 12 and encoders.pictures == len(encoder.missing_pictures)
 
 
+@pytest.mark.slow
 def test_two_writers_at_once(tmp_path):
     folder, cache = make_folder(tmp_path / "set", 8), tmp_path / "cache"
     writers = [start_writer(folder, cache, 0.02) for _ in range(2)]

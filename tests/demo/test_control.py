@@ -25,6 +25,8 @@ from pixart_pack.pixart.controlnet import PixArtControlNet
 from pixart_pack.tests.demo.test_models import host_tokenizer
 from pixart_pack.tests.demo.test_training import words_tokenizer
 
+pytestmark = pytest.mark.slow  # ten seconds and more, all together
+
 BUCKETS = (Bucket(64, 64, 6, 0.5, (1, 1, 0)), Bucket(56, 72, 3, 0.5, (1, 0, 0)))
 
 

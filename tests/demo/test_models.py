@@ -15,6 +15,8 @@ from pixart_pack.demo.scenes import draw_scene, random_scene
 from pixart_pack.demo.scorer import ATTRIBUTES, add_scores, score
 from pixart_pack.demo.train import DENOISER_FILE, MODELS, TEXT_FILE, VAE_FILE
 
+pytestmark = pytest.mark.slow  # half a minute, all together
+
 FILES = (DENOISER_FILE, TEXT_FILE, VAE_FILE)
 
 

@@ -30,6 +30,7 @@ def test_parity_in_any_batch_at_odd_sizes(saved):
     assert not torch.equal(decode(network, latents[:1], seed=12), ours[:1])
 
 
+@pytest.mark.slow
 def test_a_file_alone_and_with_its_configuration(saved, tmp_path):
     folder, network = saved
     file = tmp_path / "decoder.safetensors"

@@ -14,6 +14,8 @@ from pixart_pack.samplers.schedules import schedule_sigmas, timesteps_from_sigma
 from pixart_pack.tests.tiny_pixart import tiny_config
 from pixart_pack.tests.watch import Watch, watch_steps
 
+pytestmark = pytest.mark.slow  # half a minute, all together
+
 SCHEDULES = {"iddpm": "iddpm", "ddim": "ddim", "lcm": "lcm", "dmd": "dmd"}
 OPTIONS = {
     "sa_solver": [{}, {"mode": "PECE", "few_steps": True}, {"tau": 0.0, "predictor_order": 4}],

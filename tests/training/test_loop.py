@@ -66,6 +66,7 @@ def test_every_kind_learns_something(kind, tmp_path):
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("forwards", [2, 5])  # at the end of a step, and between its forward passes
 def test_a_run_that_was_cut_continues_bit_by_bit(kind, forwards, tmp_path):
@@ -108,6 +109,7 @@ def test_8_bits_without_kernels_are_told_before_the_first_step(tmp_path, monkeyp
         trainer(tmp_path, tiny_settings(optimizer="adamw8bit"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_trains_weights_in_fp32_and_continues_bit_by_bit(kind, dtype, tmp_path):
