@@ -52,7 +52,7 @@ def test_everything_is_what_is_quick_and_what_is_not():
     assert marks_of(quick) == "(quick) and (host or slow)"
     assert marks_of(rest) == marks_of(editor) == "(not quick) and (host or slow)"
     assert quick.arguments[:4] == WORKERS and rest.arguments[:4] == BY_FILE and "-n" not in editor.arguments
-    assert tiers.EDITOR in rest.arguments and editor.arguments[-1] == "tests/browser"
+    assert "tests/browser" not in rest.arguments and editor.arguments[-1] == "tests/browser"
     assert (quick.editor, rest.editor, editor.editor) == (False, False, True)
     assert all("-k" in run.arguments for run in (quick, rest, editor))
 
@@ -238,3 +238,9 @@ def test_a_long_test_without_the_mark_is_named(made_up, monkeypatch):
     result = made_up.runpytest()
     result.stdout.fnmatch_lines(["*without the mark `slow`*", "tests/test_a.py::test_one: 0 s"])
     result.stdout.no_fnmatch_line("tests/test_a.py::test_two*")
+
+
+def test_every_part_of_the_tests_is_run_the_longest_first():
+    parts = tiers.folders_in_order()
+    assert parts[:2] == ["tests/encoders", "tests/training"] and "tests/host" in parts and "tests/goldens" not in parts
+    assert {path.relative_to(tiers.ROOT).as_posix() for path in (tiers.ROOT / "tests").glob("test_*.py")} <= set(parts)
