@@ -209,7 +209,7 @@ class LoadConsistencyDecoder(io.ComfyNode):
                     io.Model, "model", optional=True, tooltip="Connected, a PixArt-Sigma is refused before sampling."
                 ),
             ],
-            outputs=[io.Vae.Output(display_name="vae", tooltip="For VAE Decode, VAE Encode and their tiled kin.")],
+            outputs=[io.Vae.Output(display_name="vae", tooltip="For VAE Decode, VAE Encode and their tiled versions.")],
         )
 
     @classmethod

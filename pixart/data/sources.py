@@ -53,7 +53,7 @@ def read_dataset(
     control_folder: holds control pictures under the names of the pictures, with any picture suffix.
     confined: only what lies below the dataset's own folder counts, wherever links lead; what else a table names or a
     link leads to becomes a problem in the check. Captions and tables never count when their own link leads out.
-    shows_cells: False for a file whose content is not to be told: records are named by their row, and neither errors
+    shows_cells: False for a file whose content must not be shown: records are named by their row, and neither errors
     nor problems show a cell or the name of a column.
     Raises FileNotFoundError when there is nothing at path, ValueError for another kind or missing columns.
     """
@@ -322,7 +322,7 @@ def _find_control(row, column, control: _Stems | None, name: str, place: _Place,
 
 
 def _column(wanted: str, usual: tuple[str, ...], found: list[str], what: str, table: Path, shown) -> str | None:
-    """The name of a column. shown: the names that the error tells, None for none."""
+    """The name of a column. shown: the names in the error, None for none."""
     name = wanted or next((name for known in usual for name in found if name.strip().lower() == known), None)
     if name in found or (name is None and what == "control") or not found:
         return name

@@ -65,7 +65,7 @@ def _render(request: dict) -> dict:
             texts.append("".join(parts))
     except MemoryError:
         return {"error": "too much memory"}
-    except Exception as error:  # whatever a template does wrong is told in words
+    except Exception as error:  # whatever a template does wrong is said in words
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     return {"texts": texts}
 

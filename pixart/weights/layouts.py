@@ -117,7 +117,7 @@ _FAMILY_SIGNS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights out of their wrappers, and what they are: told once by `identify`, then handed on.
+    """Weights out of their wrappers, and what they are: found once by `identify`, then handed on.
 
     tensors: plain name -> a tensor, or anything with a shape that stands for one in a file. layout: see
     `detect_layout`. metadata: texts that were kept with them.
