@@ -12,7 +12,7 @@ from PIL import Image
 from ..drawing.curves import draw_curve
 from ..files.atomic import write_atomically
 from ..files.documents import parse_json
-from ..tracking.weights_and_biases import open_run, usual_mode
+from ..tracking.weights_and_biases import describe_mode, open_run, usual_mode
 from .settings import TrainingSettings, settings_to_dict
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,9 @@ def _open_wandb(folder: Path, settings: dict):
     # The run's own file remembers its id, so that a continued training continues its charts.
     marker = folder / "wandb_id.txt"
     known = marker.read_text(encoding="utf-8").strip() if marker.is_file() else secrets.token_hex(4)
-    run = open_run(folder, usual_mode(), id=known, resume="allow", config=settings)
+    mode = usual_mode()
+    run = open_run(folder, mode, id=known, resume="allow", config=settings)
+    logger.info("%s", describe_mode(mode, str(folder)))  # it may differ from what an account of the user suggests
     marker.write_text(known, encoding="utf-8")
     return run
 
