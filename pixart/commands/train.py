@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from ..data.features import open_features
 from ..encoders.autoencoder import load_autoencoder
+from ..quoting import shorten
 from ..training.loop import Events, Progress
 from ..training.processes import AcceleratedProcesses, SingleProcess
 from ..training.run import choose_folder, train
@@ -24,10 +26,12 @@ from .console import make_parser
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTION = """Train as a configuration file says. The result, checkpoints, log and pictures come into a new folder,
-numbered; a training that was ended goes on in its own. Ctrl-C ends it with its result, a second one at once."""
+DESCRIPTION = """Train as configuration files say, one after another. The result, checkpoints, log and pictures of each
+come into a new folder, numbered; a training that was ended goes on in its own. Ctrl-C ends the training with its result
+and begins no further one; a second Ctrl-C ends it at once."""
 EXAMPLES = """examples:
   python -m pixart train training.yaml
+  python -m pixart train monday.yaml tuesday.yaml
   accelerate launch --multi_gpu --num_processes 8 -m pixart train training.yaml
 
   # training.yaml; paths are relative to it
@@ -41,15 +45,41 @@ SAME_SIGNAL_S = 2.0  # the launchers pass on a Ctrl-C which the terminal has sen
 
 def parse() -> argparse.ArgumentParser:
     parser = make_parser("train", DESCRIPTION, EXAMPLES)
-    parser.add_argument("config", help="YAML or JSON, as Export PixArt Training Config writes it")
+    parser.add_argument("configs", nargs="+", help="YAML or JSON, as Export PixArt Training Config writes it")
     parser.add_argument("--device", help="of a training in one process; default: the GPU, or else the CPU")
     return parser
 
 
 def main(options) -> None:
-    """Train. Raises ValueError and FileNotFoundError for what is wrong with the configuration."""
+    """Train. Raises ValueError and FileNotFoundError for what is wrong with a configuration."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run_config(read_config(options.config), options.device)
+    run_configs([read_config(each) for each in options.configs], options.device)
+
+
+def run_configs(configs: Sequence[RunConfig], device: str | None = None) -> None:
+    """Train as each configuration says, until one is interrupted.
+
+    In one process, one that fails does not keep the others from their turn; of several processes the others might have
+    gone on, and would wait for this one. Raises ValueError at the end for those that failed.
+    """
+    failed = []
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    for config in configs:
+        try:
+            result = run_config(config, device)
+        except (ValueError, OSError, RuntimeError) as error:
+            if len(configs) == 1 or not alone:
+                raise
+            logger.error("error: %s: %s", config.name, error)
+            failed.append(config.name)
+            continue
+        if result.step < config.settings.steps:
+            break
+    if failed:
+        raise ValueError(
+            f"Trainings failed: got {len(failed)} of {len(configs)} ({shorten(', '.join(failed))}), expected none. The "
+            f"lines above say why."
+        )
 
 
 def run_config(config: RunConfig, device: str | None = None):

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from pixart_pack.pixart.commands.train import run_config
 from pixart_pack.pixart.data.cache import DatasetEncoder, EncodeSettings
 from pixart_pack.pixart.data.sources import read_dataset
 from pixart_pack.pixart.lora import read_lora
 from pixart_pack.pixart.training.processes import _check_sharded
 from pixart_pack.pixart.training.report import read_log
-from pixart_pack.pixart.training.settings import RunConfig, write_config
+from pixart_pack.pixart.training.settings import RunConfig, read_config, write_config
 from pixart_pack.pixart.training.state import Checkpoints
 from pixart_pack.pixart.training.validation import ValidationPrompt, write_prompts
 from pixart_pack.pixart.weights.saving import save_checkpoint
@@ -77,25 +78,56 @@ def place(tmp_path_factory):
     return folder
 
 
-def begin(place, name, launcher, **fields):
-    """Start a configuration, which the test's place gets, with validation pictures."""
+def configuration(place, name, model="model.safetensors", **fields):
+    """Write a configuration, which the test's place gets, with validation pictures; returns its file."""
     usual = {"steps": STEPS, "batch_size": 4, "checkpoint_every": 2, "ema_decay": 0.9, "accumulation": 2,
              "dropout": 0.1}  # fmt: skip
     if fields.get("kind", "lora") == "lora":
         usual["prior_target"] = "model"  # which asks the frozen model in some batches and not in others
     settings = tiny_settings(**{**usual, "sample_every": 2, "sample_steps": 2, **fields})
     more = {"output": "runs", "name": name, "validation": "prompts.safetensors", "vae": str(VAE)}
-    write_config(place / f"{name}.yaml", RunConfig("model.safetensors", "features", settings, **more))
-    command = ["train", place / f"{name}.yaml", *(["--device", "cpu"] if launcher == "one" else [])]
-    return processes.start("pixart", *command, launcher=LAUNCHERS[launcher])
+    file = place / f"{name}.yaml"
+    write_config(file, RunConfig(model, "features", settings, **more))
+    return file
 
 
-def launch(place, name, launcher, **fields):
-    """Run a configuration; returns (the run's folder, what was printed)."""
-    process = begin(place, name, launcher, **fields)
+def begin(launcher, *files):
+    """Start the trainings of these files, one after another in the same processes."""
+    device = ["--device", "cpu"] if launcher == "one" else []
+    return processes.start("pixart", "train", *files, *device, launcher=LAUNCHERS[launcher])
+
+
+def launch(launcher, *files):
+    """Run the trainings of these files; returns what was printed, each training's part apart."""
+    process = begin(launcher, *files)
     said, errors = processes.finish(process)
     assert process.returncode == 0, said[-2000:] + errors[-4000:]
-    return place / "runs" / f"{name}_001", said + errors
+    *parts, _ = (said + errors).split("steps are done")
+    assert len(parts) == len(files)
+    return parts
+
+
+def folder_of(place, name):
+    return place / "runs" / f"{name}_001"
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """A function: a name and settings -> the folder of that training in this process, each made once."""
+    made = {}
+
+    def folder(name, **fields):
+        if name not in made:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # as the processes have
+            try:
+                run_config(read_config(configuration(place, f"alone_{name}", **fields)), "cpu")
+            finally:
+                torch.set_num_threads(threads)
+            made[name] = folder_of(place, f"alone_{name}")
+        return made[name]
+
+    return folder
 
 
 def losses(folder):
@@ -115,39 +147,81 @@ def assert_like_one(folder, alone):
         assert np.abs(one - other).max() <= 1 and one.std() > 1
 
 
+def assert_equal(folder, whole):
+    assert losses(folder) == losses(whole)
+    given, expected = (Checkpoints(each / "checkpoints", 1).load()["parameters"] for each in (folder, whole))
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
+
+
+CUT = {"checkpoint_every": 0, "sample_every": 0}
+NARROW = {"kind": "lora", "dtype": "bf16", "base_dtype": "fp8", "targets": "all-linear", "checkpointing": True}
+SHARED = ("lcm", "lcm_lora", "controlnet")  # a teacher, an average, copied blocks
+
+
+def cut(place, launcher):
+    """Interrupt a training by Ctrl-C or, in one process, SIGTERM; returns the steps at which it shall end."""
+    name, batch_size = f"cut_{launcher}", 4 if launcher == "one" else 2
+    process = begin(launcher, configuration(place, name, steps=100_000, batch_size=batch_size, **CUT))
+    folder = folder_of(place, name)
+    processes.wait_until(lambda: len(read_log(folder / "log.jsonl")) > 2, process)
+    process.send_signal(signal.SIGTERM) if launcher == "one" else processes.interrupt(process)
+    said, errors = processes.finish(process)
+    steps = len(losses(folder))
+    assert steps > 2 and (launcher != "one" or process.returncode == 0), said + errors
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{steps:08d}.pt"]
+    assert not read_lora(folder / f"{folder.name}.safetensors").unmatched, said + errors
+    configuration(place, name, steps=steps + 2, batch_size=batch_size, **CUT)
+    return steps + 2
+
+
 @pytest.fixture(scope="module")
-def alone(place):
-    """A function: kind -> the folder of that training in one process, each made once."""
+def several(place):
+    """A function: launcher -> (the steps of its interrupted training, what was printed by name).
+
+    All trainings of a launcher go in one launch, which takes longer than they do.
+    """
 
     @cache
-    def folder(kind):
-        return launch(place, f"alone_{kind}", "one", kind=kind)[0]
+    def run(launcher):
+        steps = cut(place, launcher) if launcher in ("ddp", "fsdp") else None
+        files = {f"cut_{launcher}": place / f"cut_{launcher}.yaml"} if steps else {}
+        for kind in {"ddp": ["lora"], "torchrun": ["full"], "fsdp": ["lora", "full"]}[launcher]:
+            files[kind] = configuration(place, f"{launcher}_{kind}", kind=kind, batch_size=2)
+        if launcher == "fsdp":
+            for kind in SHARED:
+                files[f"{kind} begins"] = configuration(place, f"begun_{kind}", kind=kind, batch_size=2, steps=2)
+            files["narrow"] = configuration(place, "fsdp_narrow", **NARROW, batch_size=2)
+        printed = dict(zip(files, launch(launcher, *files.values()), strict=True))
+        if launcher == "fsdp":
+            goes_on = [configuration(place, f"begun_{kind}", kind=kind, batch_size=2) for kind in SHARED]
+            printed |= zip(SHARED, launch(launcher, *goes_on), strict=True)
+        return steps, printed
 
-    return folder
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher, kind", [("ddp", "lora"), ("torchrun", "full"), ("fsdp", "lora"), ("fsdp", "full")])
-def test_two_processes_train_as_one_does(place, alone, launcher, kind):
-    folder, text = launch(place, f"{launcher}_{kind}", launcher, kind=kind, batch_size=2)
+def test_two_processes_train_as_one_does(place, alone, several, launcher, kind):
+    _, printed = several(launcher)
+    folder = folder_of(place, f"{launcher}_{kind}")
     assert len(losses(folder)) == STEPS and len(list((folder / "samples").iterdir())) == 3
-    assert_like_one(folder, alone(kind))
-    assert text.count("steps are done") == 1 and text.count(SHARDED) == (launcher == "fsdp")
+    assert_like_one(folder, alone(kind, kind=kind))
+    assert printed[kind].count(SHARDED) == (launcher == "fsdp")
     if kind == "lora":
         assert not read_lora(folder / f"{folder.name}.safetensors").unmatched
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lcm", "lcm_lora", "controlnet"])
-def test_sharded_teachers_averages_and_copied_blocks_train_and_go_on_as_one_process_does(place, alone, kind):
-    fields = {"kind": kind, "batch_size": 2}
-    launch(place, f"shared_{kind}", "fsdp", **fields, steps=2)
-    folder, text = launch(place, f"shared_{kind}", "fsdp", **fields)
-    assert SHARDED in text and "goes on after step 2" in text
-    assert_like_one(folder, alone(kind))
-    results = [load_file(each / f"{each.name}.safetensors") for each in (folder, alone(kind))]
-    for name, expected in results[1].items():
-        torch.testing.assert_close(results[0][name], expected, rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("kind", SHARED)
+def test_sharded_teachers_averages_and_copied_blocks_train_and_go_on_as_one_process_does(place, alone, several, kind):
+    _, printed = several("fsdp")
+    assert SHARDED in printed[kind] and "goes on after step 2" in printed[kind]
+    folders = folder_of(place, f"begun_{kind}"), alone(kind, kind=kind)
+    assert_like_one(*folders)
+    given, expected = (load_file(each / f"{each.name}.safetensors") for each in folders)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(given[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -164,53 +238,46 @@ def test_what_cannot_be_sharded_is_told_before_any_work(fields, is_second, match
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["one", "ddp", "fsdp"])
-def test_a_signal_ends_a_training_with_its_result_and_it_goes_on(place, launcher):
-    """SIGTERM to one process, Ctrl-C to many."""
-    name, batch_size = f"cut_{launcher}", 4 if launcher == "one" else 2
-    process = begin(place, name, launcher, steps=100_000, batch_size=batch_size, checkpoint_every=0, sample_every=0)
-    folder = place / "runs" / f"{name}_001"
-    processes.wait_until(lambda: len(read_log(folder / "log.jsonl")) > 2, process)
-    process.send_signal(signal.SIGTERM) if launcher == "one" else processes.interrupt(process)
-    said, errors = processes.finish(process)
-    steps = len(losses(folder))
-    assert steps > 2 and (launcher != "one" or process.returncode == 0), said + errors
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{steps:08d}.pt"]
-    assert not read_lora(folder / f"{folder.name}.safetensors").unmatched, said + errors
-    more = {"steps": steps + 2, "checkpoint_every": 0, "sample_every": 0}
-    launch(place, name, launcher, batch_size=batch_size, **more)
-    whole, _ = launch(place, f"whole_{launcher}", "one", **more)
-    assert len(losses(folder)) == steps + 2
-    assert_like_one(folder, whole) if launcher != "one" else assert_equal(folder, whole)
+@pytest.mark.parametrize("launcher", ["ddp", "fsdp"])
+def test_ctrl_c_ends_a_training_of_two_processes_with_its_result_and_it_goes_on(place, alone, several, launcher):
+    steps, _ = several(launcher)
+    folder = folder_of(place, f"cut_{launcher}")
+    assert len(losses(folder)) == steps
+    assert_like_one(folder, alone(f"cut_{launcher}", steps=steps, **CUT))
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_from_its_last_checkpoint(place):
+def test_a_signal_ends_a_training_with_its_result_and_it_goes_on(place, alone):
+    steps = cut(place, "one")
+    # In a new process, and after a training that fails, as if somebody had left it in the queue overnight.
+    broken = configuration(place, "broken", model="missing.safetensors")
+    process = begin("one", broken, place / "cut_one.yaml")
+    said, errors = processes.finish(process)
+    assert process.returncode == 1 and "error: broken: " in errors and "got 1 of 2 ('broken')" in errors
+    folder = folder_of(place, "cut_one")
+    assert len(losses(folder)) == steps
+    assert_equal(folder, alone("cut_one", steps=steps, **CUT))
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_from_its_last_checkpoint(place, alone):
     fields = {"checkpoint_every": 3, "sample_every": 0}
-    process = begin(place, "killed", "one", steps=100_000, **fields)
-    folder = place / "runs" / "killed_001"
+    process = begin("one", configuration(place, "alone_killed", steps=100_000, **fields))
+    folder = folder_of(place, "alone_killed")
     checkpoints = Checkpoints(folder / "checkpoints", 1)
     processes.wait_until(lambda: len(checkpoints.all()) > 1, process)
     process.kill()
     processes.finish(process)
     steps = checkpoints.load()["step"]
     assert steps > 3 and not (folder / "result.json").exists()
-    launch(place, "killed", "one", steps=steps + 2, **fields)
-    whole, _ = launch(place, "unbroken", "one", steps=steps + 2, **fields)
-    assert_equal(folder, whole)
-
-
-def assert_equal(folder, whole):
-    assert losses(folder) == losses(whole)
-    given, expected = (Checkpoints(each / "checkpoints", 1).load()["parameters"] for each in (folder, whole))
-    assert all(torch.equal(given[name], expected[name]) for name in expected)
+    assert alone("killed", steps=steps + 2, **fields) == folder
+    assert_equal(folder, alone("unbroken", steps=steps + 2, **fields))
 
 
 @pytest.mark.slow
-def test_sharded_weights_of_several_precisions(place):
+def test_sharded_weights_of_several_precisions(place, alone, several):
     """A base in bf16 and 8 bits under adapters in fp32, as a large model is trained."""
-    fields = {"kind": "lora", "dtype": "bf16", "base_dtype": "fp8", "targets": "all-linear", "checkpointing": True}
-    alone, _ = launch(place, "narrow_alone", "one", **fields)
-    folder, text = launch(place, "narrow_fsdp", "fsdp", **fields, batch_size=2)
-    assert SHARDED in text
-    assert losses(folder) == pytest.approx(losses(alone), rel=1e-2)  # bfloat16 has 8 bits
+    _, printed = several("fsdp")
+    assert SHARDED in printed["narrow"]
+    given, expected = losses(folder_of(place, "fsdp_narrow")), losses(alone("narrow", **NARROW))
+    assert given == pytest.approx(expected, rel=1e-2)  # bfloat16 has 8 bits
