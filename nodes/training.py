@@ -6,7 +6,7 @@ from ..pixart.training.settings import DTYPES, OPTIMIZERS, PRIOR_TARGETS, SCHEDU
 from .host.folders import show_path
 from .host.schema import node_input, schema
 from .host.text.captions import show_text
-from .host.training.runs import AUTO_DTYPE, export_config, make_settings, run_training
+from .host.training.runs import AUTO_DTYPE, export_config, fingerprint_training, make_settings, run_training
 from .host.types import FeaturesType
 
 CATEGORY = "PixArt/training"
@@ -181,7 +181,15 @@ def _train(hidden, kind, model, features, name, resume=True, validation=None, va
     return io.NodeOutput(done.trained, done.file, done.curve, done.samples, ui=ui.PreviewText(done.info))
 
 
-class TrainLoRA(io.ComfyNode):
+class _Training(io.ComfyNode):
+    """What trains: queued again, an unfinished training goes on, and a finished one is not made anew."""
+
+    @classmethod
+    def fingerprint_inputs(cls, name=None, **_):
+        return fingerprint_training(name, cls.hidden)
+
+
+class TrainLoRA(_Training):
     """Train a LoRA, DoRA or rsLoRA."""
 
     @classmethod
@@ -200,7 +208,7 @@ class TrainLoRA(io.ComfyNode):
         return _train(cls.hidden, "lora", model, features, name, **values)
 
 
-class Train(io.ComfyNode):
+class Train(_Training):
     """Train all weights."""
 
     @classmethod
@@ -227,7 +235,7 @@ class Train(io.ComfyNode):
         return _train(cls.hidden, FINE_TUNES[method], model, features, name, train_variance=train_variance, **values)
 
 
-class DistillLCM(io.ComfyNode):
+class DistillLCM(_Training):
     """Distil a model into one for few steps."""
 
     @classmethod
@@ -254,7 +262,7 @@ class DistillLCM(io.ComfyNode):
         return _train(cls.hidden, DISTILLATIONS[method], model, features, name, **values)
 
 
-class TrainControlNet(io.ComfyNode):
+class TrainControlNet(_Training):
     """Train a ControlNet from the base's own blocks."""
 
     @classmethod

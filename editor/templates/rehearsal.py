@@ -33,6 +33,7 @@ CAPTIONS = {
 SIDE_PX = 128
 SMALLEST_BASE = "256"
 TRAINING_STEPS = 30
+FEW_STEPS = 4  # of validation pictures, which rehearsals do not look at
 TRAINERS = frozenset({"PixArtTrainLoRA", "PixArtTrain", "PixArtDistillLCM", "PixArtTrainControlNet"})
 # Folder, shape and colour of the pictures to train on.
 TRAINING_PICTURES = ((training.SUBJECT, "star", "yellow"), (training.CLASS, "circle", "red"))
@@ -71,6 +72,7 @@ def rehearse(workflow: dict, steps: int | None = None, side_px: int = SIDE_PX) -
                 inputs[name] = min(value, steps or value)
         changes = {**SMALL.get(kind, {}), **_sizes(inputs, kind, side_px)}
         if kind in TRAINERS:
+            changes |= {"sample_steps": FEW_STEPS}
             changes |= {"steps": steps} if steps else LESSONS.get(kind, {"steps": TRAINING_STEPS})
         inputs |= {name: value for name, value in changes.items() if not isinstance(inputs.get(name), list)}
     return workflow

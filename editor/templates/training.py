@@ -8,6 +8,7 @@ from .pictures import TEAPOT
 SUBJECT, CLASS = "my_pictures", "class_pictures"
 PROMPT = "a photo of sks toy on a wooden table"
 SUBJECT_CAPTION, CLASS_CAPTION = "a photo of sks toy", "a photo of toy"
+SAMPLE_EVERY = 250
 PICTURES_NOTE = (
     f"**Pictures**: a folder `{SUBJECT}` in ComfyUI's `input` folder. A caption for each stands in a .txt file of the "
     "same name; **caption** is for those that have none."
@@ -28,9 +29,11 @@ def _encode(workflow: Workflow, loaded: Loaded, dataset: Node, **settings) -> No
 
 def _train(workflow: Workflow, node_type: str, loaded: Loaded, features: Node, **settings) -> Node:
     workflow.group("Training", "training")
-    trained = workflow.node(node_type, model=loaded.model, features=features, height_px=1120, **settings)
+    links = {"model": loaded.model, "features": features, "vae": loaded.vae}
+    trained = workflow.node(node_type, **links, sample_every=SAMPLE_EVERY, height_px=1120, **settings)
     workflow.column()
     workflow.node("PreviewImage", "Loss", images=trained["loss_curve"])
+    workflow.node("PreviewImage", "Validation pictures", images=trained["samples"])
     return trained
 
 

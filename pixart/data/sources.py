@@ -55,7 +55,8 @@ def read_dataset(
     link leads to becomes a problem in the check. Captions and tables never count when their own link leads out.
     shows_cells: False for a file whose content must not be shown: records are named by their row, and neither errors
     nor problems show a cell or the name of a column.
-    Raises FileNotFoundError when there is nothing at path, ValueError for another kind or missing columns.
+    Raises FileNotFoundError when there is nothing at path, ValueError for another kind, missing columns, and a dataset
+    without a picture.
     """
     path = Path(path)
     if kind not in KINDS:
@@ -69,7 +70,13 @@ def read_dataset(
     kind = detect_kind(path) if kind == AUTO else kind
     place = _Place(path if path.is_dir() else path.parent, confined, shows_cells)
     control = None if control_folder is None else _Stems(Path(control_folder))
-    return list(_READERS[kind](path, place, columns or Columns(), control))
+    records = list(_READERS[kind](path, place, columns or Columns(), control))
+    if not records:
+        raise ValueError(
+            f"Empty dataset: got no pictures in {shorten(str(path), 300)}, expected {_EXPECTED[kind]}. Put some there, "
+            f"or correct the path or the kind."
+        )
+    return records
 
 
 def detect_kind(path: Path) -> str:
@@ -399,6 +406,14 @@ def _only_table(path: Path, suffixes: tuple[str, ...], place: _Place) -> Path:
     return tables[0]
 
 
+_EXPECTED = {
+    FOLDER: f"files such as {', '.join(sorted(PICTURE_SUFFIXES)[:6])} in the folder or below it",
+    CSV: "a row for each",
+    JSONL: "a line for each",
+    PIXART: "an entry for each in the list",
+    SAM: "some in its folder images",
+    HUGGING_FACE: "a row for each",
+}
 _READERS = {
     FOLDER: _read_folder,
     CSV: _read_csv,

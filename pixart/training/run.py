@@ -29,7 +29,8 @@ from .processes import SingleProcess
 from .settings import TrainingSettings, settings_to_dict
 from .validation import Decode, Validation, ValidationPrompt
 
-RESULT = "result.json"  # in a run's folder, once its result is written: the steps that it has, and where it is
+# In a run's folder, once its result is written: the steps that it has, where it is, and how often it was stopped early.
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def train(
         strip = validation.strip() if validation else None
         if strip is not None:
             strip.save(folder / "samples.png")
-        mark = json.dumps({"step": step, "file": str(file)})
+        stops = _number_in_result(folder, "stops") + (step < settings.steps)
+        mark = json.dumps({"step": step, "file": str(file), "stops": stops})
         write_atomically(folder / RESULT, lambda temporary: temporary.write_text(mark, encoding="utf-8"))
     processes.wait()
     return TrainingResult(objective, weights, step, file, curve, strip)
@@ -129,18 +131,26 @@ def choose_folder(root: Path, name: str, resume: bool, steps: int) -> Path:
     resume: False is always a new one. Raises ValueError for a name that is no plain name.
     """
     check_name(name)
-    pattern = re.compile(rf"{re.escape(name)}_(\d{{3,}})")
-    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    numbers = [int(found[1]) for path in folders if (found := pattern.fullmatch(path.name))]
-    newest = max(numbers, default=0)
-    unfinished = newest and _steps_of_result(root / f"{name}_{newest:03d}") < steps
+    newest = max(_numbers_of_runs(root, name), default=0)
+    unfinished = newest and _number_in_result(root / f"{name}_{newest:03d}", "step") < steps
     return root / f"{name}_{newest if resume and unfinished else newest + 1:03d}"
 
 
-def _steps_of_result(folder: Path) -> int:
-    """The steps behind the result of a run, 0 where none was written."""
+def count_stops(root: Path, name: str) -> int:
+    """How often trainings of a name below root ended with fewer steps than they were asked for."""
+    return sum(_number_in_result(root / f"{name}_{number:03d}", "stops") for number in _numbers_of_runs(root, name))
+
+
+def _numbers_of_runs(root: Path, name: str) -> list[int]:
+    pattern = re.compile(rf"{re.escape(name)}_(\d{{3,}})")
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    return [int(found[1]) for path in folders if (found := pattern.fullmatch(path.name))]
+
+
+def _number_in_result(folder: Path, key: str) -> int:
+    """A number of the note beside a run's result, 0 where none was written."""
     try:
-        return int(load_json(folder / RESULT)["step"])
+        return int(load_json(folder / RESULT)[key])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0
 

@@ -240,11 +240,11 @@ def test_what_is_no_dataset(tmp_path):
     with pytest.raises(ValueError, match="Unknown dataset file: got 'a.zip'"):
         (tmp_path / "a.zip").write_bytes(b"")
         read_dataset(tmp_path / "a.zip")
-    with pytest.raises(ValueError, match="Empty dataset: got no pictures"):
-        check_records(read_dataset(tmp_path))
+    with pytest.raises(ValueError, match=f"Empty dataset: got no pictures in .*{tmp_path.name}.*expected files such"):
+        read_dataset(tmp_path)
     (tmp_path / "empty.csv").write_text("", encoding="utf-8")
-    with pytest.raises(ValueError, match="Empty dataset: got no pictures"):
-        check_records(read_dataset(tmp_path / "empty.csv"))
+    with pytest.raises(ValueError, match="Empty dataset: got no pictures in .*empty.csv', expected a row for each"):
+        read_dataset(tmp_path / "empty.csv")
 
 
 def make_faulty(folder):

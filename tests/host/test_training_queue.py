@@ -130,22 +130,37 @@ def test_two_trainings_queued_at_once_work_one_after_the_other(host, folder):
         assert (host.output / "loras" / f"{folder.name}_{name}_001.safetensors").is_file()
 
 
-def test_an_interruption_ends_the_training_and_the_graph_goes_on(host, folder):
+def test_an_interruption_ends_the_training_the_graph_goes_on_and_so_does_the_training_once_queued_again(host, folder):
+    steps, stopped = 150, []
     graph = TrainingGraph(folder)
-    trained = graph.train(steps=100_000)
+    name = graph.add("PrimitiveString", value=folder.name)
+    trained = graph.train(steps=steps, name=name, sample_every=50)
     saved = graph.sample(trained)
-    messages, stopped = [], []
+    log = host.output / "pixart_training" / f"{folder.name}_001" / "log.jsonl"
 
-    def stop(kind, data):
-        messages.append((kind, data))
-        if kind == "progress" and data.get("node") == trained[0] and data["value"] >= 3 and not stopped:
-            stopped.append(True)
-            host.interrupt()
+    def made():
+        """The steps that a queueing makes, the nodes that it runs, and what they say."""
+        before, messages = len(log.read_text().splitlines()) if log.exists() else 0, []
 
-    host.wait(host.queue(graph.nodes), 300, stop)
-    assert stopped and saved[0] in {data["node"] for kind, data in messages if kind == "executed"}
-    assert "queue it again to go on" in texts_of(messages)[trained[0]]
+        def follow(kind, data):
+            messages.append((kind, data))
+            if kind == "progress" and data.get("node") == trained[0] and not stopped and data["value"] >= 3:
+                stopped.append(True)
+                host.interrupt()
+
+        host.wait(host.queue(graph.nodes), 300, follow)
+        ran = {data["node"] for kind, data in messages if kind == "executing"}
+        return len(log.read_text().splitlines()) - before, ran, texts_of(messages).get(trained[0], "")
+
+    first, ran, text = made()
+    assert 3 <= first < steps and saved[0] in ran
+    assert "queue it again to go on" in text and "no validation pictures: connect a vae" in text
     assert (host.output / "loras" / f"{folder.name}_001.safetensors").is_file()
+    second, ran, text = made()
+    assert second == steps - first and saved[0] in ran and f"steps: {steps} of {steps}" in text
+    third, ran, _ = made()
+    assert third == 0 and trained[0] not in ran
+    assert not log.parent.with_name(f"{folder.name}_002").exists()
 
 
 def test_a_name_that_leads_out_of_its_folder_is_refused(host, folder):

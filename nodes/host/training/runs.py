@@ -25,7 +25,7 @@ from ....pixart.drawing.curves import draw_curve
 from ....pixart.tracking.weights_and_biases import describe_mode, usual_mode
 from ....pixart.training.loop import Events, Progress
 from ....pixart.training.processes import SingleProcess
-from ....pixart.training.run import TrainingResult, check_name, choose_folder, lora_factors, train
+from ....pixart.training.run import TrainingResult, check_name, choose_folder, count_stops, lora_factors, train
 from ....pixart.training.settings import RunConfig, TrainingSettings, parse_settings, write_config
 from ....pixart.training.validation import Decode, ValidationPrompt, write_prompts
 from ....pixart.transformer import PixArt
@@ -93,6 +93,7 @@ def run_training(
     """
     config = pixart_config(model)
     root = Path(folder_paths.get_output_directory())
+    _NAMES[str(getattr(hidden, "unique_id", None))] = name
     folder = choose_folder(root / RUNS, name, resume, settings.steps)
     place = PLACES.get(settings.kind, WHOLE_MODELS)
     device = model.load_device
@@ -120,7 +121,29 @@ def run_training(
             comfy.model_management.throw_exception_if_processing_interrupted()
         _go_on_after_interruption()
         trained = _trained(model, result, settings)
-    return _outputs(trained, result, settings)
+    notes = _missing_pictures(settings, validation, vae)
+    return _outputs(trained, result, settings, notes)
+
+
+_NAMES: dict[str, str] = {}  # of trainings, by the nodes that ran them
+
+
+def fingerprint_training(name: str | None, hidden) -> int:
+    """Changes each time that a training of this name is stopped early, so that the host runs the node once more.
+
+    name: None where it is linked, and not known before the graph runs: then the node's last one.
+    """
+    name = _NAMES.get(str(getattr(hidden, "unique_id", None))) if name is None else name
+    return 0 if name is None else count_stops(Path(folder_paths.get_output_directory()) / RUNS, name)
+
+
+def _missing_pictures(settings: TrainingSettings, validation, vae) -> list[str]:
+    """Why there are no validation pictures, where somebody asked for some."""
+    if settings.sample_every and vae is None:
+        return ["no validation pictures: connect a vae"]
+    if validation is not None and not settings.sample_every:
+        return ["no validation pictures: set sample_every"]
+    return []
 
 
 def plain_model(model, settings: TrainingSettings, device: torch.device) -> PixArt:
@@ -211,12 +234,13 @@ def _trained(model, result: TrainingResult, settings: TrainingSettings):
     return load_patcher(result.file, AUTO)
 
 
-def _outputs(trained, result: TrainingResult, settings: TrainingSettings) -> TrainingOutputs:
+def _outputs(trained, result: TrainingResult, settings: TrainingSettings, notes: Sequence[str]) -> TrainingOutputs:
     lines = [f"saved: {show_path(result.file)}", f"steps: {result.step} of {settings.steps}"]
     if result.step < settings.steps:
         lines.append("stopped: queue it again to go on")
     if settings.wandb:
         lines.append(describe_mode(usual_mode(), "the training's folder"))
+    lines += notes
     samples = result.strip or Image.new("RGB", (64, 64), (128, 128, 128))
     return TrainingOutputs(trained, show_path(result.file), to_image(result.curve), to_image(samples), "\n".join(lines))
 
