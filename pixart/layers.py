@@ -218,9 +218,16 @@ class SelfAttention(nn.Module):
         self.qk_norm = config.qk_norm
         self.compress = compress
 
-    def forward(self, x, grid, attention):
-        """x: (B, N, D). grid: (rows, columns) of the N tokens. Returns (B, N, D)."""
+    def forward(self, x, grid, attention, context=None, values=None):
+        """x: (B, N, D). grid: (rows, columns) of the N tokens. Returns (B, N, D).
+
+        context, values: what keys and values are made of, where a host's patches put something else in place of x.
+        """
         q, k, v = self.qkv(x).chunk(3, dim=2)
+        if context is not None and context is not x:
+            k, v = self.qkv(context).chunk(3, dim=2)[1:]
+        if values is not None and values is not context:
+            v = self.qkv(values).chunk(3, dim=2)[2]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.compress:

@@ -1,7 +1,7 @@
 """The PixArt diffusion transformer: alpha and Sigma, every trained size, any picture size."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -48,6 +48,8 @@ class BlockInputs(NamedTuple):
     modulation: (B, 6, D), or (1, 6, D) when all rows are alike. caption: (B, L, D), projected.
     caption_bias: (B, 1, 1, L) additive, or None. grid: (rows, columns) of tokens.
     self_attention, cross_attention: see `layers.attend`. keys_values: of `caption`, see ProjectedCaption.
+    around: what a host does in front of the attentions and behind them, or None: an object that runs the modules, with
+    self_attention(module, x, inputs) and cross_attention(module, x, keys_values, inputs).
     """
 
     modulation: torch.Tensor
@@ -57,6 +59,7 @@ class BlockInputs(NamedTuple):
     self_attention: Attention
     cross_attention: Attention
     keys_values: tuple[torch.Tensor, ...] | None = None
+    around: Any = None
 
     def with_caption(self, caption):
         """The same with another projected caption, (B, L, D)."""
@@ -86,12 +89,16 @@ class PixArtBlock(nn.Module):
         """x: (B, N, D). keys_values: of this block's cross-attention, (B, L, 2 D), if known. Returns (B, N, D)."""
         rows = inputs.modulation + read_table(self.scale_shift_table, x)  # (B or 1, 6, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = rows.chunk(6, dim=1)  # (B, 1, D)
-        attended = self.attn(modulate(x, shift_attn, scale_attn), inputs.grid, inputs.self_attention)
-        x = torch.addcmul(x, gate_attn, attended)
         if keys_values is None:
             keys_values = self.cross_attn.keys_values(inputs.caption)
+        modulated = modulate(x, shift_attn, scale_attn)
         # The caption is read from the raw stream: no norm, no modulation, no gate.
-        x = x + self.cross_attn(x, keys_values, inputs.caption_bias, inputs.cross_attention)
+        if inputs.around is None:
+            x = torch.addcmul(x, gate_attn, self.attn(modulated, inputs.grid, inputs.self_attention))
+            x = x + self.cross_attn(x, keys_values, inputs.caption_bias, inputs.cross_attention)
+        else:
+            x = torch.addcmul(x, gate_attn, inputs.around.self_attention(self.attn, modulated, inputs))
+            x = x + inputs.around.cross_attention(self.cross_attn, x, keys_values, inputs)
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
 
 

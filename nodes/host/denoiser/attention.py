@@ -1,4 +1,4 @@
-"""The host's attention backends, and the patches that replace a block or its attention."""
+"""The host's attention backends."""
 
 import functools
 
@@ -6,18 +6,6 @@ from comfy.cli_args import args
 from comfy.ldm.modules import attention as host_backends
 
 from ....pixart.layers import LONG_SEQUENCE, gather_heads, split_heads
-
-
-def block_replacement(transformer_options, kind, index, depth):
-    """The patch that replaces block `index`, or its self-attention: patches_replace[kind][("double_block", index)].
-
-    UNet-minded patches of "attn1" name the middle block as ("middle", 0): here block depth // 2.
-    """
-    replaced = transformer_options.get("patches_replace", {}).get(kind, {})
-    found = replaced.get(("double_block", index))
-    if found is None and kind == "attn1" and index == depth // 2:
-        found = replaced.get(("middle", 0))
-    return found
 
 
 def host_attention(transformer_options):
@@ -40,9 +28,3 @@ def _backend(device_type):
     if device_type == "cpu" and chosen is host_backends.attention_sub_quad and not told:
         return host_backends.attention_pytorch  # less than half the time on two cores, and no more memory
     return chosen
-
-
-def replaced_attention(replacement, transformer_options, q, k, v, num_heads, mask=None):
-    """A self-attention that a patch put in place of the model's, called as `pixart.layers.attend` is."""
-    options = {**transformer_options, "n_heads": num_heads, "dim_head": q.shape[2] // num_heads}
-    return replacement(q, k, v, options)

@@ -156,7 +156,7 @@ class Evaluation:
 def _patched(options: dict) -> tuple:
     """Which blocks are replaced: a run that skips layers for its guidance has memories of its own."""
     replaced = options.get("patches_replace", {})
-    return tuple(frozenset(replaced.get(kind, ())) for kind in ("dit", "attn1"))
+    return tuple(frozenset(replaced.get(kind, ())) for kind in ("dit", "attn1", "attn2"))
 
 
 def _controlled(residuals) -> tuple:

@@ -20,11 +20,13 @@ from ....pixart.config import PixArtConfig
 from ....pixart.layers import common_row
 from ....pixart.quoting import shorten
 from ....pixart.transformer import PixArt, ProjectedCaption, add_control
-from .attention import block_replacement, host_attention, replaced_attention
+from .attention import host_attention
 from .block_cache import BLOCK_CACHE
 from .conditions import CaptionCond, SizeCond
 from .kv_compression import compress_keys
-from .noise_levels import PixArtSampling, share_row
+from .noise_levels import PixArtSampling, check_noise_levels, share_row
+from .patches import read_patches
+from .words import UNetFields
 
 CAPTION_MEMORY_BYTES = 256 * 2**20  # for captions that are kept projected while a picture is sampled
 TABLES = ("scale_shift_table", "y_embedding")  # parameters that are modules of their own here
@@ -71,6 +73,7 @@ class PixArtNet(PixArt):
     def __init__(self, pixart_config: PixArtConfig, dtype=None, device=None, operations=None, **_):
         super().__init__(pixart_config, operations=with_table(operations), dtype=dtype, device=device)
         self.dtype = dtype
+        self.in_channels = pixart_config.in_channels  # nodes of other models look here
 
     def forward(self, x, timesteps, context, control=None, transformer_options=None, **conds):
         """x: (B, C, H, W). context: (B, L, caption_channels). Returns the predicted noise, (B, C, H, W)."""
@@ -115,6 +118,7 @@ class PixArtNet(PixArt):
             out = patch({**given, "transformer_options": options})
             tokens, inputs = out["img"], inputs.with_caption(out["txt"])
         options["total_blocks"], options["block_type"] = len(self.blocks), "double"
+        placed = read_patches(options, len(self.blocks), self.config.kv_compress_ratio, inputs.grid)
         cache = options.get(BLOCK_CACHE)
         evaluation = None if cache is None else cache.begin(options, residuals, tokens, len(self.blocks))
         index = 0
@@ -125,7 +129,7 @@ class PixArtNet(PixArt):
                 break
             options["block_index"] = index
             tokens = add_control(tokens, residuals, index, compress_keys(inputs, index - 1, len(self.blocks), options))
-            tokens, inputs = self._run_block(self.blocks[index], index, tokens, inputs, condition, options)
+            tokens, inputs = self._run_block(self.blocks[index], index, tokens, inputs, condition, options, placed)
             for patch in patches.get("double_block", ()):
                 given = {"img": tokens, "txt": inputs.caption, "x": x, "block_index": index}
                 out = patch({**given, "transformer_options": options})
@@ -135,13 +139,12 @@ class PixArtNet(PixArt):
             evaluation.end(tokens)
         return tokens
 
-    def _run_block(self, block, index, tokens, inputs, condition, options):
-        attention = block_replacement(options, "attn1", index, len(self.blocks))
-        if attention is None:
-            here = compress_keys(inputs, index, len(self.blocks), options)
-        else:  # a replacement may count on as many values as there are tokens
-            here = inputs._replace(self_attention=functools.partial(replaced_attention, attention, options))
-        replacement = block_replacement(options, "dit", index, len(self.blocks))
+    def _run_block(self, block, index, tokens, inputs, condition, options, placed):
+        here = compress_keys(inputs, index, len(self.blocks), options)
+        if placed is None:
+            return block(tokens, here, here.keys_values_of(index)), inputs
+        here = placed.place(here, index)
+        replacement = placed.replacement("dit", index)
         if replacement is None:
             return block(tokens, here, here.keys_values_of(index)), inputs
 
@@ -188,6 +191,7 @@ class PixArtModel(comfy.model_base.PixArt):
         On the device where the model computes: what is elsewhere would be sent there at every step.
         Raises ValueError for a conditioning without a caption, or with one of another width.
         """
+        check_noise_levels(self.model_sampling)
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
         caption = kwargs.get("cross_attn")
         if caption is None:
@@ -313,6 +317,7 @@ class PixArtModelConfig(comfy.supported_models_base.BASE):
                 "in_channels": config.in_channels,
             }
         )
+        self.unet_config = UNetFields(self.unet_config)
         self.latent_format.scale_factor = config.vae_scale
 
     def get_model(self, state_dict, prefix="", device=None):

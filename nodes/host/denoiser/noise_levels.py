@@ -4,6 +4,11 @@ import comfy.model_sampling
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ....pixart.quoting import shorten
+from .words import FLOW_FIELDS, flow_field
+
+LEAST_TOP_TIME = 100.0  # of 1000: what the highest noise level must reach for PixArt to know it for noise
+
 
 def share_row(sigma, options: dict, model_options: dict):
     """The noise levels (B,) of an evaluation, as one number that `expand` repeats where all are known to be that.
@@ -24,12 +29,35 @@ def shares_row(values) -> bool:
     return values.ndim > 0 and len(values) > 1 and values.stride(0) == 0
 
 
+def check_noise_levels(sampling) -> None:
+    """Raises ValueError where a node put another model's noise levels in place of PixArt's.
+
+    PixArt predicts noise, and is told times of 0 to 999: those of flow models mix noise otherwise, and EDM's and
+    Stable Cascade's times end near 1.
+    """
+    if isinstance(sampling, PixArtSampling):
+        return
+    flows = isinstance(sampling, comfy.model_sampling.CONST)
+    if not flows and float(sampling.timestep(torch.as_tensor(sampling.sigma_max))) >= LEAST_TOP_TIME:
+        return
+    kind = "a flow model" if flows else shorten(type(sampling).__bases__[0].__name__)
+    raise ValueError(
+        f"Noise levels of another model: got those of {kind}, expected times of 0 to 999 with added noise. Remove the "
+        f"ModelSampling node of that model; ModelSamplingDiscrete suits PixArt (lcm for LCM)."
+    )
+
+
 class PixArtSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
     """The host's discrete noise schedule with fractional times, as the original's solvers have them.
 
     The host rounds a noise level to the nearest of 1000 times; here log alpha is linear between them.
     Source: DPM-Solver, arXiv 2206.00927, appendix D.4.
     """
+
+    def __getattr__(self, name):
+        if name in FLOW_FIELDS:
+            raise flow_field(name)
+        return super().__getattr__(name)
 
     def set_sigmas(self, sigmas):
         """Sets the noise level of each integer time."""

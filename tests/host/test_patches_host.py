@@ -1,0 +1,232 @@
+"""Nodes of the host that patch attention, blocks and noise levels, on a tiny PixArt in this process."""
+
+import importlib
+
+import pytest
+import torch
+
+from pixart_pack.tests.tiny_pixart import make_model, make_weights, tiny_config
+
+CONFIG = tiny_config()
+SIZES = [(8, 8), (9, 13)]
+NOISE = {"atol": 2e-3, "rtol": 1e-4}  # float32 noise of the net, multiplied by sigma 157 and guidance 4.5
+
+
+@pytest.fixture(scope="module")
+def host_model(pack):
+    return importlib.import_module("pixart_pack.nodes.host.denoiser.model")
+
+
+@pytest.fixture(scope="module")
+def patcher(host_model):
+    return host_model.make_patcher(make_weights(CONFIG), CONFIG, dtype=torch.float32)
+
+
+def caption(length, seed, keep=None, width=CONFIG.caption_channels):
+    """One conditioning entry: states of `length` tokens, of which the first `keep` count."""
+    states = torch.randn(1, length, width, generator=torch.Generator().manual_seed(seed))
+    mask = {} if keep is None else {"attention_mask": (torch.arange(length) < keep)[None]}
+    return [states, {"pooled_output": None, **mask}]
+
+
+PROMPTS = caption(12, 1, keep=7), caption(3, 2)
+
+
+def sample(model, positive=PROMPTS[0], negative=PROMPTS[1], size=(9, 13), batch=1, steps=2, **options):
+    comfy_sample = importlib.import_module("comfy.sample")
+    latent = torch.zeros(batch, 4, *size)
+    noise = comfy_sample.prepare_noise(latent, 5)
+    settings = {"cfg": 4.5, "sampler_name": "euler", "scheduler": "simple", "seed": 5, **options}
+    with torch.inference_mode():
+        return comfy_sample.sample(
+            model, noise, steps, settings.pop("cfg"), settings.pop("sampler_name"), settings.pop("scheduler"),
+            [positive], [negative], latent, **settings,
+        )  # fmt: skip
+
+
+def run(node, *given, **named):
+    """The MODEL that a node of the host makes, of either of its kinds."""
+    made = node()
+    out = getattr(made, node.FUNCTION)(*given, **named)
+    return getattr(out, "result", out)[0]
+
+
+def changed(found, expected):
+    assert found.isfinite().all()
+    return not torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("size", "batch"), [(SIZES[0], 1), (SIZES[1], 4)])
+def test_negative_guidance_without_cfg(core_nodes, patcher, size, batch):
+    """NAGuidance: at cfg 1 the negative prompt acts, and only by this node."""
+    guided = run(core_nodes["NAGuidance"], patcher, 5.0, 0.5, 1.5)
+    other = caption(9, 3)
+    plain = [sample(patcher, negative=each, size=size, batch=batch, cfg=1.0) for each in (PROMPTS[1], other)]
+    assert torch.equal(*plain)
+    found = [sample(guided, negative=each, size=size, batch=batch, cfg=1.0) for each in (PROMPTS[1], other)]
+    assert changed(found[0], plain[0]) and changed(*found)
+    # Nothing to be guided away from: the same prompt on both sides gives the picture without the node.
+    same = sample(guided, negative=PROMPTS[0], size=size, batch=batch, cfg=1.0)
+    expected = sample(patcher, negative=PROMPTS[0], size=size, batch=batch, cfg=1.0)
+    torch.testing.assert_close(same, expected, **NOISE)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["attn1", "attn2"])
+def test_patches_around_attention_see_what_they_expect(patcher, kind, size):
+    seen, model = [], patcher.clone()
+    rows, columns = (-(-side // 2) for side in size)
+
+    def before(query, context, values, told):
+        seen.append((told["block_index"], tuple(query.shape), tuple(context.shape), told["n_heads"] * told["dim_head"]))
+        assert told["original_shape"][-2:] == [rows, columns] and len(told["cond_or_uncond"]) == 2
+        return query, context, values
+
+    def behind(out, told):
+        seen.append((told["block"], tuple(out.shape)))
+        return out
+
+    getattr(model, f"set_model_{kind}_patch")(before)
+    getattr(model, f"set_model_{kind}_output_patch")(behind)
+    expected = sample(patcher, size=size, batch=4, steps=1)
+    assert torch.equal(sample(model, size=size, batch=4, steps=1), expected)
+    tokens = (8, rows * columns, CONFIG.hidden_size)
+    context = tokens if kind == "attn1" else (8, 7, CONFIG.hidden_size)
+    assert seen[:2] == [(0, tokens, context, CONFIG.hidden_size), (("double_block", 0), tokens)]
+    assert len(seen) == 2 * CONFIG.depth
+
+
+def test_what_patches_return_is_used(patcher):
+    """Each of the three that an attention reads, and what it gives."""
+    expected = sample(patcher, steps=1)
+    for kind in ("attn1", "attn2"):
+        for place in range(3):
+            model = patcher.clone()
+
+            def halve(*given, place=place):
+                return tuple(each * 0.5 if at == place else each for at, each in enumerate(given[:3]))
+
+            getattr(model, f"set_model_{kind}_patch")(halve)
+            assert changed(sample(model, steps=1), expected), (kind, place)
+        model = patcher.clone()
+        getattr(model, f"set_model_{kind}_output_patch")(lambda out, told: out * 0.5)
+        assert changed(sample(model, steps=1), expected)
+
+
+def test_tokens_that_a_patch_appends_to_the_caption_count(patcher):
+    more = torch.randn(1, 2, CONFIG.hidden_size, generator=torch.Generator().manual_seed(3))
+    model = patcher.clone()
+
+    def append(query, context, values, told):
+        longer = torch.cat([context, more.expand(len(context), -1, -1)], dim=1)
+        return query, longer, longer
+
+    model.set_model_attn2_patch(append)
+    assert changed(sample(model, steps=1), sample(patcher, steps=1))
+
+
+@pytest.mark.parametrize("kind", ["attn1", "attn2"])
+@pytest.mark.parametrize("place", [("double_block", 1), ("middle", 0), ("middle", 0, 0)])
+def test_replaced_attention_of_one_block(patcher, kind, place):
+    calls, model = [], patcher.clone()
+    attend = importlib.import_module("pixart_pack.pixart.layers").attend
+
+    def again(q, k, v, told):
+        calls.append(told["block_index"])
+        return attend(q, k, v, told["n_heads"], told.get("attn_mask"))
+
+    getattr(model, f"set_model_{kind}_replace")(again, *place)
+    torch.testing.assert_close(sample(model, steps=1), sample(patcher, steps=1), **NOISE)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("node", "given"),
+    [
+        ("PerturbedAttentionGuidance", {"scale": 3.0}),
+        ("SelfAttentionGuidance", {"scale": 0.5, "blur_sigma": 2.0}),
+        ("TomePatchModel", {"ratio": 0.3}),
+        ("SkipLayerGuidanceDiTSimple", {"double_layers": "1", "single_layers": "7", "start_percent": 0.0,
+                                        "end_percent": 1.0}),
+        ("SkipLayerGuidanceDiT", {"double_layers": "1", "single_layers": "", "scale": 3.0, "start_percent": 0.0,
+                                  "end_percent": 1.0, "rescaling_scale": 0.2}),
+        ("SkipLayerGuidanceSD3", {"layers": "0, 1", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0}),
+        ("FreSca", {"scale_low": 1.0, "scale_high": 1.5, "freq_cutoff": 2}),
+        ("RescaleCFG", {"multiplier": 0.7}),
+    ],
+)  # fmt: skip
+def test_guidance_and_attention_nodes_act(core_nodes, patcher, node, given, size):
+    model = run(core_nodes[node], model=patcher, **given)
+    assert changed(sample(model, size=size, batch=4), sample(patcher, size=size, batch=4))
+
+
+def test_renormed_guidance_acts(core_nodes, patcher):
+    """The node itself takes one picture at a time."""
+    model = run(core_nodes["RenormCFG"], model=patcher, cfg_trunc=100.0, renorm_cfg=1.0)
+    assert changed(sample(model, steps=3), sample(patcher, steps=3))
+
+
+def test_perturbed_attention_over_compressed_keys(core_nodes, host_model):
+    config = tiny_config("sigma-1024", kv_compress_ratio=2, kv_compress_layers=(1, 2), learn_sigma=True)
+    model = host_model.make_patcher(make_weights(config), config, dtype=torch.float32)
+    for size in SIZES:
+        guided = run(core_nodes["PerturbedAttentionGuidance"], model=model, scale=3.0)
+        assert changed(sample(guided, size=size, steps=1), sample(model, size=size, steps=1))
+
+
+@pytest.mark.parametrize(
+    ("node", "given", "words"),
+    [
+        ("FreeU", {"b1": 1.1, "b2": 1.2, "s1": 0.9, "s2": 0.2}, "A node for U-Nets: got PixArt, .* remove the node"),
+        ("FreeU_V2", {"b1": 1.1, "b2": 1.2, "s1": 0.9, "s2": 0.2}, "A node for U-Nets: got PixArt, .* remove the node"),
+        ("ModelNoiseScale", {"noise_scale": 1.0}, "A node for flow models: .* remove the node"),
+        ("PatchModelAddDownscale", {"block_number": 3, "downscale_factor": 2.0, "start_percent": 0.0,
+                                    "end_percent": 0.35, "downscale_after_skip": True, "downscale_method": "bicubic",
+                                    "upscale_method": "bicubic"}, "A node for U-Nets: got a patch of input_block"),
+        ("HyperTile", {"tile_size": 32, "swap_size": 1, "max_depth": 0, "scale_depth": False}, "Attention in tiles"),
+        ("SkipLayerGuidanceSD3", {"layers": "7", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0},
+         "No such block: got 7, expected 0 to 2"),
+        ("ModelSamplingSD3", {"shift": 3.0}, "Noise levels of another model: got those of a flow model"),
+        ("ModelSamplingAuraFlow", {"shift": 1.7}, "Noise levels of another model: got those of a flow model"),
+        ("ModelSamplingFlux", {"max_shift": 1.15, "base_shift": 0.5, "width": 64, "height": 64}, "of a flow model"),
+        ("ModelSamplingStableCascade", {"shift": 2.0}, "got those of 'StableCascadeSampling'"),
+        ("ModelSamplingContinuousEDM", {"sampling": "eps", "sigma_max": 120.0, "sigma_min": 0.002},
+         "got those of 'ModelSamplingContinuousEDM'"),
+    ],
+)  # fmt: skip
+def test_nodes_of_other_models_are_refused_in_words(core_nodes, patcher, node, given, words):
+    if node not in core_nodes:
+        pytest.skip(f"this host has no {node}")
+    with pytest.raises((ValueError, AttributeError), match=words):
+        sample(run(core_nodes[node], model=patcher, **given), size=(16, 16), steps=1)
+
+
+def test_patches_of_a_unets_blocks_are_refused(patcher):
+    model = patcher.clone()
+    model.set_model_attn2_replace(lambda q, k, v, told: q, "input", 4)
+    with pytest.raises(ValueError, match=r"A node for U-Nets: got a patch of the block \('input', 4\)"):
+        sample(model, steps=1)
+
+
+@pytest.mark.parametrize("sampling", ["lcm", "eps"])
+def test_discrete_noise_levels_suit(core_nodes, patcher, sampling):
+    model = run(core_nodes["ModelSamplingDiscrete"], patcher, sampling, False)
+    assert sample(model, steps=1).isfinite().all()
+
+
+def test_without_patches_nothing_is_run_for_them(patcher, monkeypatch):
+    """The same kernels in the same order as the plain model, which knows of no patches."""
+    patches = importlib.import_module("pixart_pack.nodes.host.denoiser.patches")
+    monkeypatch.setattr(patches, "AroundAttention", None)
+    monkeypatch.setattr(patches.BlockPatches, "place", None)
+    profiler = importlib.import_module("torch.profiler")
+    latent, timestep, states = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), PROMPTS[0][0]
+    plain, counts = make_model(CONFIG), []
+    for net in (plain, patcher.model.diffusion_model):
+        with torch.no_grad():
+            net(latent, timestep, states)
+            with profiler.profile(activities=[profiler.ProfilerActivity.CPU]) as profile:
+                net(latent, timestep, states)
+        counts.append({event.key: event.count for event in profile.key_averages() if "mm" in event.key})
+    assert counts[0] == counts[1]
