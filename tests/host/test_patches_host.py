@@ -230,3 +230,51 @@ def test_without_patches_nothing_is_run_for_them(patcher, monkeypatch):
                 net(latent, timestep, states)
         counts.append({event.key: event.count for event in profile.key_averages() if "mm" in event.key})
     assert counts[0] == counts[1]
+
+
+def test_attention_multiply_acts_on_its_part_alone(core_nodes, patcher):
+    generator = torch.Generator().manual_seed(0)
+    latent, timestep = torch.randn(1, 4, 9, 13, generator=generator), torch.tensor([500.0])
+    given, width = {"q": 0.5, "k": 2.0, "v": 3.0, "out": 0.25}, CONFIG.hidden_size
+    names = {"UNetSelfAttentionMultiply": ("attn.qkv", "attn.proj"),
+             "UNetCrossAttentionMultiply": ("cross_attn.kv_linear", "cross_attn.proj")}  # fmt: skip
+    for node, (packed, out) in names.items():
+        model, weights = run(core_nodes[node], model=patcher, **given), make_weights(CONFIG)
+        for index in range(CONFIG.depth):
+            for end in ("weight", "bias"):
+                rows = weights[f"blocks.{index}.{packed}.{end}"]
+                factors = (0.5, 2.0, 3.0) if len(rows) == 3 * width else (2.0, 3.0)
+                for part, factor in zip(rows.split(width), factors, strict=True):
+                    part *= factor
+                weights[f"blocks.{index}.{out}.{end}"] *= 0.25
+                if len(rows) == 2 * width:
+                    weights[f"blocks.{index}.cross_attn.q_linear.{end}"] *= 0.5
+        importlib.import_module("comfy.model_management").load_models_gpu([model])
+        plain = make_model(CONFIG)
+        plain.load_state_dict(weights)
+        with torch.no_grad():
+            found = model.model.diffusion_model(latent, timestep, PROMPTS[0][0])
+            torch.testing.assert_close(found, plain(latent, timestep, PROMPTS[0][0])[:, :4], atol=2e-5, rtol=1e-5)
+        assert changed(sample(model), sample(patcher))
+
+
+def test_names_of_parts_stay_out_of_merges_and_files(patcher):
+    names = {f"diffusion_model.{name}" for name in patcher.model.diffusion_model.state_dict()}
+    assert set(patcher.get_key_patches("diffusion_model.")) == names
+    assert set(patcher.get_key_patches()) == set(patcher.model.state_dict())
+    assert set(patcher.model_state_dict("diffusion_model.")) == names
+    assert set(patcher.model_state_dict()) > names
+    assert not [name for name in patcher.state_dict_for_saving() if ".to_q." in name]
+
+
+def test_a_part_and_a_slice_are_patched_alike(patcher):
+    generator, width = torch.Generator().manual_seed(0), CONFIG.hidden_size
+    change = torch.randn(width, width, generator=generator)
+    part, whole = "transformer_blocks.1.attn1.to_k.weight", "blocks.1.attn.qkv.weight"
+    places = [f"diffusion_model.{part}", (f"diffusion_model.{whole}", (0, width, width))]
+    pictures = []
+    for place in places:
+        model = patcher.clone()
+        assert model.add_patches({place: (change,), "diffusion_model.nothing": (change,)}, 0.5) == [place]
+        pictures.append(sample(model))
+    assert torch.equal(*pictures) and changed(pictures[0], sample(patcher))

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models_base
@@ -25,6 +24,7 @@ from .block_cache import BLOCK_CACHE
 from .conditions import CaptionCond, SizeCond
 from .kv_compression import compress_keys
 from .noise_levels import PixArtSampling, check_noise_levels, share_row
+from .patcher import patcher_class
 from .patches import read_patches
 from .words import UNetFields
 
@@ -363,11 +363,7 @@ def make_patcher(state_dict, config, dtype=None, fp8_optimizations=False, disabl
     set_inference_dtype(model_config, dtype, manual_cast, load_device)
     model_config.optimizations["fp8"] = fp8_optimizations
     model = model_config.get_model(state_dict)
-    patchers = comfy.model_patcher
-    patcher_class = (
-        patchers.ModelPatcher if disable_dynamic else getattr(patchers, "CoreModelPatcher", patchers.ModelPatcher)
-    )
-    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    patcher = patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
     for key in list(state_dict):  # one by one, so that the file's tensors go as ours come
         state_dict[key] = cast_weight(key, state_dict[key], dtype)
     model.load_model_weights(state_dict, assign=True)
