@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...pixart.config import ALPHA_VAE_SCALE, CONFIGS, SIGMA_VAE_SCALE, PixArtConfig
-from ...pixart.quoting import shorten
+from ...pixart.quoting import list_names, shorten
 from ...pixart.weights.folders import read_json
 from ...pixart.weights.reading import Checkpoint, read_checkpoint, read_tensors
 from .denoiser.model import make_patcher
@@ -98,7 +98,12 @@ def make_model(checkpoint: Checkpoint, dtype: str, disable_dynamic=False):
     state_dict = dict(checkpoint.state_dict)
     checkpoint.state_dict.clear()  # so that each tensor of the file goes when its converted twin comes
     patcher = make_patcher(state_dict, checkpoint.config, DTYPES[dtype], dtype.endswith("_fast"), disable_dynamic)
-    patcher.model.pixart_source = {"file": checkpoint.path.name, "detection": checkpoint.detection}
+    patcher.model.pixart_source = {
+        "file": checkpoint.path.name,
+        "detection": checkpoint.detection,
+        "places": (checkpoint.place, *checkpoint.others),
+        "left": checkpoint.left,
+    }
     return patcher
 
 
@@ -182,6 +187,10 @@ def describe_model(model) -> str:
         lines.insert(0, f"file: {source['file']} ({detection.layout} layout)")
         lines += [f"{field} from: {sign}" for field, sign in _notable(detection.signs)]
         lines += [f"overruled: {conflict}" for conflict in detection.conflicts]
+        taken, *others = source["places"]
+        lines += [f"taken from the file's: {shorten(taken)}"] * bool(taken)
+        lines += [f"also in the file: {list_names(others)}"] * bool(others)
+        lines += [f"left out: {list_names(source['left'])}"] * bool(source["left"])
     return "\n".join(lines)
 
 

@@ -54,6 +54,16 @@ def add_device(parser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default=dtype, help="default: %(default)s")
 
 
+def add_weights(parser) -> None:
+    """--weights, of a checkpoint that holds several models."""
+    parser.add_argument(
+        "--weights",
+        default="ema",
+        metavar="WHICH",
+        help="of a file with several: ema (default: the average where there is one), model (as trained), or a place",
+    )
+
+
 def process_rank() -> tuple[int, int]:
     """(this process's number, how many there are), as `accelerate launch` and `torchrun` tell them; (0, 1) alone."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

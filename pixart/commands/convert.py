@@ -26,12 +26,13 @@ from ..lora import PEFT_CONFIG, read_lora, save_lora
 from ..quoting import shorten
 from ..weights.controlnets import read_controlnet, save_controlnet
 from ..weights.folders import TEXT_ENCODER_STEMS
-from ..weights.layouts import CONTROL, CONTROLNET, LORA, T5, identify
+from ..weights.layouts import CONTROL, CONTROLNET, LORA, T5
 from ..weights.precision import DTYPES
 from ..weights.reading import naming, open_weights, read_checkpoint, read_tensors
 from ..weights.saving import names_file, save_checkpoint
 from ..weights.t5 import detect_t5_config, encoder_weights, is_t5_folder
-from .console import make_parser
+from ..weights.wrappers import identify
+from .console import add_weights, make_parser
 
 MODEL_LAYOUTS = ("original", "diffusers")
 T5_LAYOUTS = ("single", "folder")
@@ -173,7 +174,7 @@ def parse() -> argparse.ArgumentParser:
     layouts = ", ".join(f"{name}: {' | '.join(kind.layouts)}" for name, kind in KINDS.items())
     parser.add_argument("--to", metavar="LAYOUT", help=layouts)
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: as it is")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="of a training checkpoint with both")
+    add_weights(parser)
     parser.add_argument("--variant", help="which released model it is, such as alpha-512, where the file does not say")
     parser.add_argument("--shard-gb", type=float, help="largest file of a diffusers folder; default: one file")
     parser.add_argument("--force", action="store_true", help="replace a target that is there")

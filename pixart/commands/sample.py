@@ -29,7 +29,7 @@ from ..text import clean_prompt
 from ..transformer import PixArt
 from ..weights.precision import DTYPES
 from ..weights.reading import read_checkpoint
-from .console import add_device, make_parser
+from .console import add_device, add_weights, make_parser
 from .pipeline import Pipeline
 
 
@@ -41,6 +41,7 @@ def add_models(parser: argparse.ArgumentParser, required: bool = True) -> None:
     models.add_argument("--tokenizer", type=Path, help="its folder; default: beside the text encoder")
     models.add_argument("--vae", type=Path, help="the autoencoder's file or folder; default: the diffusers folder's")
     models.add_argument("--variant", help="which released model it is, such as alpha-512, where the file does not say")
+    add_weights(models)
     add_device(models)
 
 
@@ -57,7 +58,7 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
         parts[flag] = given or own
     dtype = DTYPES[options.dtype]
     hints = {"variant": options.variant} if options.variant else {}
-    checkpoint = read_checkpoint(options.model, **hints)
+    checkpoint = read_checkpoint(options.model, weights=options.weights, **hints)
     with torch.device("meta"):
         model = PixArt(checkpoint.config)
     weights = {name: tensor.to(options.device, dtype) for name, tensor in checkpoint.state_dict.items()}

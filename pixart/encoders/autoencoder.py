@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from ..files.inside import check_folder
 from ..quoting import plain, shorten
 from ..weights.folders import TRANSFORMER_STEMS, find_weights, read_json
-from ..weights.layouts import describe, detect_layout
+from ..weights.layouts import describe
 from ..weights.reading import read_tensors
+from ..weights.wrappers import detect_layout
 
 LATENT_CHANNELS = 4
 TINY_DECODER, TINY_ENCODER = "taesd_decoder.", "taesd_encoder."

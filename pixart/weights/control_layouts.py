@@ -16,12 +16,11 @@ from .layouts import (
     Weights,
     advice,
     describe,
-    identify,
-    identify_pixart,
     original_tensors,
 )
-from .layouts import to_diffusers as model_to_diffusers
-from .layouts import to_original as model_to_original
+from .wrappers import identify, identify_pixart
+from .wrappers import to_diffusers as model_to_diffusers
+from .wrappers import to_original as model_to_original
 
 # Either layout's name of a control tensor: (block, name inside the copied block) or (block, projection).
 _NAME = re.compile(
@@ -74,7 +73,7 @@ def control_to_diffusers(state_dict: Mapping) -> dict:
 
 def identify_control(content: object, weights: str = "ema", metadata: Mapping[str, str] | None = None) -> Weights:
     """As `identify`, of a ControlNet: CONTROLNET or CONTROL. Raises ValueError saying what the weights are else."""
-    found = identify(content, weights, metadata)
+    found = identify(content, weights, metadata, control=True)
     layout = found.layout
     if layout not in (CONTROLNET, CONTROL):
         remedy = advice(layout) if layout in (ORIGINAL, DIFFUSERS) else "Choose a PixArt ControlNet file."

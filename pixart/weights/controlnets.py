@@ -16,9 +16,10 @@ from .checking import check_weights, expected_shapes
 from .control_layouts import control_to_diffusers, control_to_original, identify_control, part_controlnet
 from .detection import ALPHA, SIGMA, detect, guess_heads, mlp_ratio, read_name, saved_fields
 from .folders import TRANSFORMER_STEMS, read_json
-from .layouts import CONFIG_KEY, to_original
+from .layouts import CONFIG_KEY
 from .reading import Checkpoint, finish_checkpoint, naming, open_weights, read_weights
 from .saving import names_file, write_weights
+from .wrappers import to_original
 
 ALPHA_CLASS, SIGMA_CLASS = "PixArtControlNetAdapterModel", "PixArtSigmaControlNetAdapterModel"
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -44,7 +45,7 @@ class ControlNetCheckpoint:
 def read_controlnet(path: str | os.PathLike, *, weights: str = "ema", **hints) -> ControlNetCheckpoint:
     """Read a ControlNet from a file (.pth, .safetensors, ...) or a diffusers folder.
 
-    weights: "ema" or "model", see `layouts.identify`. hints: for the base model, see `detection.detect`.
+    weights: "ema" or "model", see `wrappers.identify`. hints: for the base model, see `detection.detect`.
     Raises FileNotFoundError for a missing file and ValueError for everything else, naming the file.
     """
     path = Path(path)

@@ -27,9 +27,9 @@ from .layouts import (
     NULL_CAPTION_KEY,
     RECOMPUTED_KEYS,
     Weights,
-    identify_pixart,
     merge_plan,
 )
+from .wrappers import identify_pixart
 
 ALPHA, SIGMA = "alpha", "sigma"
 FAMILIES = (ALPHA, SIGMA)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..quoting import shorten
-
 ORIGINAL, DIFFUSERS, CONTROLNET, CONTROL, LORA = "original", "diffusers", "controlnet", "control", "lora"
 T5, UNKNOWN = "T5 text encoder", "unknown"
 
@@ -19,20 +17,6 @@ CONFIG_KEY = "pixart_config"  # metadata entry, or uint8 tensor of the same JSON
 NULL_CAPTION_KEY = "y_embedder.y_embedding"
 RECOMPUTED_KEYS = ("pos_embed", "pos_embed.pos_embed")  # the position grid in either layout; depends on the picture
 EXTRA_KEYS = (*RECOMPUTED_KEYS, CONFIG_KEY)  # lie beside the weights, and are none
-EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema")
-MODEL_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-# Longest first, so that `model.` never cuts a longer one in two.
-PREFIXES = (
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "base_model.",
-    "transformer.",
-    "_orig_mod.",
-    "module.",
-    "model.",
-)
-# What else an all-in-one checkpoint carries next to `model.diffusion_model.`.
-COMPANIONS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.", "model_ema.")
 
 
 def _weights_and_biases(names: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -83,6 +67,11 @@ BLOCK_NAMES = {
 }
 _GLOBAL_PARTS = {part: (name, parts) for name, parts in GLOBAL_NAMES.items() for part in parts}
 _BLOCK_PARTS = {part: (name, parts) for name, parts in BLOCK_NAMES.items() for part in parts}
+# What diffusers' fuse_qkv_projections() adds: the rows of the parts in one tensor, as the original has them.
+_FUSED = {"attn1.to_q": "attn1.to_qkv", "attn2.to_k": "attn2.to_kv"}
+_BLOCK_PARTS |= {
+    f"{fused}.{kind}": _BLOCK_PARTS[f"{part}.{kind}"] for part, fused in _FUSED.items() for kind in ("weight", "bias")
+}
 _ORIGINAL_BLOCK = re.compile(r"blocks\.(\d{1,4})\.(.+)")
 _DIFFUSERS_BLOCK = re.compile(r"transformer_blocks\.(\d{1,4})\.(.+)")
 
@@ -117,106 +106,60 @@ _FAMILY_SIGNS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights out of their wrappers, and what they are: found once by `identify`, then handed on.
+    """Weights out of their wrappers, and what they are: found once by `wrappers.identify`, then handed on.
 
     tensors: plain name -> a tensor, or anything with a shape that stands for one in a file. layout: see
-    `detect_layout`. metadata: texts that were kept with them.
+    `layout_of`. metadata: texts that were kept with them. place: where they lay, "" for the top. others: the places
+    of other such models in the file. left: what else lay there and is not used, in words.
     """
 
     tensors: dict
     layout: str
     metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-def detect_layout(state_dict: Mapping) -> str:
-    """Tell what kind of weights these are, wrapped or not, by their names alone.
-
-    Returns ORIGINAL, DIFFUSERS, CONTROLNET (base and control in one file), CONTROL (control blocks alone), LORA,
-    the name of another family ("Flux", "T5 text encoder", ...), or UNKNOWN.
-    """
-    return identify(state_dict).layout
-
-
-def unwrap(state_dict: Mapping, weights: str = "ema") -> dict:
-    """The weights of a training checkpoint alone: the tensors that `identify` finds, under their plain names."""
-    return identify(state_dict, weights).tensors
-
-
-def identify(content: object, weights: str = "ema", metadata: Mapping[str, str] | None = None) -> Weights:
-    """Take the weights out of all that a file or dict holds (wrappers and prefixes off, what is no tensor left out),
-    and tell what they are.
-
-    weights: "ema" prefers the averaged weights where there are both, "model" the trained ones. The learned null
-    caption always comes from the trained ones: averaging skips buffers, so the averaged one is an untrained tensor.
-    A ControlNet file keeps its `base_model.` and `controlnet.` prefixes; `control_layouts.part_controlnet` parts them.
-    Raises ValueError when there is nothing like a state dict, or not the chosen weights.
-    """
-    if weights not in ("ema", "model"):
-        raise ValueError(
-            f"Unknown choice of weights: got {shorten(weights)}, expected 'ema' or 'model'. Choose one of them."
-        )
-    chosen = _strip_prefixes(_pick_weights(content, weights))
-    if weights == "ema" and _wrapped(content, EMA_WRAPPERS) and _wrapped(content, MODEL_WRAPPERS):
-        trained = _strip_prefixes(_pick_weights(content, "model"))
-        for key in (NULL_CAPTION_KEY, f"base_model.{NULL_CAPTION_KEY}"):
-            if key in trained:
-                chosen[key] = trained[key]
-    tensors = {key: value for key, value in chosen.items() if hasattr(value, "shape")}
-    return Weights(tensors, _layout_of(tensors), metadata or {})
-
-
-def identify_pixart(content: object, weights: str = "ema", metadata: Mapping[str, str] | None = None) -> Weights:
-    """As `identify`, of a PixArt model: ORIGINAL or DIFFUSERS. Raises ValueError saying what the weights are else."""
-    found = identify(content, weights, metadata)
-    if found.layout not in (ORIGINAL, DIFFUSERS):
-        raise ValueError(
-            f"Not a PixArt model: got {describe(found.layout)}, expected PixArt weights. {advice(found.layout)}"
-        )
-    return found
-
-
-def to_original(state_dict: Mapping) -> dict:
-    """Rename to the original layout, merging q, k, v; wrapped, prefixed and original dicts are taken as well.
-
-    The position grid is left out, since it is recomputed. A missing `y_embedder.y_embedding` stays missing.
-    Raises ValueError naming every unknown key and every missing part of a merged tensor.
-    Source: diffusers, convert_pixart_alpha_to_diffusers.py, read backwards.
-    """
-    return original_tensors(identify_pixart(state_dict))
+    place: str = ""
+    others: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 def original_tensors(weights: Weights) -> dict:
-    """As `to_original`, of weights that are identified; they are emptied on the way, so that a merge never holds both
-    copies of the whole model.
+    """Under the original's names, q, k and v merged, without the position grid. The weights are emptied on the way, so
+    that a merge never holds both copies of the whole model.
+
+    Raises ValueError naming every unknown key, every missing part of a merged tensor, and a tensor that is there fused
+    and in parts which differ.
     """
     found = weights.tensors
     names = [name for name in found if name not in EXTRA_KEYS]
-    plan = merge_plan(names) if weights.layout == DIFFUSERS else {name: (name,) for name in names}
     if weights.layout == ORIGINAL:
-        _diffusers_names(names)  # unknown names raise here as well
+        diffusers_names(names)  # unknown names raise here as well
+    plan = merge_plan(names) if weights.layout == DIFFUSERS else {name: (name,) for name in names}
     converted = {}
     for name, parts in plan.items():
-        tensors = [found.pop(part) for part in parts]
-        converted[name] = tensors[0] if len(tensors) == 1 else _concatenate(name, tensors)
+        fused = found.pop(_fused_name(parts), None)
+        tensors = [found.pop(part) for part in parts if part in found]
+        whole = tensors[0] if len(tensors) == 1 else _concatenate(name, tensors) if tensors else fused
+        if fused is not None and not _equal(whole, fused):
+            raise ValueError(
+                f"Two versions of {name}: got a fused projection that differs from its parts, expected the same "
+                f"numbers. Call unfuse_qkv_projections() on the model that is right, and save it again."
+            )
+        converted[name] = whole
     return converted
 
 
-def to_diffusers(state_dict: Mapping, *, keep_null_caption: bool = False) -> dict:
-    """Rename to the diffusers layout, cutting qkv and kv by rows (views of the same memory).
+def diffusers_tensors(weights: Weights, *, keep_null_caption: bool = False) -> dict:
+    """Under diffusers' names, qkv and kv cut by rows (views of the same memory). keep_null_caption: carry it as well.
 
-    keep_null_caption: also carries the learned null caption, as `caption_projection.y_embedding`. With it
-    `to_original` gives back everything; without it the names are exactly those of diffusers' own class.
     Raises ValueError naming every unknown key and every tensor whose rows cannot be cut.
-    Source: diffusers, convert_pixart_alpha_to_diffusers.py.
     """
-    weights = identify_pixart(state_dict)
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in EXTRA_KEYS}
-    if weights.layout == DIFFUSERS:
+    if weights.layout == DIFFUSERS and not any(map(_is_fused, tensors)):
         merge_plan(tensors)  # unknown names raise here as well
         converted = tensors
     else:
+        tensors = original_tensors(Weights(tensors, weights.layout))
         converted = {}
-        for name, parts in _diffusers_names(tensors).items():
+        for name, parts in diffusers_names(tensors).items():
             converted.update(zip(parts, _cut_rows(name, tensors[name], len(parts)), strict=True))
     if not keep_null_caption:
         converted.pop(GLOBAL_NAMES[NULL_CAPTION_KEY][0], None)
@@ -226,6 +169,7 @@ def to_diffusers(state_dict: Mapping, *, keep_null_caption: bool = False) -> dic
 def merge_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Original name -> the diffusers names whose rows make it up, for all of `names` (diffusers layout).
 
+    A fused projection is in the place of its parts, unless all of them are there too.
     Raises ValueError naming every unknown key and every missing part.
     """
     names, plan, unknown = dict.fromkeys(names), {}, []
@@ -235,7 +179,10 @@ def merge_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         if found is None:
             unknown.append(name)
         elif match:
-            plan[f"blocks.{match[1]}.{found[0]}"] = tuple(f"transformer_blocks.{match[1]}.{part}" for part in found[1])
+            parts = tuple(f"transformer_blocks.{match[1]}.{part}" for part in found[1])
+            fused = _fused_name(parts)
+            alone = fused in names and not any(part in names for part in parts)
+            plan[f"blocks.{match[1]}.{found[0]}"] = (fused,) if alone else parts
         else:
             plan[found[0]] = found[1]
     _refuse_unknown(unknown)
@@ -248,10 +195,26 @@ def merge_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return plan
 
 
+def _fused_name(parts: tuple[str, ...]) -> str:
+    """The name of the fused projection that holds these parts' rows, "" where there is none."""
+    match = _DIFFUSERS_BLOCK.fullmatch(parts[0])
+    stem, _, kind = match[2].rpartition(".") if match else ("", "", "")
+    return f"transformer_blocks.{match[1]}.{_FUSED[stem]}.{kind}" if stem in _FUSED else ""
+
+
+def _is_fused(name: str) -> bool:
+    match = _DIFFUSERS_BLOCK.fullmatch(name)
+    return bool(match) and match[2].rpartition(".")[0] in _FUSED.values()
+
+
 def parts_to_merge(names: Iterable[str]) -> set[str]:
     """Those of these (unwrapped) names that are parts of a tensor which the original layout holds in one."""
     matches = (match for match in map(_DIFFUSERS_BLOCK.fullmatch, names) if match)
-    return {match[0] for match in matches if match[2] in _BLOCK_PARTS and len(_BLOCK_PARTS[match[2]][1]) > 1}
+    return {
+        match[0]
+        for match in matches
+        if match[2] in _BLOCK_PARTS and len(_BLOCK_PARTS[match[2]][1]) > 1 and not _is_fused(match[0])
+    }
 
 
 def describe(layout: str) -> str:
@@ -282,7 +245,10 @@ def advice(layout: str) -> str:
     return texts.get(layout, "Choose a PixArt checkpoint, or load this file with ComfyUI's own nodes.")
 
 
-def _layout_of(keys: Iterable[str]) -> str:
+def layout_of(keys: Iterable[str]) -> str:
+    """What plain names belong to: ORIGINAL, DIFFUSERS, CONTROLNET (base and control), CONTROL (control blocks alone),
+    LORA, the name of another family ("Flux", "T5 text encoder", ...), or UNKNOWN.
+    """
     keys = [key for key in keys if isinstance(key, str)]
     if any(sign in key for key in keys for sign in _LORA_SIGNS):
         return LORA
@@ -303,47 +269,7 @@ def _is_named(key: str, pattern: re.Pattern, names: Mapping) -> bool:
     return bool(match) and match[2] in names
 
 
-def _wrapped(state_dict: Mapping, wrappers: tuple[str, ...]) -> dict | None:
-    return next((state_dict[name] for name in wrappers if isinstance(state_dict.get(name), Mapping)), None)
-
-
-def _pick_weights(state_dict: Mapping, weights: str) -> dict:
-    """Follow the wrappers of training checkpoints down to the dict of weights."""
-    for _ in range(4):  # deeper nesting is no checkpoint
-        if not isinstance(state_dict, Mapping):
-            break
-        averaged, trained = _wrapped(state_dict, EMA_WRAPPERS), _wrapped(state_dict, MODEL_WRAPPERS)
-        if averaged is None and trained is None:
-            break
-        if weights == "model" and trained is None:
-            raise ValueError(
-                "No trained weights in this checkpoint: got averaged (EMA) weights only, expected 'state_dict'. "
-                "Choose the EMA weights."
-            )
-        state_dict = averaged if averaged is not None and (weights == "ema" or trained is None) else trained
-    if not isinstance(state_dict, Mapping) or not any(hasattr(value, "shape") for value in state_dict.values()):
-        kind = type(state_dict).__name__
-        raise ValueError(
-            f"No weights in this file: got {'no tensors' if isinstance(state_dict, Mapping) else f'a {kind} object'}, "
-            f"expected a dict of tensors. Choose a checkpoint that was saved as a state dict."
-        )
-    return {key: value for key, value in state_dict.items() if isinstance(key, str)}
-
-
-def _strip_prefixes(weights: dict) -> dict:
-    """Take off what wrappers and hosts put before every name; a ControlNet's own prefixes stay."""
-    inner = PREFIXES[0]
-    if any(key.startswith(inner) for key in weights):
-        weights = {key: value for key, value in weights.items() if not key.startswith(COMPANIONS)}
-    while weights:
-        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in weights)), None)
-        if prefix is None:
-            break
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
-
-
-def _diffusers_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def diffusers_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Original name -> its diffusers names. Raises ValueError naming every unknown key."""
     plan, unknown = {}, []
     for name in names:
@@ -373,6 +299,15 @@ def _concatenate(name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
         raise ValueError(
             f"Parts of {name} do not fit together: got shapes {shapes}, expected equal ones. Download the file again."
         ) from error
+
+
+def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bytes, of whatever type."""
+    return left.shape == right.shape and left.dtype == right.dtype and torch.equal(_bytes(left), _bytes(right))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8) if tensor.device.type != "meta" else tensor
 
 
 def _cut_rows(name: str, tensor: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

@@ -16,8 +16,9 @@ from ..quoting import shorten
 from .checking import check_weights
 from .detection import Detection, detect
 from .folders import TRANSFORMER_STEMS, ModelFolder, find_weights, open_folder
-from .layouts import NULL_CAPTION_KEY, Weights, identify_pixart, original_tensors, parts_to_merge
+from .layouts import NULL_CAPTION_KEY, Weights, original_tensors, parts_to_merge
 from .pickles import ZIP_MAGIC, open_pickled
+from .wrappers import identify_pixart
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,16 @@ class Checkpoint:
     """A model read from disk, ready for `PixArt(config).load_state_dict(state_dict, assign=True)`.
 
     state_dict: original layout, checked; without the position grid, and without a null caption that says nothing.
-    metadata: the safetensors header's texts.
+    metadata: the safetensors header's texts. place, others, left: see `layouts.Weights`.
     """
 
     path: Path
     state_dict: dict[str, torch.Tensor]
     detection: Detection
     metadata: dict[str, str]
+    place: str = ""
+    others: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
     @property
     def config(self) -> PixArtConfig:
@@ -72,8 +76,8 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read a PixArt from a file (.pth, .safetensors, .bin, ...) or a diffusers folder.
 
-    weights: "ema" or "model", see `layouts.identify`. file_variant: "fp16" and the like, for folders.
-    hints: `variant` and fields of PixArtConfig, see `detection.detect`.
+    weights: "ema", "model" or the name of a place, see `wrappers.identify`. file_variant: "fp16" and the
+    like, for folders. hints: `variant` and fields of PixArtConfig, see `detection.detect`.
     Tensors are mapped from the file as they are; those that diffusers has in parts are read and merged one by one.
     Raises FileNotFoundError for a missing file or shard and ValueError for everything else, naming the file.
     """
@@ -99,7 +103,7 @@ def finish_checkpoint(path: Path, weights: Weights, detection: Detection) -> Che
     check_weights(state_dict, detection.config)
     for conflict in detection.conflicts:
         log.warning("%s: taken for %s (%s), but %s", path.name, detection.family, detection.signs["family"], conflict)
-    return Checkpoint(path, state_dict, detection, dict(weights.metadata))
+    return Checkpoint(path, state_dict, detection, dict(weights.metadata), weights.place, weights.others, weights.left)
 
 
 def read_tensors(

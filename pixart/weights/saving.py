@@ -13,7 +13,8 @@ from ..config import PixArtConfig
 from ..files.atomic import dump, write_atomically, write_folder_atomically
 from ..quoting import shorten
 from .checking import check_weights
-from .layouts import CONFIG_KEY, to_diffusers, to_original
+from .layouts import CONFIG_KEY
+from .wrappers import to_diffusers, to_original
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 

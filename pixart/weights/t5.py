@@ -11,7 +11,8 @@ import torch
 
 from ..quoting import list_names
 from .folders import TEXT_ENCODER_STEMS, read_json
-from .layouts import describe, detect_layout
+from .layouts import describe
+from .wrappers import detect_layout
 
 MARKER = "encoder.block.0.layer.0.SelfAttention.q.weight"
 CONFIG_FIELDS = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "vocab_size")

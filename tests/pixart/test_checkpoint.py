@@ -22,7 +22,8 @@ from pixart_pack.pixart.checkpoint import (
     to_original,
     unwrap,
 )
-from pixart_pack.pixart.weights.layouts import identify_pixart, original_tensors
+from pixart_pack.pixart.weights.layouts import original_tensors
+from pixart_pack.pixart.weights.wrappers import identify_pixart
 from pixart_pack.tests.goldens import load_golden, take
 
 MAPS = [
