@@ -20,6 +20,7 @@ from . import (
 from .host.denoiser.sampling import register_samplers
 from .host.replacements import register_replacements
 from .host.schema import guard
+from .host.server.users import register_users
 from .host.training.runs import register_folders
 
 
@@ -29,6 +30,7 @@ class PixArtExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_samplers()
         register_folders()
+        register_users()
         await register_replacements(migration.REPLACEMENTS)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

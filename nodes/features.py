@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 from ..pixart.data.cache import CAPTION_DTYPES, SIZE_CONDITIONS
 from .host.edges import AUTO, list_hed_models
 from .host.schema import choice_input, node_input, schema
+from .host.server.users import current_user
 from .host.text.captions import show_text
 from .host.training.dataset import describe_features, features_of_latents, fingerprint_features, load_features
 from .host.training.encoding import CACHE_FOLDER, CONTROL_FILES, CONTROL_METHODS, encode_dataset, settings_for
@@ -121,6 +122,10 @@ class EncodeDataset(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_):
+        return current_user()
 
     @classmethod
     def execute(

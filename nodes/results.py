@@ -9,6 +9,7 @@ from ..pixart.tracking.weights_and_biases import OFF, WANDB_MODES
 from .host.pictures import draw_grid, draw_sheet
 from .host.run_log import log_runs, time_model
 from .host.schema import choice_input, node_input, schema
+from .host.server.users import current_user
 
 COMPARE_CATEGORY = "PixArt/compare"
 GridType = io.Custom("PIXART_GRID")
@@ -195,6 +196,10 @@ class RunLog(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_):
+        return current_user()
 
     @classmethod
     def execute(cls, images, folder, wandb=(OFF,), timer=(None,), prompt=(), negative=(), note=(), hash_files=(True,)):

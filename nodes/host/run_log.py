@@ -13,6 +13,7 @@ from ...pixart.tracking.run_log import HASHES, Hashes, describe_workflow, track,
 from ...pixart.tracking.weights_and_biases import OFF, check_tracking, describe_mode
 from .folders import is_inner, output_folder, show_path
 from .pictures import to_pil
+from .server.users import own_output
 
 _WRAPPER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 _KEY = "pixart_run_timer"
@@ -73,7 +74,7 @@ def log_runs(
     one for all, empty for nothing.
     Raises ValueError for a name that leads out of the output folder, or a mode that cannot work.
     """
-    folder = output_folder(folder_name)
+    folder = output_folder(folder_name, own_output())
     check_tracking(mode)
     workflow, node = getattr(hidden, "prompt", None) or {}, str(getattr(hidden, "unique_id", None))
     known = describe_workflow(workflow, node)

@@ -14,12 +14,12 @@ import os
 from pathlib import Path
 
 import comfy.model_management
-import folder_paths
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ....pixart.files.atomic import PRIVATE, write_atomically
+from ..server.users import own_user_folder
 from . import t5
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ _NAME = "states"
 
 
 def folder() -> Path:
-    """Where the files lie: in the host's user folder."""
-    return Path(folder_paths.get_user_directory()) / "pixart_prompts"
+    """Where the files lie: in the user folder of whoever sent the prompt."""
+    return own_user_folder() / "pixart_prompts"
 
 
 def key_of(clip, tokens: list[tuple]) -> str | None:

@@ -16,8 +16,9 @@ from ....pixart.data.records import Dataset, Record, check_records
 from ....pixart.data.sources import Columns, read_dataset, walk_files
 from ....pixart.resolution import nearest_ratio
 from ..denoiser.latent import CHANNELS
-from ..folders import find_typed, hide_paths, open_paths
+from ..folders import find_typed, hide_paths, is_inner, open_paths
 from ..progress import show_progress
+from ..server.users import own_output
 
 _RATIO_TABLE_PX = 1024  # every table has the same ratios
 
@@ -68,7 +69,7 @@ def fingerprint_dataset(path: str, kind: str, columns: Columns, control_folder: 
 def fingerprint_features(path: str) -> str:
     """A hash of the names, sizes and times of all files of the encoded dataset at a typed path."""
     try:
-        found = find_typed(path, folder_paths.get_output_directory(), "Encoded dataset").path
+        found = _find_features(path)
     except (OSError, ValueError):
         return ""
     return _hash_files(walk_files(found if found.is_dir() else found.parent))
@@ -191,7 +192,15 @@ def _example(latent: torch.Tensor, caption: torch.Tensor) -> Example:
 
 def load_features(path: str) -> FeatureSet:
     """The encoded dataset at a typed path, below the output folder or absolute."""
-    return open_features(find_typed(path, folder_paths.get_output_directory(), "Encoded dataset").path)
+    return open_features(_find_features(path))
+
+
+def _find_features(path: str) -> Path:
+    """Where an encoded dataset lies: of several users each finds his own first."""
+    output = folder_paths.get_output_directory()
+    own = Path(output, own_output(path))
+    is_own = is_inner(path) and own.exists()
+    return find_typed(own_output(path) if is_own else path, output, "Encoded dataset").path
 
 
 def describe_features(features: FeatureSet) -> str:

@@ -13,6 +13,7 @@ from ..denoiser.latent import CHANNELS
 from ..edges import AUTO, METHODS, make_edges
 from ..folders import output_folder
 from ..progress import show_progress
+from ..server.users import own_output
 from ..text.captions import check_caption_width, encode_captions, pixart_config
 
 CACHE_FOLDER = "pixart_cache"  # below the output folder
@@ -61,7 +62,7 @@ def encode_dataset(
         dataset = replace(dataset, records=tuple(replace(record, control=None) for record in dataset.records))
     encoder = DatasetEncoder(
         dataset.records,
-        output_folder(name.strip(), CACHE_FOLDER),
+        output_folder(name.strip(), own_output(CACHE_FOLDER)),
         settings,
         text_identity=_identify_clip(clip),
         image_identity=digest(_identify(vae.patcher), str(vae.vae_dtype)),

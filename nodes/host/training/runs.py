@@ -37,6 +37,7 @@ from ..folders import show_path
 from ..loading import AUTO, load_patcher
 from ..lora import PREFIX, add_lora, host_key, patched_weight
 from ..pictures import to_image
+from ..server.users import own_output
 from ..text.captions import pixart_config, show_text
 
 logger = logging.getLogger(__name__)
@@ -92,10 +93,10 @@ def run_training(
     Raises ValueError for inputs that cannot be trained on, TrainingDiverged, and OSError for a full disk.
     """
     config = pixart_config(model)
-    root = Path(folder_paths.get_output_directory())
+    output = Path(folder_paths.get_output_directory())
     _NAMES[str(getattr(hidden, "unique_id", None))] = name
-    folder = choose_folder(root / RUNS, name, resume, settings.steps)
-    place = PLACES.get(settings.kind, WHOLE_MODELS)
+    folder = choose_folder(output / own_output(RUNS), name, resume, settings.steps)
+    place = PLACES.get(settings.kind, WHOLE_MODELS), own_output()
     device = model.load_device
     events = _HostEvents(settings, hidden)
     with torch.inference_mode(False), torch.enable_grad():
@@ -113,7 +114,7 @@ def run_training(
                 prompts=prompts if vae is not None else (),
                 decode=None if vae is None else _decoder(vae),
                 show=events.show_pictures,
-                file=root / place / f"{folder.name}.safetensors",
+                file=output.joinpath(*place, f"{folder.name}.safetensors"),
             )
         finally:
             comfy.model_management.soft_empty_cache()
@@ -128,13 +129,16 @@ def run_training(
 _NAMES: dict[str, str] = {}  # of trainings, by the nodes that ran them
 
 
-def fingerprint_training(name: str | None, hidden) -> int:
+def fingerprint_training(name: str | None, hidden) -> tuple[str, int]:
     """Changes each time that a training of this name is stopped early, so that the host runs the node once more.
+
+    Of several users each has trainings of his own.
 
     name: None where it is linked, and not known before the graph runs: then the node's last one.
     """
     name = _NAMES.get(str(getattr(hidden, "unique_id", None))) if name is None else name
-    return 0 if name is None else count_stops(Path(folder_paths.get_output_directory()) / RUNS, name)
+    root = own_output(RUNS)
+    return root, 0 if name is None else count_stops(Path(folder_paths.get_output_directory(), root), name)
 
 
 def _missing_pictures(settings: TrainingSettings, validation, vae) -> list[str]:
@@ -178,7 +182,7 @@ def export_config(
     Raises ValueError when the dataset is not on disk, and for validation prompts without a VAE.
     """
     check_name(name)
-    root = Path(folder_paths.get_output_directory()) / RUNS
+    root = Path(folder_paths.get_output_directory(), own_output(RUNS))
     if not isinstance(features, CachedFeatures):
         raise ValueError(
             f"Encoded pictures are not on disk: got {type(features).__name__}, expected the output of PixArt Encode "

@@ -1,0 +1,1 @@
+"""The host's server: who asks it."""
