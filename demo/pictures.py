@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import time
+import webbrowser
 from pathlib import Path
 
 from PIL import Image
@@ -73,6 +74,21 @@ def fill_workflow(template: str, caption: str, options: argparse.Namespace) -> d
     return workflow
 
 
+def read_inputs(workflow: dict, names: tuple[str, ...]) -> list:
+    """The values of every input of these names that no link feeds."""
+    inputs = [node["inputs"] for node in workflow.values()]
+    return [each[name] for each in inputs for name in names if name in each and not isinstance(each[name], list)]
+
+
+def describe_run(workflow: dict) -> str:
+    """What pictures were made with, for the head of their sheet: model, steps, guidance, seed."""
+    model = read_inputs(workflow, ("checkpoint", "ckpt_name", "unet_name"))
+    parts = [str(name).removesuffix(".safetensors") for name in model]
+    for word, names in (("steps", ("steps",)), ("guidance", ("cfg",)), ("seed", ("seed", "noise_seed"))):
+        parts += [f"{word} {value}" for value in read_inputs(workflow, names)]
+    return ", ".join(parts)
+
+
 class Progress:
     """Shows a run's sampling as a progress bar, and measures it."""
 
@@ -130,6 +146,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--size", type=size, metavar="WIDTHxHEIGHT")
+    parser.add_argument("--open", action="store_true", help="show the contact sheet when it is made")
     return parser.parse_args(arguments)
 
 
@@ -149,8 +166,11 @@ def main(arguments: list[str]) -> int:
         return 1
     path = options.output / "demo_contact_sheet.png"
     captions, images = zip(*pictures, strict=True)
-    labelled_sheet(images, captions, COLUMNS, (CELL_PX, CELL_PX)).save(path)
+    title = describe_run(fill_workflow(options.workflow.read_text(encoding="utf-8"), captions[0], options))
+    labelled_sheet(images, captions, COLUMNS, (CELL_PX, CELL_PX), title).save(path)
     sys.stdout.write(f"{path}\n{len(pictures)} pictures in {time.perf_counter() - began:.1f} s\n")
+    if options.open and not webbrowser.open(path.resolve().as_uri()):
+        sys.stdout.write("No program to show pictures was found here. Open the file yourself.\n")
     return 0
 
 

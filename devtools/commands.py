@@ -88,7 +88,7 @@ def client_arguments(options: argparse.Namespace) -> list[str]:
     for name in ("seed", "steps", "guidance", "size"):
         if getattr(options, name) is not None:
             arguments += [f"--{name}", str(getattr(options, name))]
-    return arguments
+    return arguments + ["--open"] * options.open
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -186,6 +186,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--guidance", type=float)
     command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="in pixels, such as 128x128")
     command.add_argument("--port", type=int, default=0, help="the server's port (default: any free one)")
+    command.add_argument("--open", action="store_true", help="show the contact sheet when it is made")
     command.add_argument("--keep-running", action="store_true", help="leave the server running")
     command = add(serve, "start ComfyUI with this pack and its editor; Ctrl-C stops it")
     command.add_argument("--port", type=int, default=8188, help="the server's port (default: 8188)")

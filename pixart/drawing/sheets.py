@@ -45,25 +45,31 @@ def labelled_sheet(
     labels: Sequence[str],
     columns: int | None = None,
     cell: tuple[int, int] | None = None,
+    title: str = "",
 ) -> Image.Image:
     """All pictures in rows, each whole in an even cell, its label under it.
 
     labels: one for each picture, or none at all. columns: default as square as possible. cell: (width, height) in
-    pixels; default that of the largest picture. Raises ValueError when the numbers differ or the sheet gets too large.
+    pixels; default that of the largest picture. title: a line above all.
+    Raises ValueError when the numbers differ or the sheet gets too large.
     """
     _check_count(len(pictures), len(labels) or len(pictures), "labels")
     cell = cell or cell_size(pictures)
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
     text_px = _text_size(cell[0])
-    font = load_font(text_px, labels)
+    font = load_font(text_px, [*labels, title])
     texts = [wrap(label, font, cell[0]) for label in labels]
     label_px = max((_height(text, text_px) for text in texts), default=0)
     step = (cell[0] + MARGIN_PX, cell[1] + MARGIN_PX + label_px)
     rows = -(-len(pictures) // columns)
-    sheet = _blank(columns * step[0] + MARGIN_PX, rows * step[1] + MARGIN_PX)
+    width = columns * step[0] + MARGIN_PX
+    title = wrap(title, font, width - 2 * MARGIN_PX)
+    title_px = _height(title, text_px) if title else 0
+    sheet = _blank(width, rows * step[1] + MARGIN_PX + title_px)
     draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN_PX, MARGIN_PX // 2), title, INK, font, spacing=text_px // 4)
     for index, picture in enumerate(pictures):
-        left, top = MARGIN_PX + index % columns * step[0], MARGIN_PX + index // columns * step[1]
+        left, top = MARGIN_PX + index % columns * step[0], MARGIN_PX + title_px + index // columns * step[1]
         _paste(sheet, picture, left, top, cell)
         if texts:
             draw.text((left, top + cell[1] + text_px // 4), texts[index], INK, font, spacing=text_px // 4)

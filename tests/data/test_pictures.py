@@ -46,6 +46,14 @@ def test_settings_are_filled_in():
     assert workflow["2"]["inputs"]["text"] == "ugly"
 
 
+def test_the_sheet_says_model_steps_guidance_and_seed():
+    workflow = fill(seed=7) | {"2": {"class_type": "Load", "inputs": {"checkpoint": "small.safetensors"}}}
+    workflow["8"] = {"class_type": "Other", "inputs": {"seed": ["4", 0], "steps": ["4", 1]}}
+    assert pictures.describe_run(workflow) == "small, steps 20, guidance 4.5, seed 7"
+    shipped = json.loads(pictures.WORKFLOW.read_text(encoding="utf-8"))
+    assert re.fullmatch(r"pixart_demo, steps \d+, guidance [\d.]+, seed \d+", pictures.describe_run(shipped))
+
+
 def test_a_workflow_without_the_setting_is_refused():
     with pytest.raises(ValueError, match="No denoise in the workflow: cannot set it to 1"):
         pictures.set_inputs(WORKFLOW, ("denoise",), 1)

@@ -470,6 +470,7 @@ def test_arguments_are_passed_on_untouched():
     options = commands.parse(["demo", "--prompt", "a", "--prompt", "b", "--size", "96x160", "--env", "E"])
     assert (options.env, options.prompt) == ("E", ["a", "b"])
     assert commands.client_arguments(options) == ["--prompt", "a", "--prompt", "b", "--size", "96x160"]
+    assert commands.client_arguments(commands.parse(["demo", "--seed", "3", "--open"])) == ["--seed", "3", "--open"]
 
 
 @pytest.mark.parametrize("wrong", [["demo", "--size", "3"], ["--comfyui", "0.1", "test"], [], ["cook"]])

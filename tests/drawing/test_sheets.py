@@ -34,6 +34,13 @@ def test_a_sheet_holds_every_picture_whole(number, columns):
     assert any(max(colour) < 100 for _, colour in sheet.getcolors(1 << 24)), "no label is to be seen"
 
 
+def test_a_sheet_takes_a_title_above_its_pictures():
+    plain, titled = (labelled_sheet([red(256, 64)] * 2, [], title=title) for title in ("", "model, 20 steps"))
+    more_px = titled.height - plain.height
+    assert more_px > 0 and titled.width == plain.width and count(titled, RED) == count(plain, RED)
+    assert any(max(colour) < 100 for _, colour in titled.crop((0, 0, 300, more_px)).getcolors(1 << 24))
+
+
 def test_a_sheet_without_labels_is_as_square_as_it_can_be():
     sheet = labelled_sheet([red(32, 32)] * 5, [])
     assert sheet.size == (3 * 48 + MARGIN_PX, 2 * 48 + MARGIN_PX)
