@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from ..pixart.data.examples import Example
+from ..pixart.data.examples import Example, identify_examples
 from ..pixart.encoders.edges import soft_edges
 from ..pixart.files.atomic import write_atomically
 from .autoencoder import VAE_SCALE, average_latents
@@ -122,6 +122,10 @@ class ControlFeatures:
         self.states = _encode_captions(self.captions, tokenizer, encoder)
         self.bins = [tuple(latent.shape[-2:]) for latent in self.latents]
         self.is_prior = [False] * len(self.bins)
+
+    @property
+    def identity(self) -> str:
+        return identify_examples(self)
 
     def __len__(self) -> int:
         return len(self.captions)

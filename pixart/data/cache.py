@@ -296,6 +296,9 @@ def _check_latents(mean: torch.Tensor, batch: list[_Job]) -> None:
         _check_finite(latent, f"the picture {job.name}", "VAE")
 
 
+_IDENTIFYING = ("caption", "picture", "hint", "bin_px", "size_px", "aspect_ratio", "is_prior")
+
+
 class CachedFeatures:
     """A FeatureSet over a cache: only what is asked for is read. It can be copied into other processes.
 
@@ -319,6 +322,11 @@ class CachedFeatures:
     @property
     def null_caption(self) -> torch.Tensor:
         return self.shards.read(self._null_key)["caption"]
+
+    @property
+    def identity(self) -> str:
+        """Of what is encoded, wherever the cache lies: its keys are hashes of contents, models and settings."""
+        return digest(self._null_key, *(repr([item[part] for part in _IDENTIFYING]) for item in self.items))
 
     def __len__(self) -> int:
         return len(self.items)

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from ..text import batch_captions
+from .identity import digest, fingerprint
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,29 @@ class FeatureSet(Protocol):
 
     bins: (h_latent, w_latent) of each, without reading it. is_prior: of each, see Example. null_caption: (L, D) T5
     states of the empty caption, which stands in for dropped captions where a model has no learned one; None when
-    nobody encoded it.
+    nobody encoded it. identity: a hash of pictures and captions in their order, for a training to know them again.
     """
 
     bins: list[tuple[int, int]]
     is_prior: list[bool]
     null_caption: torch.Tensor | None
 
+    @property
+    def identity(self) -> str: ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+def identify_examples(features: "FeatureSet") -> str:
+    """The identity of pictures that are in memory: a hash of sizes, marks and spread numbers of the tensors."""
+    parts = []
+    for example in map(features.__getitem__, range(len(features))):
+        tensors = ((name, getattr(example, name)) for name in ("latent", "deviation", "caption", "hint"))
+        size = f"{tuple(example.size_px)} {example.aspect_ratio} {example.is_prior}"
+        parts += [fingerprint((name, tensor) for name, tensor in tensors if tensor is not None), size]
+    return digest(*parts)
 
 
 class ListFeatures:
@@ -126,6 +140,10 @@ class ListFeatures:
         self.bins = [tuple(example.latent.shape[-2:]) for example in self.examples]
         self.is_prior = [example.is_prior for example in self.examples]
         self.null_caption = null_caption
+
+    @property
+    def identity(self) -> str:
+        return identify_examples(self)
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from ..config import ALPHA_CAPTION_LENGTH, LATENT_DOWNSCALE
 from ..files.atomic import write_atomically
 from ..files.documents import parse_json
-from ..files.regular import TABLE_BYTES, read_text
+from ..files.regular import TABLE_BYTES, open_regular, read_text
 from ..quoting import shorten
 from .cache import training_bins
 from .examples import Example, FeatureSet
+from .identity import digest
 
 CAPTION_FOLDERS = ("caption_feature_wmask", "caption_features", "caption_features_new")
 # By preference; {px} is the trained size. "fatures" is the original's own spelling.
@@ -33,6 +34,7 @@ LATENT_FOLDERS = (
     "img_vae_features_{px}resolution/noflip",
     "img_vae_feature/train_vae_{px}/noflip",
 )
+_END_BYTES = 1024
 _LISTS = ("partition_filter/data_info.json", "partition/data_info.json", "data_info.json")
 
 
@@ -55,6 +57,13 @@ class OriginalFeatures:
         self.bins = [_latent_size(entry.latent) for entry in self.entries]
         self.is_prior = [False] * len(self.bins)
 
+    @property
+    def identity(self) -> str:
+        """Of some of the files' bytes, among them the checksums that an .npz has at its end, and of the list."""
+        parts = (part for entry in self.entries for part in (_some_of(entry.caption), _some_of(entry.latent)))
+        sizes = (f"{tuple(entry.size_px)} {entry.aspect_ratio}" for entry in self.entries)
+        return digest(*parts, *sizes)
+
     def __len__(self) -> int:
         return len(self.entries)
 
@@ -71,6 +80,16 @@ class OriginalFeatures:
             aspect_ratio=entry.aspect_ratio,
             text=entry.text,
         )
+
+
+def _some_of(path: Path) -> bytes:
+    with _reading(path), open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        parts = [f"{size} ".encode()]
+        for start in [*range(0, size, max(size // 16, _END_BYTES // 16)), max(size - _END_BYTES, 0)]:
+            file.seek(start)
+            parts.append(file.read(_END_BYTES if start + _END_BYTES >= size else _END_BYTES // 16))
+        return b"".join(parts)
 
 
 def _read_caption(path: Path) -> torch.Tensor:

@@ -28,7 +28,7 @@ from .processes import SingleProcess, like, whole
 from .report import Report
 from .sanity import Sanity, TrainingDiverged
 from .settings import TrainingSettings
-from .state import CHECKPOINTS, Checkpoints, check_continues, check_space
+from .state import CHECKPOINTS, Checkpoints, check_continues, check_origin, check_space
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class Trainer:
 
     folder: gets checkpoints, log and pictures. sample: makes validation pictures of the current weights, and gives them
     as one, None in a process that only takes part; called with the step's number, every sample_every steps.
+    base: sketch of the model before the training (see state.sketch_model), which checkpoints are to agree with.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Trainer:
         processes: SingleProcess | None = None,
         events: Events | None = None,
         sample: Callable[[int], Image.Image | None] | None = None,
+        base: dict | None = None,
     ):
         self.objective, self.features, self.settings, self.folder = objective, features, settings, Path(folder)
+        self.base, self.data = base, features.identity
         self.processes, self.events, self.sample = processes or SingleProcess(), events or Events(), sample
         self.sampler = BucketSampler(
             features.bins,
@@ -281,6 +284,7 @@ class Trainer:
             return False
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         check_continues(state, self.settings, shapes)
+        check_origin(state, self.data, self.base)
         self.step = self.saved_step = state["step"]
         self.spent_s = state["seconds"]
         forwards = self.step * self.settings.accumulation
@@ -317,6 +321,8 @@ class Trainer:
             "step": self.step,
             "seconds": self.spent_s,
             "settings": self.report.settings,
+            "data": self.data,
+            "base": self.base,
             "sampler": self._sampler_identity(),
             "parameters": whole(self.parameters),
             "extra": whole(self.objective.extra_state()),

@@ -27,6 +27,7 @@ from .loop import Events, Trainer
 from .objectives import ControlPrediction, Objective
 from .processes import SingleProcess
 from .settings import TrainingSettings, settings_to_dict
+from .state import sketch_model
 from .validation import Decode, Validation, ValidationPrompt
 
 # In a run's folder, once its result is written: the steps that it has, where it is, and how often it was stopped early.
@@ -71,12 +72,12 @@ def train(
     """
     check_features(features, model, settings)
     processes = processes or SingleProcess()
-    folder = Path(folder)
+    folder, base = Path(folder), sketch_model(model)
     objective = make_objective(model, settings, processes.device, features.null_caption)
     validation = None
     if prompts and decode is not None and settings.sample_every:
         validation = Validation(objective, prompts, folder, decode, show, is_main=processes.rank == 0)
-    trainer = Trainer(objective, features, settings, folder, processes, events, validation)
+    trainer = Trainer(objective, features, settings, folder, processes, events, validation, base)
     step = trainer.run(resume)
     weights = trainer.trained_weights()
     file, strip = file or folder / f"{folder.name}.safetensors", None

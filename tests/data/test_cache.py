@@ -88,15 +88,17 @@ def test_every_picture_is_encoded_once_into_its_bin(tmp_path):
     assert torch.equal(again[3].latent, features[3].latent)
     assert torch.equal(open_features(tmp_path / "cache")[3].caption, features[3].caption)
     assert torch.equal(pickle.loads(pickle.dumps(features))[2].latent, features[2].latent)
+    elsewhere, _ = encode(folder, tmp_path / "other cache")
+    assert elsewhere.identity == again.identity == features.identity
 
 
 def test_what_changes_is_encoded_again_and_nothing_else(tmp_path):
     folder, cache = make_folder(tmp_path / "set"), tmp_path / "cache"
-    encode(folder, cache)
+    first, _ = encode(folder, cache)
     (folder / "2.txt").write_text("another")
     features, encoders = encode(folder, cache)
     assert encoders.texts == ["another"] and encoders.pictures == 0
-    assert features[2].text == "another" and len(features[2].caption) == 7
+    assert features[2].text == "another" and len(features[2].caption) == 7 and features.identity != first.identity
     Image.new("RGB", (64, 64)).save(folder / "4.png")
     features, encoders = encode(folder, cache)
     assert not encoders.texts and encoders.pictures == 1 and not features[4].latent.any()

@@ -60,6 +60,19 @@ def test_sam_layout_without_a_list_and_without_masks(tmp_path):
     assert len(features) == 1 and len(features[0].caption) == 120 and features[0].size_px == (256, 256)
 
 
+def test_the_identity_is_of_what_the_files_hold(tmp_path):
+    def features(folder, seed=0, text="a"):
+        generator = torch.Generator().manual_seed(seed)
+        caption = torch.randn(5, 7, generator=torch.Generator().manual_seed(len(text)))
+        example = Example(torch.randn(4, 8, 8, generator=generator), caption, (64, 64), 1.0, text=text)
+        write_original_features(ListFeatures([example]), tmp_path / folder, 64)
+        return open_features(tmp_path / folder)
+
+    first = features("one").identity
+    assert first == features("other folder").identity
+    assert len({first, features("picture", seed=1).identity, features("caption", text="ab").identity}) == 3
+
+
 def test_written_features_are_read_back(tmp_path):
     examples = [
         Example(torch.randn(4, 6, 10), torch.randn(5, 7), (48, 80), 0.6, torch.rand(4, 6, 10), text="ünï"),

@@ -11,6 +11,7 @@ import pixart_pack.pixart.training.state as state_module
 from pixart_pack.pixart.training.build import make_objective
 from pixart_pack.pixart.training.loop import Events, Trainer
 from pixart_pack.pixart.training.report import LOG, read_log
+from pixart_pack.pixart.training.run import train
 from pixart_pack.pixart.training.sanity import Sanity, TrainingDiverged
 from pixart_pack.pixart.training.settings import OPTIMIZERS
 from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
@@ -235,6 +236,35 @@ def test_another_model_is_not_continued(tmp_path):
     other = make_objective(tiny_model(depth=2), settings)
     with pytest.raises(ValueError, match="other trained weights"):
         Trainer(other, make_features(), settings, tmp_path).run()
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_name_does_not_continue_a_training_of_other_pictures_or_another_base(kind, tmp_path):
+    """Of the same number, sizes and shapes; a base of the same numbers in another dtype is the same."""
+    settings, more = tiny_settings(kind=kind, steps=2), tiny_settings(kind=kind, steps=3)
+    features = make_features()
+    train(tiny_model(), features, settings, tmp_path)
+    with pytest.raises(ValueError, match="continued with other data: got other pictures.* first 2 steps"):
+        train(tiny_model(), make_features(seed=1), more, tmp_path)
+    other = tiny_model()
+    with torch.no_grad():
+        other.blocks[0].attn.qkv.weight[3:40] *= 1.01
+    with pytest.raises(ValueError, match="another base model: got other numbers in blocks.0.attn.qkv.weight"):
+        train(other, features, more, tmp_path)
+    with pytest.raises(ValueError, match="another base model: got pe_scale 0.5 instead of"):
+        train(tiny_model(pe_scale=0.5), features, more, tmp_path)
+    assert train(tiny_model().to(torch.bfloat16), features, more, tmp_path).step == 3
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_bit_by_bit(tmp_path):
+    """Which says nothing of its data and its base."""
+    whole = trained(tmp_path / "whole", tiny_settings(steps=5), features=make_features())
+    features = make_features()
+    train(tiny_model(), features, tiny_settings(steps=3), tmp_path / "cut")
+    path = tmp_path / "cut" / "checkpoints" / "step-00000003.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({name: value for name, value in state.items() if name not in ("data", "base")}, path)
+    assert_same(train(tiny_model(), features, tiny_settings(steps=5), tmp_path / "cut").weights, whole)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.01])
