@@ -85,6 +85,7 @@ class PixArtControl(comfy.controlnet.ControlNet):
             preprocess_image=to_rgb,
         )
         self.family = family
+        self.whole_hint = None  # the image's latent, (B, C, H, W), while windows of the picture are sampled
         self.upscale_algorithm = "bilinear"  # a hint of the picture's size comes through unchanged
 
     def copy(self):
@@ -115,10 +116,37 @@ class PixArtControl(comfy.controlnet.ControlNet):
         self.latent_format = model.latent_format
         self.set_extra_arg("base_model", model.diffusion_model)
 
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        """The host's residuals; in a window of rows or columns, by that part of the image which lies under it."""
+        window = transformer_options.get("context_window")
+        if window is not None and window.dim >= 2:
+            self._show_window(x_noisy, window)
+        return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
+
+    def _show_window(self, x_noisy, window):
+        before = getattr(window, "causal_anchor_index", None)  # a row or column in front, which the host cuts off again
+        places = [*([] if before is None else [before]), *window.index_list]
+        sides = list(x_noisy.shape[2:])
+        if sides[window.dim - 2] != len(places):
+            return
+        sides[window.dim - 2] = window.total_frames
+        if self.whole_hint is None or list(self.whole_hint.shape[2:]) != sides:
+            pixels = [side * self.vae.spacial_compression_encode() for side in sides]
+            image = comfy.utils.common_upscale(
+                self.cond_hint_original, pixels[1], pixels[0], self.upscale_algorithm, "center"
+            )
+            running = comfy.model_management.loaded_models(only_currently_used=True)
+            latent = self.vae.encode(to_rgb(image).movedim(1, -1))
+            comfy.model_management.load_models_gpu(running)
+            self.whole_hint = self.latent_format.process_in(latent).to(x_noisy.device, self.manual_cast_dtype)
+        places = torch.tensor(places, device=self.whole_hint.device)
+        self.cond_hint = self.whole_hint.index_select(window.dim, places)
+
     def cleanup(self):
         """Lets go of the model that was sampled with, and of its captions."""
         self.extra_args.pop("base_model", None)
         self.control_model.captions.clear()
+        self.whole_hint = None
         super().cleanup()
 
     def _check_family(self, config):

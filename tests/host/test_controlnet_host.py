@@ -517,3 +517,24 @@ def test_loading_by_node(comfy, run_node, adapter):
     for outside in ("../both.pth", "nowhere.pth", "../", "nowhere/"):
         with pytest.raises(FileNotFoundError):
             run_node("PixArtLoadControlNet", controlnet=outside)
+
+
+def test_windows_of_a_wide_picture_see_their_part_of_the_image(comfy, core_nodes, adapter, patcher, vae, make_control):
+    """ContextWindowsManual: each window is steered by what lies under it, not by the whole image squeezed into it."""
+    size, seen, control = (8, 24), [], make_control()
+    windows = core_nodes["ContextWindowsManual"].execute(
+        patcher, 10, 4, "standard_static", 1, False, "pyramid", 3, False
+    ).result[0]  # fmt: skip
+    conds = apply(adapter, control, vae, picture(size=size))
+    control.control_model.register_forward_pre_hook(
+        lambda _, given, named: seen.append(named["hint"]), with_kwargs=True
+    )
+    sample(comfy, patcher, *conds, size=size, steps=1)
+    [whole] = seen
+    seen.clear()
+    found = sample(comfy, windows, *conds, size=size, steps=1)
+    assert found.isfinite().all() and len(seen) == 4
+    starts = [0, 5, 11, 13]  # where the windows of 10 lie, and a column in front of those that do not begin at 0
+    widths = [hint.shape[3] for hint in seen]
+    for hint, start, width in zip(seen, starts, widths, strict=True):
+        assert torch.equal(hint[:1], whole[:1, :, :, start : start + width]), (start, width)

@@ -1,10 +1,13 @@
 """Nodes of the host that patch attention, blocks and noise levels, on a tiny PixArt in this process."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from pixart_pack.tests.host.graph import write_lora
 from pixart_pack.tests.tiny_pixart import make_model, make_weights, tiny_config
 
 CONFIG = tiny_config()
@@ -278,3 +281,121 @@ def test_a_part_and_a_slice_are_patched_alike(patcher):
         assert model.add_patches({place: (change,), "diffusion_model.nothing": (change,)}, 0.5) == [place]
         pictures.append(sample(model))
     assert torch.equal(*pictures) and changed(pictures[0], sample(patcher))
+
+
+def windowed(core_nodes, model, dim, length=10, **given):
+    usual = {"context_overlap": 4, "context_schedule": "standard_static", "context_stride": 1, "closed_loop": False,
+             "fuse_method": "pyramid", "freenoise": False}  # fmt: skip
+    return run(core_nodes["ContextWindowsManual"], model=model, context_length=length, dim=dim, **{**usual, **given})
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_windows_of_rows_or_columns_are_pictures_of_their_own(core_nodes, patcher, dim):
+    """Each is told its own size, and no caption is cut where its length happens to be the picture's."""
+    seen, extension = [], importlib.import_module("comfy.patcher_extension")
+    size = (24, 9) if dim == 2 else (9, 24)
+    model = windowed(core_nodes, patcher, dim)
+
+    def note(executor, x, timesteps, context, *given, **conds):
+        assert context.shape[1:] == (24, CONFIG.caption_channels)
+        assert torch.equal(conds["c_size"], conds["c_size"].new_tensor([[side * 8 for side in x.shape[2:]]] * 2))
+        assert abs(conds["c_ar"][0].item() - x.shape[2] / x.shape[3] * 1e6) < 1
+        seen.append(x.shape[dim])
+        return executor(x, timesteps, context, *given, **conds)
+
+    model.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "note", note)
+    prompts = caption(24, 1), caption(24, 2)
+    assert changed(sample(model, *prompts, size=size), sample(patcher, *prompts, size=size))
+    assert len(seen) == 2 * 4 and set(seen) <= {10, 11}  # one more where the host puts a column in front
+    seen.clear()
+    small = 8, 9
+    assert torch.equal(sample(model, *prompts, size=small), sample(patcher, *prompts, size=small))
+
+
+def test_a_size_that_was_chosen_stays_in_windows(core_nodes, patcher):
+    sizes, extension = [], importlib.import_module("comfy.patcher_extension")
+    model = windowed(core_nodes, patcher, 3)
+
+    def note(executor, *given, **conds):
+        sizes.extend(conds["c_size"].tolist())
+        return executor(*given, **conds)
+
+    model.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "note", note)
+    chosen = [[states, {**extra, "pixart_size": (512, 768)}] for states, extra in PROMPTS]
+    sample(model, *chosen, size=(9, 24), steps=1)
+    assert sizes == [[512, 768]] * len(sizes)
+
+
+@pytest.fixture(scope="module")
+def lora_name(comfy):
+    folder_paths = importlib.import_module("folder_paths")
+    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    write_lora(folder / "patches_hook.safetensors", CONFIG, "transformer.", strength=0.2)
+    return "patches_hook.safetensors"
+
+
+def hooked(core_nodes, lora_name, prompt, strength=1.0, keyframes=(), timesteps=None):
+    hooks = run(core_nodes["CreateHookLoraModelOnly"], lora_name=lora_name, strength_model=strength)
+    chain = None
+    for multiplier, start in keyframes:
+        frame = core_nodes["CreateHookKeyframe"]().create_hook_keyframe
+        (chain,) = frame(multiplier, start, chain)
+    hooks = run(core_nodes["SetHookKeyframes"], hooks=hooks, hook_kf=chain)
+    given = {"strength": 1.0, "set_cond_area": "default", "hooks": hooks, "timesteps": timesteps}
+    return run(core_nodes["ConditioningSetProperties"], cond_NEW=[prompt], **given)[0]
+
+
+@pytest.mark.parametrize(("size", "batch"), [(SIZES[0], 1), (SIZES[1], 4)])
+def test_hooks_put_a_lora_on_one_prompt(core_nodes, patcher, lora_name, size, batch):
+    draw = {"size": size, "batch": batch, "steps": 4}
+    plain = sample(patcher, **draw)
+    everywhere = run(core_nodes["LoraLoaderModelOnly"], patcher, lora_name, 1.0)
+    both = [hooked(core_nodes, lora_name, prompt) for prompt in PROMPTS]
+    torch.testing.assert_close(sample(patcher, *both, **draw), sample(everywhere, **draw), **NOISE)
+    one = sample(patcher, both[0], **draw)
+    assert changed(one, plain) and changed(one, sample(everywhere, **draw))
+    late = hooked(core_nodes, lora_name, PROMPTS[0], keyframes=[(0.0, 0.0), (1.0, 0.5)])
+    found = sample(patcher, late, **draw)
+    assert changed(found, plain) and changed(found, one)
+    never = hooked(core_nodes, lora_name, PROMPTS[0], keyframes=[(0.0, 0.0)])
+    torch.testing.assert_close(sample(patcher, never, **draw), plain, **NOISE)
+    assert torch.equal(sample(patcher, **draw), plain)  # and the model is as it was
+
+
+def test_prompts_with_timestep_ranges_and_hooks(core_nodes, patcher, lora_name):
+    """An early prompt with a LoRA and a late one without, as the host combines them."""
+    comfy_sample = importlib.import_module("comfy.sample")
+    early = hooked(core_nodes, lora_name, PROMPTS[0], timesteps=(0.0, 0.5))
+    late = run(core_nodes["ConditioningSetTimestepRange"], [caption(9, 4)], 0.5, 1.0)
+    combined = run(core_nodes["ConditioningCombine"], [early], late)
+    latent = torch.zeros(1, 4, *SIZES[1])
+    noise = comfy_sample.prepare_noise(latent, 5)
+    with torch.inference_mode():
+        found = comfy_sample.sample(
+            patcher, noise, 4, 4.5, "euler", "simple", combined, [PROMPTS[1]], latent, seed=5
+        )  # fmt: skip
+    others = [sample(patcher, each, steps=4) for each in (PROMPTS[0], hooked(core_nodes, lora_name, PROMPTS[0]))]
+    assert all(changed(found, other) for other in others)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_lora_that_runs_beside_the_weights(core_nodes, patcher, lora_name, size, caplog):
+    """LoraLoaderBypassModelOnly: the host leaves slices out, and says so; a whole matrix acts as in the weights."""
+    folder_paths, name = importlib.import_module("folder_paths"), "patches_whole.safetensors"
+    folder, width = Path(folder_paths.get_folder_paths("loras")[0]), CONFIG.hidden_size
+    generator = torch.Generator().manual_seed(2)
+    tensors = {}
+    for index in range(CONFIG.depth):
+        key = f"diffusion_model.blocks.{index}.attn.qkv"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(4, width, generator=generator) * 0.2
+        tensors[f"{key}.lora_B.weight"] = torch.randn(3 * width, 4, generator=generator) * 0.2
+    save_file(tensors, folder / name)
+    draw = {"size": size, "batch": 2}
+    beside = run(core_nodes["LoraLoaderBypassModelOnly"], patcher, name, 0.7)
+    within = run(core_nodes["LoraLoaderModelOnly"], patcher, name, 0.7)
+    found = sample(beside, **draw)
+    torch.testing.assert_close(found, sample(within, **draw), **NOISE)
+    assert changed(found, sample(patcher, **draw))
+    assert "not in model state_dict" not in caplog.text
+    run(core_nodes["LoraLoaderBypassModelOnly"], patcher, lora_name, 1.0)
+    assert "not in model state_dict" in caplog.text

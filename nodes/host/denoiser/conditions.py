@@ -6,6 +6,10 @@ import weakref
 import comfy.conds
 import torch
 
+from ....pixart.config import LATENT_DOWNSCALE
+
+RATIO_UNITS = 1_000_000  # aspect ratios travel as integers, since the host casts floats to the inference dtype
+
 
 class CaptionCond(comfy.conds.CONDRegular):
     """A caption or its mask, (B, L, ...): joins others of any length by zeros at the end, which the mask hides.
@@ -46,9 +50,11 @@ class SizeCond(comfy.conds.CONDRegular):
     Rows of the same numbers share their memory, so that nobody has to look whether they are alike.
     """
 
-    def __init__(self, numbers, device):
+    def __init__(self, numbers, device, follows_latent=False):
+        """follows_latent: the numbers are the latent's own, and change with it where a part of it is sampled alone."""
         super().__init__(torch.tensor([numbers], dtype=torch.long, device=device))
         self.numbers = tuple(numbers)
+        self.follows_latent = follows_latent
 
     def _copy_with(self, cond):
         twin = copy.copy(self)
@@ -72,3 +78,20 @@ def pad_length(caption, length):
     if not missing:
         return caption
     return torch.cat([caption, caption.new_zeros(caption.shape[0], missing, *caption.shape[2:])], dim=1)
+
+
+def in_window(name, cond, window, latent):
+    """What stands for a condition while a window of the latent's rows or columns is sampled as a picture of its own.
+
+    window: the host's; its dim is 2 for rows, 3 for columns. latent: the whole, (B, C, H, W).
+    None leaves the condition to the host: one that is none of ours, or windows of the batch.
+    """
+    if window.dim < 2 or name not in ("c_crossattn", "attention_mask", "c_size", "c_ar"):
+        return None
+    if not getattr(cond, "follows_latent", False):
+        return cond
+    sides = list(latent.shape[2:])
+    sides[window.dim - 2] = len(window.index_list) + (getattr(window, "causal_anchor_index", None) is not None)
+    height, width = (side * LATENT_DOWNSCALE for side in sides)
+    numbers = (height, width) if name == "c_size" else [round(height / width * RATIO_UNITS)]
+    return SizeCond(numbers, cond.cond.device, True)

@@ -21,7 +21,7 @@ from ....pixart.quoting import shorten
 from ....pixart.transformer import PixArt, ProjectedCaption, add_control
 from .attention import host_attention
 from .block_cache import BLOCK_CACHE
-from .conditions import CaptionCond, SizeCond
+from .conditions import RATIO_UNITS, CaptionCond, SizeCond, in_window
 from .kv_compression import compress_keys
 from .noise_levels import PixArtSampling, check_noise_levels, share_row
 from .patcher import patcher_class
@@ -30,7 +30,6 @@ from .words import UNetFields
 
 CAPTION_MEMORY_BYTES = 256 * 2**20  # for captions that are kept projected while a picture is sampled
 TABLES = ("scale_shift_table", "y_embedding")  # parameters that are modules of their own here
-RATIO_UNITS = 1_000_000  # aspect ratios travel as integers, since the host casts floats to the inference dtype
 VARIANCE_SINK = "pixart_variance"  # transformer option: a list that receives (cond_or_uncond, full prediction)
 
 
@@ -200,14 +199,20 @@ class PixArtModel(comfy.model_base.PixArt):
                 "or PixArt Negative for the side that is to say nothing."
             )
         caption, mask = self._caption(caption, kwargs.get("attention_mask"), kwargs.get("pixart_null", False))
-        size = kwargs.get("pixart_size") or (kwargs["height"], kwargs["width"])
-        ratio = kwargs.get("pixart_ratio") or kwargs.get("aspect_ratio") or size[0] / size[1]
+        size, ratio = kwargs.get("pixart_size"), kwargs.get("pixart_ratio") or kwargs.get("aspect_ratio")
+        own = size is None, size is None and ratio is None  # the latent's
+        size = size or (kwargs["height"], kwargs["width"])
+        ratio = ratio or size[0] / size[1]
         device = kwargs.get("device", caption.device)
         out["c_crossattn"] = CaptionCond(caption.to(device=device, dtype=self.get_dtype_inference()))
         out["attention_mask"] = CaptionCond(mask.to(device))
-        out["c_size"] = SizeCond(size, device)
-        out["c_ar"] = SizeCond([round(ratio * RATIO_UNITS)], device)
+        out["c_size"] = SizeCond(size, device, own[0])
+        out["c_ar"] = SizeCond([round(ratio * RATIO_UNITS)], device, own[1])
         return out
+
+    def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=()):
+        """A condition for a window of rows or columns: the host samples it as a picture of its own."""
+        return in_window(cond_key, cond_value, window, x_in)
 
     def _caption(self, caption, mask, is_null):
         """Caption (B, L, channels) and mask (B, L) long, cut to the longest valid caption.
