@@ -116,6 +116,14 @@ def test_what_patches_return_is_used(patcher):
         assert changed(sample(model, steps=1), expected)
 
 
+def test_patches_may_answer_by_name(patcher):
+    model, expected = patcher.clone(), sample(patcher, steps=1)
+    model.set_model_attn1_patch(lambda *given: {})
+    assert torch.equal(sample(model, steps=1), expected)
+    model.set_model_attn1_patch(lambda query, context, values, told: {"v": values * 2})
+    assert changed(sample(model, steps=1), expected)
+
+
 def test_tokens_that_a_patch_appends_to_the_caption_count(patcher):
     more = torch.randn(1, 2, CONFIG.hidden_size, generator=torch.Generator().manual_seed(3))
     model = patcher.clone()
@@ -190,6 +198,8 @@ def test_perturbed_attention_over_compressed_keys(core_nodes, host_model):
         ("HyperTile", {"tile_size": 32, "swap_size": 1, "max_depth": 0, "scale_depth": False}, "Attention in tiles"),
         ("SkipLayerGuidanceSD3", {"layers": "7", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0},
          "No such block: got 7, expected 0 to 2"),
+        ("ScaleROPE", {"scale_x": 2.0, "shift_x": 0.0, "scale_y": 1.0, "shift_y": 0.0, "scale_t": 1.0, "shift_t": 0.0},
+         "Rotary positions: got a change of scale_x, .* remove ScaleROPE"),
         ("ModelSamplingSD3", {"shift": 3.0}, "Noise levels of another model: got those of a flow model"),
         ("ModelSamplingAuraFlow", {"shift": 1.7}, "Noise levels of another model: got those of a flow model"),
         ("ModelSamplingFlux", {"max_shift": 1.15, "base_shift": 0.5, "width": 64, "height": 64}, "of a flow model"),

@@ -112,7 +112,10 @@ class AroundAttention:
 
     def _before(self, name, query, context, values, told):
         for patch in self.patches.around.get(name, ()):
-            query, context, values = patch(query, context, values, told)
+            found = patch(query, context, values, told)
+            if isinstance(found, Mapping):  # as patches of joint attention answer
+                found = [found.get(key, given) for key, given in zip("qkv", (query, context, values), strict=True)]
+            query, context, values = found
         return query, context, values
 
     def _behind(self, name, out, told):
@@ -126,7 +129,9 @@ def read_patches(options: dict, depth: int, ratio: int, grid: tuple[int, int]) -
 
     Raises ValueError for those that have no place in PixArt.
     """
-    patches, replaced = options.get("patches"), options.get("patches_replace")
+    patches, replaced, rope = options.get("patches"), options.get("patches_replace"), options.get("rope_options")
+    if rope:
+        _refuse_rotation(rope)
     if not patches and not replaced:
         return None
     _refuse_unet_patches(patches or {})
@@ -134,6 +139,16 @@ def read_patches(options: dict, depth: int, ratio: int, grid: tuple[int, int]) -
     names = [f"{kind}{end}" for kind in ATTENTIONS for end in ("_patch", "_output_patch")]
     around = {name: patches[name] for name in names if (patches or {}).get(name)}
     return BlockPatches(options, depth, ratio, grid, around)
+
+
+def _refuse_rotation(rope: Mapping) -> None:
+    """Positions are added to PixArt's tokens, not turned into queries and keys."""
+    moved = [name for name, value in rope.items() if value != (1.0 if name.startswith("scale") else 0.0)]
+    if moved:
+        raise ValueError(
+            f"Rotary positions: got a change of {list_names(moved)}, expected none. PixArt has no rotary positions: "
+            f"remove ScaleROPE."
+        )
 
 
 def _refuse_unet_patches(patches: Mapping) -> None:
