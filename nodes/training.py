@@ -2,7 +2,16 @@
 
 from comfy_api.latest import io, ui
 
-from ..pixart.training.settings import DTYPES, OPTIMIZERS, PRIOR_TARGETS, SCHEDULES, TARGETS, WEIGHTINGS
+from ..pixart.training.settings import (
+    DISTILLED,
+    DTYPES,
+    LOSSES,
+    OPTIMIZERS,
+    PRIOR_TARGETS,
+    SCHEDULES,
+    TARGETS,
+    WEIGHTINGS,
+)
 from .host.folders import show_path
 from .host.schema import node_input, schema
 from .host.text.captions import show_text
@@ -18,6 +27,8 @@ STOP_TIP = (
 )
 FINE_TUNES, DISTILLATIONS = {"fine-tune": "full", "DreamBooth": "dreambooth"}, {"LoRA": "lcm_lora", "model": "lcm"}
 EXPORTED = {"LoRA": "lora", **FINE_TUNES, "LCM LoRA": "lcm_lora", "LCM": "lcm", "ControlNet": "controlnet"}
+
+USUAL, WITH_VARIANCE = "usual", ("full", "dreambooth", "controlnet")
 
 
 def _int(name, default, low, high, tooltip, **fields):
@@ -305,6 +316,11 @@ class ExportTrainingConfig(io.ComfyNode):
                 *_first_inputs("my_training", 1000, 1e-4),
                 *_lora_inputs(16),
                 *_last_inputs(),
+                *_prior_inputs(),
+                _boolean("train_variance", True, "Of whole models and ControlNets, as the original does.", **RARE),
+                _float("lcm_guidance", 4.5, 0.0, 100.0, 0.1, "Of LCM: the guidance that is distilled in.", **RARE),
+                _int("control_blocks", 13, 1, 1000, "Of a ControlNet: blocks to copy.", **RARE),
+                _combo("loss", (USUAL, *LOSSES), USUAL, "usual: huber for LCM, mse for all others.", **RARE),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="The configuration.")],
             hidden=[io.Hidden.unique_id],
@@ -323,9 +339,14 @@ class ExportTrainingConfig(io.ComfyNode):
         validation=None,
         vae=None,
         more_settings="",
+        train_variance=True,
+        loss=USUAL,
         **values,
     ):
-        settings = make_settings(EXPORTED[kind], more_settings, base_dtype="fp8" if base_fp8 else "same", **values)
+        kind = EXPORTED[kind]
+        values["loss"] = ("huber" if kind in DISTILLED else "mse") if loss == USUAL else loss
+        values["train_variance"] = train_variance and kind in WITH_VARIANCE and _learns_sigma(model)
+        settings = make_settings(kind, more_settings, base_dtype="fp8" if base_fp8 else "same", **values)
         path = show_path(export_config(model, features, settings, name, validation, vae, resume))
         text = f"saved: {path}\nrun: accelerate launch -m pixart train '<whole path of ComfyUI>/{path}'"
         show_text(cls.hidden, text)

@@ -6,19 +6,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ..data.examples import FeatureSet
 from ..data.features import open_features
+from ..data.sketches import differences, read_sketch, sketch_model
 from ..encoders.autoencoder import load_autoencoder
-from ..quoting import shorten
+from ..quoting import plain, shorten
 from ..training.loop import Events, Progress
 from ..training.processes import AcceleratedProcesses, SingleProcess
 from ..training.run import choose_folder, train
-from ..training.settings import RunConfig, read_config
+from ..training.settings import AUTO, WEIGHTS, RunConfig, read_config
 from ..training.validation import Decode, read_prompts
 from ..transformer import PixArt
 from ..weights.reading import read_checkpoint
@@ -85,8 +87,11 @@ def run_configs(configs: Sequence[RunConfig], device: str | None = None) -> None
 def run_config(config: RunConfig, device: str | None = None):
     """Train as a configuration says; returns the TrainingResult."""
     processes = _processes(config, device)
-    model = load_model(config.model)
+    model = load_model(config.model, config.variant, config.weights)
+    if config.base:
+        _check_exported(read_sketch(Path(config.base)), model)
     features = open_features(config.features)
+    _check_data(config, features)
     prompts = read_prompts(Path(config.validation)) if config.validation else ()
     if processes.world_size > 1 and processes.rank == 0:
         kind = "the weights are shared out (FSDP)" if processes.is_sharded else "each has all weights (DDP)"
@@ -153,9 +158,30 @@ def _folder(config: RunConfig, processes: SingleProcess) -> Path:
     return folder
 
 
-def load_model(path: str) -> PixArt:
-    """The PixArt of a checkpoint file or folder, in the dtype of its weights."""
-    checkpoint = read_checkpoint(path)
+def _check_exported(sketch: Mapping, model: PixArt) -> None:
+    wrong = differences(sketch, sketch_model(model))
+    if wrong:
+        raise ValueError(
+            f"Another model than was exported: got {plain('; '.join(wrong), 400)}, expected the model that was "
+            f"connected to the node. Put that file in its place, correct model, variant and weights, or export again."
+        )
+
+
+def _check_data(config: RunConfig, features: FeatureSet) -> None:
+    if config.data and features.identity != config.data:
+        raise ValueError(
+            f"Other pictures or captions than were exported: got another content of "
+            f"{shorten(config.features, 300)}, expected it as it was. Export the configuration again, or remove 'data' "
+            f"from it."
+        )
+
+
+def load_model(path: str, variant: str = AUTO, weights: str = WEIGHTS[0]) -> PixArt:
+    """The PixArt of a checkpoint file or folder, in the dtype of its weights.
+
+    variant: of config.CONFIGS, or AUTO. weights: of WEIGHTS.
+    """
+    checkpoint = read_checkpoint(path, weights=weights, **({} if variant == AUTO else {"variant": variant}))
     model = PixArt(checkpoint.config, device="meta")
     model.load_state_dict(checkpoint.state_dict, assign=True)
     return model

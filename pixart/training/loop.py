@@ -65,7 +65,7 @@ class Trainer:
 
     folder: gets checkpoints, log and pictures. sample: makes validation pictures of the current weights, and gives them
     as one, None in a process that only takes part; called with the step's number, every sample_every steps.
-    base: sketch of the model before the training (see state.sketch_model), which checkpoints are to agree with.
+    base: sketch of the model before the training (see data.sketches), which checkpoints are to agree with.
     """
 
     def __init__(

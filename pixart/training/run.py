@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.examples import FeatureSet
+from ..data.sketches import sketch_model
 from ..files.atomic import write_atomically
 from ..files.documents import load_json
 from ..files.names import fault_of
@@ -27,7 +28,6 @@ from .loop import Events, Trainer
 from .objectives import ControlPrediction, Objective
 from .processes import SingleProcess
 from .settings import TrainingSettings, settings_to_dict
-from .state import sketch_model
 from .validation import Decode, Validation, ValidationPrompt
 
 # In a run's folder, once its result is written: the steps that it has, where it is, and how often it was stopped early.

@@ -14,6 +14,7 @@ from ..files.patterns import compile_pattern
 from ..quoting import list_names, shorten
 from ..weights import precision
 
+AUTO, WEIGHTS = "auto", ("ema", "model")  # of a checkpoint: its variant, and which of its weights
 KINDS = ("lora", "full", "dreambooth", "controlnet", "lcm", "lcm_lora")
 ADAPTED = ("lora", "lcm_lora")
 DISTILLED = ("lcm", "lcm_lora")
@@ -321,7 +322,11 @@ def settings_to_dict(settings: TrainingSettings) -> dict:
 class RunConfig:
     """One training outside a graph: what to train on, where to, and how.
 
-    model: checkpoint file or folder. features: folder of encoded pictures. output: folder that gets the run.
+    model: checkpoint file or folder. variant: of config.CONFIGS where the file does not tell it, or "auto". weights:
+    "ema" or "model", of a file with both. base: file with a sketch of the model that the configuration was made from
+    (see data.sketches), which the model is to equal, or None.
+    features: folder of encoded pictures. data: their identity, which they are to have, or None.
+    output: folder that gets the run.
     name: of the run, a plain file name. resume: go on from its last checkpoint.
     validation: safetensors file of encoded prompts to sample, or None; vae: file or folder to decode them with.
     Relative paths are relative to the file.
@@ -335,6 +340,10 @@ class RunConfig:
     resume: bool = True
     validation: str | None = None
     vae: str | None = None
+    variant: str = AUTO
+    weights: str = WEIGHTS[0]
+    base: str | None = None
+    data: str | None = None
 
 
 def read_config(path: str | os.PathLike) -> RunConfig:
@@ -369,7 +378,7 @@ def _is_text(value) -> bool:
     return value is None or isinstance(value, str)
 
 
-_PLACES = ("model", "features", "output", "validation", "vae")
+_PLACES = ("model", "features", "output", "validation", "vae", "base")
 
 
 def write_config(path: str | os.PathLike, config: RunConfig) -> None:

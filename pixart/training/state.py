@@ -6,14 +6,13 @@ import pickle
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from ..data.sketches import differences
 from ..files.atomic import dump, write_atomically
 from ..quoting import list_names, plain, shorten
-from ..transformer import PixArt
 from ..weights.pickles import check_pth
 from ..weights.reading import require_file
 from .settings import TrainingSettings, settings_to_dict
@@ -102,42 +101,6 @@ def check_space(folder: Path, needed_bytes: int) -> None:
             f"{needed_bytes / 1e6:.0f} MB. Free some space, or keep fewer checkpoints",
             str(place),
         )
-
-
-_SKETCHED = 16  # numbers of each tensor: enough that another training or a merge of it shows
-# How far the same weights may lie apart when one of them was rounded to a dtype, and in fp32 after a merge elsewhere.
-_ROUNDING = {"torch.bfloat16": 2**-8, "torch.float16": 2**-10, "torch.float32": 1e-5}
-_LEAST = 1e-6  # below it fp16 has no more digits
-
-
-def sketch_model(model: PixArt) -> dict:
-    """What a model is known by: its configuration, and some numbers of each weight, in fp32 with the dtype they had."""
-    config = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(model.config).items()}
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().reshape(-1)
-        weights[name] = [
-            str(tensor.dtype),
-            flat[:: max(1, flat.numel() // _SKETCHED)].to("cpu", torch.float32, copy=True),
-        ]
-    return {"config": config, "weights": weights}
-
-
-def differences(then: Mapping, now: Mapping) -> list[str]:
-    """How the sketch `now` differs from `then`, in a few words each; not at all for one model in two dtypes."""
-    old, new = then["config"], now["config"]
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    found = [f"{name} {shorten(new.get(name))} instead of {shorten(old.get(name))}" for name in names]
-    old, new = then["weights"], now["weights"]
-    wrong = sorted(name for name in old.keys() | new.keys() if not _is_same(old.get(name), new.get(name)))
-    return [*found, f"other numbers in {list_names(wrong, 2)} ({len(wrong)} weights)"] if wrong else found
-
-
-def _is_same(then: list | None, now: list | None) -> bool:
-    if then is None or now is None or then[1].shape != now[1].shape:
-        return False
-    slack = max(_ROUNDING.get(dtype, 1.0) for dtype in (then[0], now[0]))
-    return bool(torch.isclose(then[1], now[1], rtol=slack, atol=_LEAST, equal_nan=True).all())
 
 
 def check_origin(state: Mapping, data: str, base: Mapping | None) -> None:

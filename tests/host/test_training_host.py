@@ -2,13 +2,20 @@
 
 import importlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+import pixart_pack.pixart.commands.train as train_command
+from pixart_pack.pixart.data.cache import DatasetEncoder, EncodeSettings
+from pixart_pack.pixart.data.pictures import TensorPicture
+from pixart_pack.pixart.data.records import Record
 from pixart_pack.pixart.lora import merge, read_lora
+from pixart_pack.pixart.training.settings import read_config
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 from pixart_pack.tests.training_data import make_features
 
@@ -279,6 +286,55 @@ def test_a_model_without_a_null_caption_uses_the_datasets(run_node, pack, featur
     model = module.make_patcher(weights, CONFIG, torch.float32)
     trained, *_ = run_node("PixArtTrain", model=model, features=features, name="null", method="fine-tune", **USUAL)
     assert not trained.model.has_null_caption
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """Pictures of 64 px in a cache on disk, by functions in place of T5 and the autoencoder."""
+    records = [Record(f"{number}", TensorPicture(torch.rand(64, 64, 3)), f"picture {number}") for number in range(3)]
+    encoder = DatasetEncoder(records, tmp_path_factory.mktemp("cache"), EncodeSettings(64), "t5", "vae")
+    encoder.encode_captions(lambda texts: [torch.randn(len(text) + 1, CONFIG.caption_channels) for text in texts])
+    encoder.encode_pictures(lambda pixels: (torch.randn(len(pixels), 4, 8, 8), None))
+    return encoder.features()
+
+
+def test_an_exported_config_trains_the_model_that_was_connected(run_node, pack, encoded, output, tmp_path):
+    """Of a file with two sets of weights and no sign of its size; and what differs is told."""
+    loading = importlib.import_module("pixart_pack.nodes.host.loading")
+    file = tmp_path / "both.pth"
+    torch.save({"state_dict": make_weights(CONFIG, 1), "state_dict_ema": make_weights(CONFIG, 2)}, file)
+    with torch.inference_mode():
+        model = loading.load_patcher(file, "alpha-512", "default", "model")
+    assert model.model.pixart_config.base_size == 32 != loading.load_patcher(file).model.pixart_config.base_size
+    exported, *_ = run_node("PixArtExportTrainingConfig", kind="LoRA", model=model, features=encoded, name="exported",
+                            rank=2, targets="attention", prior_weight=0.5, **USUAL)  # fmt: skip
+    path = output.parent / exported
+    config = read_config(path)
+    assert (config.variant, config.weights, config.settings.prior_weight) == ("alpha-512", "model", 0.5)
+    _, graphs, *_ = run_node("PixArtTrainLoRA", model=model, features=encoded, name="as_exported", rank=2,
+                             targets="attention", prior_weight=0.5, **USUAL)  # fmt: skip
+    run = train_command.run_config(config, "cpu")
+    assert run.objective.model.config == model.model.pixart_config
+    assert same(load_file(run.file), load_file(output.parent / graphs))
+    for change, match in [
+        ({"weights": "ema"}, "got other numbers in .*more"),
+        ({"variant": "auto"}, "got base_size .* instead of 32"),
+        ({"data": "0"}, "Other pictures or captions than were exported"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            train_command.run_config(replace(config, **change), "cpu")
+
+
+def test_an_exported_config_holds_a_model_with_loras_whole(run_node, make_model, features, encoded, output):
+    usual = {"rank": 2, "targets": "attention", **USUAL, "learning_rate": 0.1}
+    patched, *_ = run_node("PixArtTrainLoRA", model=make_model(), features=features, name="below", **usual)
+    exported, *_ = run_node("PixArtExportTrainingConfig", kind="fine-tune", model=patched, features=encoded,
+                            name="whole_one", **usual)  # fmt: skip
+    config = read_config(output.parent / exported)
+    assert config.model.endswith("whole_one.model.safetensors") and config.settings.train_variance
+    weights = train_command.load_model(config.model).state_dict()
+    before = weights_of(patched)
+    assert all(torch.equal(weights[name], before[name]) for name in weights if name in before)
 
 
 def test_an_exported_training_needs_a_dataset_on_disk(run_node, make_model, features):

@@ -21,6 +21,7 @@ from ....pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
 from ....pixart.config import LATENT_DOWNSCALE, PixArtConfig
 from ....pixart.data.cache import MANIFEST, CachedFeatures
 from ....pixart.data.examples import FeatureSet
+from ....pixart.data.sketches import differences, sketch_weights, write_sketch
 from ....pixart.drawing.curves import draw_curve
 from ....pixart.tracking.weights_and_biases import describe_mode, usual_mode
 from ....pixart.training.loop import Events, Progress
@@ -31,10 +32,11 @@ from ....pixart.training.validation import Decode, ValidationPrompt, write_promp
 from ....pixart.transformer import PixArt
 from ....pixart.weights.controlnets import read_controlnet
 from ....pixart.weights.precision import DTYPES
+from ....pixart.weights.reading import read_checkpoint
 from ....pixart.weights.saving import save_checkpoint, write_weights
 from ..controlnet import make_control
 from ..folders import show_path
-from ..loading import AUTO, load_patcher
+from ..loading import AUTO, hints_of, load_patcher
 from ..lora import PREFIX, add_lora, host_key, patched_weight
 from ..pictures import to_image
 from ..server.users import own_output
@@ -47,6 +49,7 @@ RUNS = "pixart_training"  # below the output folder
 PLACES = {"lora": "loras", "lcm_lora": "loras", "controlnet": "controlnet"}
 WHOLE_MODELS = "diffusion_models"
 AUTO_DTYPE = "auto"
+_HALVES = (torch.float16, torch.bfloat16)
 _PREVIEW_PX = 768
 _PREVIEW_EVERY_S, _TEXT_EVERY_S = 2.0, 0.5
 _VALIDATION_PROMPTS = 4
@@ -177,8 +180,8 @@ def export_config(
 ) -> Path:
     """Write a configuration for `python -m pixart train`, and beside it what it needs; returns its path.
 
-    A model with LoRAs or merges on it is written there whole, any other is named where it lies. For validation
-    pictures their prompts and the VAE are written too.
+    A model with LoRAs or merges on it is written there whole, any other is named where it lies, with what was chosen
+    of it. For validation pictures their prompts and the VAE are written too.
     Raises ValueError when the dataset is not on disk, and for validation prompts without a VAE.
     """
     check_name(name)
@@ -201,32 +204,59 @@ def export_config(
         write_prompts(root / own["validation"], prompts)
         write_weights(root / own["vae"], vae.get_sd(), {"format": "pt"})
     path = root / f"{name}.yaml"
+    sketch = sketch_weights(config, _weights(model))
+    write_sketch(root / f"{name}.base.safetensors", sketch)
     write_config(
         path,
         RunConfig(
-            model=str(_model_path(model, root / f"{name}.model.safetensors", config)),
+            **_model_place(model, sketch, root / f"{name}.model.safetensors"),
             features=str(Path(features.shards.folder).resolve() / MANIFEST),
             settings=settings,
             output=str(root.resolve()),
             name=name,
             resume=resume,
+            base=f"{name}.base.safetensors",
+            data=features.identity,
             **own,
         ),
     )
     return path
 
 
-def _model_path(model, own: Path, config: PixArtConfig) -> Path:
+def _weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that a MODEL runs with by their original names, one by one, on the CPU.
+
+    They are in fp32, but for those in half precision that nothing was added to.
+    """
+    names = set(expected_shapes(pixart_config(model)))
+    if not model.model.has_null_caption:
+        names.discard(NULL_CAPTION_KEY)
+    patches = model.get_key_patches(PREFIX)
+    for name in sorted(names):
+        weight = patched_weight(patches, host_key(name), torch.device("cpu"))
+        (stored, _), *changes = patches[host_key(name)]
+        yield name, weight if changes or stored.dtype not in _HALVES else weight.to(stored.dtype)
+
+
+def _model_place(model, sketch: Mapping, own: Path) -> dict:
+    """Where a training finds the MODEL, as fields of RunConfig: its file, or one of its own where that differs."""
     source = getattr(model, "cached_patcher_init", None)
     if source is not None and source[0] is load_patcher and not model.patches:
-        return Path(source[1][0]).resolve()
-    with torch.inference_mode(False):
-        plain = plain_model(model, TrainingSettings(kind="full"), torch.device("cpu"))
-    weights = plain.state_dict()
-    if not plain.has_null_caption:
-        del weights[NULL_CAPTION_KEY]
-    save_checkpoint(own, weights, config)
-    return own.resolve()
+        path, variant, _, weights = source[1]
+        if _holds(path, variant, weights, sketch):
+            return {"model": str(Path(path).resolve()), "variant": variant, "weights": weights}
+    save_checkpoint(own, dict(_weights(model)), pixart_config(model))
+    return {"model": str(own.resolve())}
+
+
+def _holds(path, variant: str, weights: str, sketch: Mapping) -> bool:
+    """Whether a file, read with what was chosen of it, gives the model of a sketch."""
+    try:
+        stored = read_checkpoint(path, weights=weights, **hints_of(variant))
+    except (OSError, ValueError):  # gone or changed since it was loaded
+        return False
+    tensors = ((name, tensor) for name, tensor in stored.state_dict.items() if name in sketch["weights"])
+    return not differences(sketch, sketch_weights(stored.config, tensors))
 
 
 def _trained(model, result: TrainingResult, settings: TrainingSettings):
