@@ -4,7 +4,11 @@
 ROOMS = {
     "samplers": ("the maths of one solver per file", (), ("torch", "tqdm")),
     "pixart": ("the model, and what describes it", ("samplers",), ("torch", "numpy", "safetensors")),
-    "pixart.files": ("strangers' files in bounds, own files whole", ("pixart",), ("torch", "safetensors", "yaml")),
+    "pixart.files": (
+        "strangers' files in bounds, own files whole",
+        ("pixart",),
+        ("torch", "numpy", "safetensors", "yaml"),
+    ),
     "pixart.weights": (
         "files of weights",
         ("pixart", "pixart.files"),

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import ALPHA_CAPTION_LENGTH, LATENT_DOWNSCALE
+from ..files.arrays import read_array, read_arrays, read_shape
 from ..files.atomic import write_atomically
 from ..files.documents import parse_json
 from ..files.regular import TABLE_BYTES, open_regular, read_text
@@ -70,7 +71,7 @@ class OriginalFeatures:
     def __getitem__(self, index: int) -> Example:
         entry = self.entries[index]
         with _reading(entry.latent):
-            moments = torch.from_numpy(np.load(entry.latent)).float()
+            moments = torch.from_numpy(read_array(entry.latent)).float()
         mean, deviation = moments.chunk(2) if len(moments) == 8 else (moments, None)
         return Example(
             latent=mean,
@@ -94,16 +95,17 @@ def _some_of(path: Path) -> bytes:
 
 def _read_caption(path: Path) -> torch.Tensor:
     """(L, D), the rows that the mask keeps; all of them without a mask."""
-    with _reading(path), np.load(path) as file:
-        states = torch.from_numpy(file["caption_feature"]).flatten(0, -2)
-        mask = torch.from_numpy(file["attention_mask"]).reshape(-1) if "attention_mask" in file.files else None
+    with _reading(path):
+        found = read_arrays(path, "caption_feature", "attention_mask")
+        states = torch.from_numpy(found["caption_feature"]).flatten(0, -2)
+        mask = torch.from_numpy(found["attention_mask"]).reshape(-1) if "attention_mask" in found else None
     return states if mask is None else states[: int(mask.ne(0).sum())]
 
 
 def _latent_size(path: Path) -> tuple[int, int]:
     """(h, w) of a picture's latent, of which only the header is read."""
     with _reading(path):
-        shape = np.load(path, mmap_mode="r").shape
+        shape = read_shape(path)
     if len(shape) != 3 or shape[0] not in (4, 8):
         raise ValueError(
             f"Wrong latent: got the shape {shape} in {path.name}, expected (8, h, w), or (4, h, w) without deviation. "
