@@ -9,11 +9,12 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from .folders import hide_paths
 
+MOST_LETTERS = 20_000  # of what a node shows or says
 # Only these may be missing, so that a misspelt field still raises TypeError.
 NEWER_FIELDS = frozenset(
     {"accept_all_inputs", "advanced", "essentials_category", "has_intermediate_output", "is_dev_only", "search_aliases"}
@@ -47,7 +48,7 @@ def missing_output(message: str) -> ExecutionBlocker:
 
 
 def guard(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """A node that refuses numbers which are none, and whose errors do not tell where the server's folders lie.
+    """A node that refuses numbers which are none, and whose words are bounded and hide where the server's folders lie.
 
     The host lets NaN through, which is neither below the least nor above the most.
     """
@@ -60,10 +61,16 @@ def guard(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         for name, value in inputs.items():
             _check_finite(name, value)
         try:
-            return run(cls, *args, **inputs)
+            output = run(cls, *args, **inputs)
         except Exception as error:
-            _hide_paths_of(error)
+            _clean_error(error)
             raise
+        shown = getattr(output, "ui", None)
+        if isinstance(shown, ui.PreviewText):
+            shown.value = _clean(shown.value)
+        elif isinstance(shown, dict) and "text" in shown:
+            output.ui = {**shown, "text": [_clean(each) for each in shown["text"]]}
+        return output
 
     node.execute = classmethod(execute)
     return node
@@ -75,8 +82,15 @@ def _check_finite(name: str, value) -> None:
             raise ValueError(f"Number that is none: got {name} = {each}, expected a finite one. Enter a number.")
 
 
-def _hide_paths_of(error: Exception) -> None:
-    error.args = tuple(hide_paths(each) if isinstance(each, str) else each for each in error.args)
+def _clean(text: str) -> str:
+    text = hide_paths(text)
+    return (
+        text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]} ... and {len(text) - MOST_LETTERS} letters more"
+    )
+
+
+def _clean_error(error: Exception) -> None:
+    error.args = tuple(_clean(each) if isinstance(each, str) else each for each in error.args)
     if isinstance(error, OSError):
         for name in ("filename", "filename2"):
             path = getattr(error, name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..quoting import shorten
 
-SECONDS = 20.0  # a template takes thousandths; the rest is for Python to start on a machine with much to do
+SECONDS = 10.0  # a template takes thousandths; the rest is for Python to start on a machine with much to do
 _PROGRAM = Path(__file__).with_name("chat_process.py")
 
 

@@ -320,3 +320,29 @@ def test_links_lead_no_prompt_out(run_node, places, exposed, opened):
         shutil.rmtree(folder)
         for name in ("b.png", "b.txt"):
             (decoy / name).unlink()
+
+
+def test_what_nodes_say_is_bounded_and_hides_the_servers_folders(pack, places):
+    schema = importlib.import_module("pixart_pack.nodes.host.schema")
+    latest = importlib.import_module("comfy_api.latest")
+    place, long = places["output"], schema.MOST_LETTERS * 2
+    secret = f"{place}/loras/a.safetensors" + "x" * long
+
+    class Talking(latest.io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return latest.io.Schema(node_id="PixArtTalking", category="PixArt", inputs=[])
+
+        @classmethod
+        def execute(cls, how):
+            if how == "error":
+                raise RuntimeError(secret)
+            return latest.io.NodeOutput(ui=latest.ui.PreviewText(secret) if how == "text" else {"text": [secret]})
+
+    run = schema.guard(Talking).execute
+    said = [run(how="text").ui.value, run(how="list").ui["text"][0]]
+    with pytest.raises(RuntimeError) as caught:
+        run(how="error")
+    for text in (*said, str(caught.value)):
+        assert text.startswith("output/loras/a.safetensorsxx") and "letters more" in text[-30:]
+        assert str(place) not in text and len(text) < long

@@ -1,6 +1,7 @@
 """Files and texts of strangers through a real queue: each ends in words, and the server goes on answering."""
 
 import contextlib
+import os
 import threading
 import time
 import urllib.request
@@ -8,9 +9,10 @@ import urllib.request
 import pytest
 
 from pixart_pack.demo.client import PromptError
-from pixart_pack.tests import hostile, hostile_texts
+from pixart_pack.tests import hostile, hostile_sets, hostile_texts
 from pixart_pack.tests.host.graph import Graph
 from pixart_pack.tests.host.test_training_queue import TrainingGraph, write_pictures
+from pixart_pack.tests.tiny_llava import write_llava
 
 MODEL, T5 = "pixart_demo.safetensors", "pixart_demo_t5.safetensors"
 ANSWER_S = 1.0
@@ -52,12 +54,17 @@ def answering(host):
 
 def refusal(host, graph) -> str:
     """What the prompt's failing node says; "" when nothing fails."""
+    return outcome(host, graph)[1]
+
+
+def outcome(host, graph) -> tuple[str, str]:
+    """(what the nodes say in the editor, what the failing one says)."""
     try:
         with answering(host):
-            host.wait(host.queue(graph.nodes), 120)
+            entry = host.wait(host.queue(graph.nodes), 120)
     except PromptError as error:
-        return str(error)
-    return ""
+        return "", str(error)
+    return "\n".join(line for shown in entry["outputs"].values() for line in shown.get("text", ())), ""
 
 
 def in_words(said: str) -> bool:
@@ -103,3 +110,49 @@ def test_hostile_settings_are_refused(host, kind):
     graph.add("PreviewAny", source=graph.train(more_settings=hostile_texts.SETTINGS[kind]))
     said = refusal(host, graph)
     assert in_words(said) if kind != "large" else not said or in_words(said)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on this system")
+def test_hostile_data_sets_are_refused_or_used_but_for_what_is_bad(host, tmp_path):
+    secret, strange = hostile_sets.write_secret(tmp_path), {}
+    for number, (kind, (write, goes_on, expected)) in enumerate(hostile_sets.DATASETS.items()):
+        folder = host.models.parent / "input" / f"hostile_set_{number}"
+        write(folder, secret)
+        graph = Graph()
+        loaded = graph.add("PixArtDataset", path=folder.name, kind="auto")
+        graph.add("PreviewAny", source=[loaded[0], 1])
+        shown, refused = outcome(host, graph)
+        said = shown + refused
+        fits = ("1 picture" in shown) if goes_on else in_words(refused)
+        if not fits or expected not in said or hostile_sets.SECRET in said or len(said) > LONGEST_MESSAGE:
+            strange[kind] = said[:400]
+    assert not strange
+
+
+@pytest.mark.slow
+def test_features_that_claim_more_than_they_hold_are_refused(host, tmp_path):
+    folder = host.output / "claiming"
+    hostile_sets.claiming_features(folder, tmp_path)
+    graph = Graph()
+    graph.add("PreviewAny", source=graph.add("PixArtLoadFeatures", path="claiming"))
+    said = refusal(host, graph)
+    assert in_words(said) and "claims 6.399e+05 numbers" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on this system")
+def test_hostile_captioning_models_are_refused(host):
+    strange = {}
+    for number, (kind, (change, expected)) in enumerate(hostile_sets.CAPTIONERS.items()):
+        folder = host.models / "LLM" / f"hostile_{number}"
+        write_llava(folder)
+        change(folder)
+        graph = Graph()
+        image = graph.add("EmptyImage", width=16, height=16, batch_size=1, color=0)
+        captions = graph.add("PixArtCaptionImages", images=image, model=f"{folder.name}/", max_tokens=4)
+        graph.add("PreviewAny", source=captions)
+        said = refusal(host, graph)
+        if expected not in said or not (in_words(said) if expected else "not in list" in said):
+            strange[kind] = said[:400]
+    assert not strange
