@@ -16,6 +16,7 @@ from .host.loading import (
     load_checkpoint,
     load_pipeline,
     load_vae,
+    remarks_on,
 )
 from .host.lora import SAVED_DTYPES
 from .host.schema import choice_input, node_input, schema
@@ -42,6 +43,12 @@ def _dtype_input():
         tooltip="Precision of the weights. default: as ComfyUI thinks best for the file and the device. fp8 halves "
         "the memory at a small loss.",
     )
+
+
+def _show(hidden, text: str):
+    """Text on the node, and in its output; nothing where there is none."""
+    show_text(hidden, text)
+    return ui.PreviewText(text) if text else None
 
 
 class LoadCheckpoint(io.ComfyNode):
@@ -73,13 +80,25 @@ class LoadCheckpoint(io.ComfyNode):
                     tooltip="Of a training checkpoint that holds both: ema takes the averaged weights, which are "
                     "better pictures; model the raw ones. Files with one set ignore this.",
                 ),
+                node_input(
+                    io.String,
+                    "place",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of a file that holds several models beside each other: the name of the one to take, such "
+                    "as generator. Empty: as weights says; where that is not enough, an error lists the names.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The PixArt model, for any sampler.")],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
-    def execute(cls, checkpoint, weight_dtype="default", variant=VARIANTS[0], weights=WEIGHTS[0]):
-        return io.NodeOutput(load_checkpoint(checkpoint, variant, weight_dtype, weights))
+    def execute(cls, checkpoint, weight_dtype="default", variant=VARIANTS[0], weights=WEIGHTS[0], place=""):
+        model = load_checkpoint(checkpoint, variant, weight_dtype, place.strip() or weights)
+        return io.NodeOutput(model, ui=_show(cls.hidden, remarks_on(model)))
 
 
 class LoadDiffusers(io.ComfyNode):
@@ -110,11 +129,14 @@ class LoadDiffusers(io.ComfyNode):
                 io.Clip.Output(display_name="clip", tooltip="The folder's T5 encoder."),
                 io.Vae.Output(display_name="vae", tooltip="The folder's autoencoder."),
             ],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
     def execute(cls, folder, weight_dtype="default", variant=VARIANTS[0]):
-        return io.NodeOutput(*load_pipeline(folder, variant, weight_dtype))
+        model, clip, vae = load_pipeline(folder, variant, weight_dtype)
+        return io.NodeOutput(model, clip, vae, ui=_show(cls.hidden, remarks_on(model)))
 
 
 class LoadVAE(io.ComfyNode):

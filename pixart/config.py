@@ -1,7 +1,9 @@
 """The shape of every released PixArt: one frozen dataclass and one table."""
 
+import re
 from dataclasses import dataclass
 
+ALPHA, SIGMA = "alpha", "sigma"  # the families
 ALPHA_VAE_SCALE = 0.18215
 SIGMA_VAE_SCALE = 0.13025
 ALPHA_CAPTION_LENGTH = 120
@@ -112,3 +114,16 @@ RELEASES = {
     "PixArt-Sigma-XL-2-1024-MS": "sigma-1024",
     "PixArt-Sigma-XL-2-2K-MS": "sigma-2048",
 }
+
+
+def read_name(name: str) -> tuple[str | None, int | None]:
+    """(family, trained size in px) as a file or folder name gives them; None for what it does not give."""
+    lowered = name.lower()
+    known = [release for release in RELEASES if release.lower() in lowered]
+    if known:
+        row = RELEASES[max(known, key=len)]
+        return row.split("-")[0], CONFIGS[row].base_px
+    sizes = re.findall(r"(?<![0-9])(256|512|1024|2048|[12]k)(?![0-9a-z])", lowered.replace("px", "").replace("x", " "))
+    size = {"1k": "1024", "2k": "2048"}.get(sizes[-1], sizes[-1]) if sizes else None
+    family = SIGMA if "sigma" in lowered else ALPHA if re.search("alpha|pixart-xl|lcm|dmd", lowered) else None
+    return family, int(size) if size else None

@@ -49,7 +49,7 @@ def list_vaes() -> list[str]:
 
 
 def load_checkpoint(name: str, variant: str, dtype: str, weights: str):
-    """The MODEL of one of list_checkpoints. variant: of VARIANTS; dtype: of DTYPES; weights: of WEIGHTS."""
+    """The MODEL of one of list_checkpoints. variant: of VARIANTS; dtype: of DTYPES; weights: of WEIGHTS, or a place."""
     return load_patcher(find_file(CHECKPOINT_KINDS, name), variant, dtype, weights)
 
 
@@ -103,6 +103,7 @@ def make_model(checkpoint: Checkpoint, dtype: str, disable_dynamic=False):
         "detection": checkpoint.detection,
         "places": (checkpoint.place, *checkpoint.others),
         "left": checkpoint.left,
+        "remarks": checkpoint.remarks,
     }
     return patcher
 
@@ -158,6 +159,11 @@ def _stored_scale(path: Path) -> float | None:
             return float(file.get_tensor("vae_scale")) if "vae_scale" in file.keys() else None  # noqa: SIM118
     except (SafetensorError, OSError):
         return None  # reading the weights will say what is wrong with the file
+
+
+def remarks_on(model) -> str:
+    """What whoever loaded a MODEL should know about its file, in lines of text; "" when there is nothing."""
+    return "\n".join(model.model.pixart_source["remarks"])
 
 
 def describe_model(model) -> str:

@@ -64,6 +64,12 @@ def add_weights(parser) -> None:
     )
 
 
+def tell(name: str, remarks: Sequence[str]) -> None:
+    """Say on standard error what whoever reads the file `name` should know."""
+    for remark in remarks:
+        sys.stderr.write(f"note: {name}: {remark}\n")
+
+
 def process_rank() -> tuple[int, int]:
     """(this process's number, how many there are), as `accelerate launch` and `torchrun` tell them; (0, 1) alone."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

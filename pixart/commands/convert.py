@@ -32,7 +32,7 @@ from ..weights.reading import naming, open_weights, read_checkpoint, read_tensor
 from ..weights.saving import names_file, save_checkpoint
 from ..weights.t5 import detect_t5_config, encoder_weights, is_t5_folder
 from ..weights.wrappers import identify
-from .console import add_weights, make_parser
+from .console import add_weights, make_parser, tell
 
 MODEL_LAYOUTS = ("original", "diffusers")
 T5_LAYOUTS = ("single", "folder")
@@ -50,6 +50,7 @@ class Kind:
 def _convert_checkpoint(options, layout, dtype):
     hints = {"variant": options.variant} if options.variant else {}
     checkpoint = read_checkpoint(options.source, weights=options.weights, **hints)
+    tell(options.source.name, checkpoint.remarks)
     shard_bytes = int(options.shard_gb * 1e9) if options.shard_gb else None
     save_checkpoint(
         options.target, checkpoint.state_dict, checkpoint.config, layout, dtype, checkpoint.metadata, shard_bytes

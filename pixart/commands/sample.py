@@ -29,7 +29,7 @@ from ..text import clean_prompt
 from ..transformer import PixArt
 from ..weights.precision import DTYPES
 from ..weights.reading import read_checkpoint
-from .console import add_device, add_weights, make_parser
+from .console import add_device, add_weights, make_parser, tell
 from .pipeline import Pipeline
 
 
@@ -59,6 +59,7 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
     dtype = DTYPES[options.dtype]
     hints = {"variant": options.variant} if options.variant else {}
     checkpoint = read_checkpoint(options.model, weights=options.weights, **hints)
+    tell(options.model.name, checkpoint.remarks)
     with torch.device("meta"):
         model = PixArt(checkpoint.config)
     weights = {name: tensor.to(options.device, dtype) for name, tensor in checkpoint.state_dict.items()}

@@ -6,6 +6,8 @@ from ..config import PixArtConfig
 from ..quoting import shorten
 from .layouts import NULL_CAPTION_KEY, RECOMPUTED_KEYS
 
+MOST_LATENT = 2**14  # latent pixels of a side, and any other count that a config.json declares
+ACTIVATIONS = ("gelu-approximate", "gelu")  # which differ by 0.0005 at the most
 FREQUENCY_CHANNELS = 256  # width of the sinusoids that enter the timestep and size embedders
 
 
@@ -42,6 +44,38 @@ def expected_shapes(config: PixArtConfig) -> dict[str, tuple[int, ...]]:
     weights = {f"{name}.weight": shape for name, shape in (shapes | norms).items()}
     biases = {f"{name}.bias": shape[:1] for name, shape in (shapes | norms).items()}
     return weights | biases | tables
+
+
+def check_declared(facts: Mapping, model_config: Mapping | None) -> None:
+    """Raises ValueError where the numbers of a diffusers config.json are not those of the weights.
+
+    facts: fields of PixArtConfig as the weights' shapes tell them.
+    """
+    declared = model_config or {}
+    heads, width = declared.get("num_attention_heads"), declared.get("attention_head_dim")
+    pairs = {
+        "num_layers": (declared.get("num_layers"), facts["depth"]),
+        "in_channels": (declared.get("in_channels"), facts["in_channels"]),
+        "patch_size": (declared.get("patch_size"), facts["patch_size"]),
+        "caption_channels": (declared.get("caption_channels"), facts["caption_channels"]),
+        "sample_size": (declared.get("sample_size"), None),
+    }
+    if heads is not None and width is not None:
+        known = all(type(each) is int and 0 < each <= MOST_LATENT for each in (heads, width))
+        pairs["num_attention_heads * attention_head_dim"] = (heads * width if known else heads, facts["hidden_size"])
+    if declared.get("activation_fn") not in (None, *ACTIVATIONS):
+        raise ValueError(
+            f"Another activation: got activation_fn {shorten(declared['activation_fn'])}, expected 'gelu-approximate'. "
+            f"Choose a PixArt checkpoint."
+        )
+    for name, (value, fact) in pairs.items():
+        fits = type(value) is int and (value == fact if fact is not None else 0 < value <= MOST_LATENT)
+        if value is not None and not fits:
+            expected = fact if fact is not None else f"a latent's side of at most {MOST_LATENT}"
+            raise ValueError(
+                f"Weights and their config.json disagree: got {name} {shorten(value)}, expected {expected}. Choose "
+                f"files of one download."
+            )
 
 
 def check_weights(state_dict: Mapping, config: PixArtConfig) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ..config import SIGMA_VAE_SCALE, PixArtConfig
+from ..config import ALPHA, SIGMA, SIGMA_VAE_SCALE, PixArtConfig, read_name
 from ..files.atomic import write_atomically
 from ..quoting import shorten
 from .checking import check_weights, expected_shapes
 from .control_layouts import control_to_diffusers, control_to_original, identify_control, part_controlnet
-from .detection import ALPHA, SIGMA, detect, guess_heads, mlp_ratio, read_name, saved_fields
+from .detection import detect, guess_heads, mlp_ratio, saved_fields
 from .folders import TRANSFORMER_STEMS, read_json
 from .layouts import CONFIG_KEY
 from .reading import Checkpoint, finish_checkpoint, naming, open_weights, read_weights

@@ -9,17 +9,20 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 from ..config import (
+    ALPHA,
     ALPHA_CAPTION_LENGTH,
     ALPHA_VAE_SCALE,
     CONFIGS,
     LATENT_DOWNSCALE,
-    RELEASES,
+    SIGMA,
     SIGMA_CAPTION_LENGTH,
     SIGMA_VAE_SCALE,
     PixArtConfig,
+    read_name,
 )
 from ..files.documents import parse_json
 from ..quoting import list_names, shorten
+from .checking import check_declared
 from .layouts import (
     CONFIG_KEY,
     DIFFUSERS,
@@ -31,11 +34,11 @@ from .layouts import (
 )
 from .wrappers import identify_pixart
 
-ALPHA, SIGMA = "alpha", "sigma"
 FAMILIES = (ALPHA, SIGMA)
 CAPTION_LENGTH = {ALPHA: ALPHA_CAPTION_LENGTH, SIGMA: SIGMA_CAPTION_LENGTH}
 VAE_SCALE = {ALPHA: ALPHA_VAE_SCALE, SIGMA: SIGMA_VAE_SCALE}
-# Signs, in the words that a user reads.
+# Signs, in the words that a user reads. What no sign decides begins with GUESS.
+GUESS = "guess"
 CHOSEN, SAVED, CONFIG_JSON, VAE = "chosen by you", "saved configuration", "config.json", "autoencoder next to it"
 _LARGEST = 1e9  # no number of a configuration comes near it; NaN is not below it either
 _BLOCK_NAME = re.compile(r"blocks\.([0-9]{1,4})\.(.+)")
@@ -58,6 +61,17 @@ class Detection:
     signs: dict[str, str]
     conflicts: tuple[str, ...] = ()
 
+    @property
+    def guesses(self) -> tuple[str, ...]:
+        """What no sign decides and could be otherwise, in words for whoever chooses the variant."""
+        taken = {"family": f"PixArt-{self.family}", "base_size": f"{self.config.base_px} px"}
+        taken["num_heads"] = f"{self.config.num_heads} heads"
+        return tuple(
+            f"{text}, {self.signs[field].partition(': ')[2]}"
+            for field, text in taken.items()
+            if self.signs[field].startswith(GUESS)
+        )
+
 
 @dataclass(frozen=True)
 class _Evidence:
@@ -69,6 +83,7 @@ class _Evidence:
     saved: dict
     model_config: Mapping | None
     vae_config: Mapping | None
+    pipeline: str
     name: str
 
 
@@ -88,6 +103,7 @@ def detect(
     variant: str | None = None,
     model_config: Mapping | None = None,
     vae_config: Mapping | None = None,
+    pipeline: str = "",
     name: str = "",
     **overrides,
 ) -> Detection:
@@ -96,10 +112,11 @@ def detect(
     What the weights' shapes say is taken from them. For the rest the first sign in this order decides: `overrides`
     (fields of PixArtConfig) and `variant` (a row of CONFIGS); the configuration saved by this package (in the
     weights' metadata, or as a tensor); rows of the learned null caption (120 or 300); micro-conditioning;
-    `vae_config` (the config.json of the autoencoder next to it); `model_config` (diffusers' config.json); tokens of
-    the stored position grid; `name` (of file or folder); and a default. The order differs where a sign is direct:
-    the trained size and scale are taken from `model_config` before the position grid.
-    Raises ValueError when the weights lack what every PixArt has.
+    `vae_config` (the config.json of the autoencoder next to it); `pipeline` (the class that model_index.json names);
+    `model_config` (diffusers' config.json) where it can be one family's alone; tokens of the stored position grid;
+    `name` (of file or folder); what `model_config` makes likely; and a default. The order differs where a sign is
+    direct: the trained size and scale are taken from `model_config` before the position grid.
+    Raises ValueError when the weights lack what every PixArt has, or are not those that `model_config` declares.
     """
     if variant is not None and variant not in CONFIGS:
         raise ValueError(
@@ -109,7 +126,8 @@ def detect(
     shapes = _original_shapes(weights)
     facts = _fields_from_shapes(shapes)
     row = CONFIGS[variant] if variant is not None else None
-    evidence = _Evidence(shapes, facts, row, saved, model_config, vae_config, name)
+    check_declared(facts, model_config)
+    evidence = _Evidence(shapes, facts, row, saved, model_config, vae_config, pipeline, name)
     family, family_sign, conflicts = _choose_family(evidence)
     found = {field: (value, "shapes of the weights") for field, value in facts.items()}
     found["base_size"] = _choose_base_size(evidence, family)
@@ -246,31 +264,50 @@ def _choose_family(evidence: _Evidence) -> tuple[str, str, tuple[str, ...]]:
     ]
     if evidence.facts["micro_condition"]:
         votes.append((ALPHA, "micro-conditioning weights"))
-    scale = _number(evidence.vae_config, "scaling_factor") or 0
+    scale = _vae_scale(evidence.vae_config)
     votes += [(family, VAE) for family in FAMILIES if abs(scale - VAE_SCALE[family]) < 1e-4]
+    votes += [(family, "model_index.json") for family in FAMILIES if f"pixart{family}" in evidence.pipeline.lower()]
     votes += [(family, CONFIG_JSON) for family in _family_of_model_config(evidence.model_config)]
     if _stored_tokens(evidence.shapes) == 128**2:
         votes.append((SIGMA, "stored position grid of 2048 px"))
     named = read_name(evidence.name)[0]
     if named:
         votes.append((named, "file name"))
-    # Without any other sign a small grid is far likelier alpha's, and a model of unknown size Sigma's 1024.
-    default = ALPHA if _stored_tokens(evidence.shapes) in (16**2, 32**2) else SIGMA
-    family, sign = votes[0] if votes else (default, "no sign: the most common model of this kind")
+    if not votes:
+        votes = [(_likely_family(evidence), f"{GUESS}: the most common model of this kind")]
+    family, sign = votes[0]
     return family, sign, tuple(f"{other_sign} says {other}" for other, other_sign in votes if other != family)
 
 
 def _family_of_model_config(model_config: Mapping | None) -> list[str]:
-    """Sigma's diffusers files spell out that there is no micro-conditioning, or hold sizes and scales of its own."""
+    """Sizes and scales that one family alone has. Where a field is null, diffusers' own default is meant."""
     if model_config is None:
         return []
     size, scale = _number(model_config, "sample_size"), _number(model_config, "interpolation_scale")
     extra = model_config.get("use_additional_conditions")
-    if size == 32 and scale == 1 or extra is True:
+    if size == 32 and scale in (1, None) or extra is True:
         return [ALPHA]
-    if size == 256 or scale in (0.5, 4.0) or extra is False:
-        return [SIGMA]
-    return [ALPHA] if size in (32, 64) and extra is None else []
+    return [SIGMA] if size == 256 or scale in (0.5, 4.0) or size == 128 and extra is False else []
+
+
+def _likely_family(evidence: _Evidence) -> str:
+    """Without any sign a small model is far likelier alpha's, and one of unknown size Sigma's 1024.
+
+    Sigma's 512 px files in diffusers' layout spell out what is null in alpha's, which other programs may do as well.
+    """
+    config = evidence.model_config or {}
+    if config.get("use_additional_conditions") is False and _number(config, "interpolation_scale") == 1:
+        return SIGMA
+    is_small = _stored_tokens(evidence.shapes) in (16**2, 32**2) or _number(config, "sample_size") in (32, 64)
+    return ALPHA if is_small else SIGMA
+
+
+def _vae_scale(vae_config: Mapping | None) -> float:
+    """The latent scale of the autoencoder beside the model, 0 without one."""
+    scale = _number(vae_config, "scaling_factor")
+    if scale is None and vae_config is not None and vae_config.get("_class_name") == "AutoencoderKL":
+        return ALPHA_VAE_SCALE  # diffusers' default, which early files left out
+    return scale or 0.0
 
 
 def _choose_base_size(evidence: _Evidence, family: str) -> tuple[int, str]:
@@ -289,7 +326,7 @@ def _choose_base_size(evidence: _Evidence, family: str) -> tuple[int, str]:
     base_px = read_name(evidence.name)[1]
     if base_px:
         return max(int(base_px * tokens_per_px), 1), "file name"
-    sign = "no sign: the most common size of this family"
+    sign = f"{GUESS}: the most common size of this family"
     if evidence.facts["micro_condition"]:
         sign = "micro-conditioning weights"
     base_px = 1024 if family == SIGMA or evidence.facts["micro_condition"] else 512
@@ -327,7 +364,8 @@ def _choose_heads(evidence: _Evidence) -> tuple[int, str]:
     if heads and heads >= 1:
         return int(heads), CONFIG_JSON
     heads = guess_heads(evidence.facts["hidden_size"])
-    return heads, f"guess: heads of width {evidence.facts['hidden_size'] // heads}"
+    sign = "as released" if evidence.facts["hidden_size"] == PixArtConfig.hidden_size else GUESS
+    return heads, f"{sign}: heads of width {evidence.facts['hidden_size'] // heads}"
 
 
 def guess_heads(hidden_size: int) -> int:
@@ -341,8 +379,8 @@ def _choose_vae_scale(evidence: _Evidence, family: str) -> tuple[float, str]:
         return evidence.row.vae_scale, CHOSEN
     if "vae_scale" in evidence.saved:
         return evidence.saved["vae_scale"], SAVED
-    scale = _number(evidence.vae_config, "scaling_factor")
-    if scale and scale > 0:
+    scale = _vae_scale(evidence.vae_config)
+    if scale > 0:
         return float(scale), VAE
     return VAE_SCALE[family], "family"
 
@@ -382,19 +420,6 @@ def _stored_tokens(shapes: Mapping) -> int:
         if len(shape) == 3 and math.isqrt(shape[1]) ** 2 == shape[1]:
             return shape[1]
     return 0
-
-
-def read_name(name: str) -> tuple[str | None, int | None]:
-    """(family, trained size in px) as a file or folder name gives them; None for what it does not give."""
-    lowered = name.lower()
-    known = [release for release in RELEASES if release.lower() in lowered]
-    if known:
-        row = RELEASES[max(known, key=len)]
-        return row.split("-")[0], CONFIGS[row].base_px
-    sizes = re.findall(r"(?<![0-9])(256|512|1024|2048|[12]k)(?![0-9a-z])", lowered.replace("px", "").replace("x", " "))
-    size = {"1k": "1024", "2k": "2048"}.get(sizes[-1], sizes[-1]) if sizes else None
-    family = SIGMA if "sigma" in lowered else ALPHA if re.search("alpha|pixart-xl|lcm|dmd", lowered) else None
-    return family, int(size) if size else None
 
 
 def _number(values: Mapping | None, key: str) -> float | None:

@@ -32,6 +32,7 @@ class ModelFolder:
 
     files: its weights, one file or all shards. model_config, vae_config: contents of the config.json of transformer
     and autoencoder, None where there is none. weight_map: tensor -> shard as the index says, empty without one.
+    pipeline: the class that the root's model_index.json names, "" without one. scheduler_config: of the root, or None.
     """
 
     path: Path
@@ -39,6 +40,19 @@ class ModelFolder:
     model_config: dict | None = None
     vae_config: dict | None = None
     weight_map: dict[str, str] = field(default_factory=dict)
+    pipeline: str = ""
+    scheduler_config: dict | None = None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What config.json asks for and this package does not do, in words."""
+        asked = {"activation_fn": "gelu-approximate", "norm_eps": 1e-6}
+        config = self.model_config or {}
+        return tuple(
+            f"config.json asks for {name} {shorten(config[name])}; {own} is used"
+            for name, own in asked.items()
+            if config.get(name) not in (None, own)
+        )
 
 
 def open_folder(path: Path, variant: str | None = None) -> ModelFolder:
@@ -62,15 +76,41 @@ def open_folder(path: Path, variant: str | None = None) -> ModelFolder:
             f"pipeline. Choose the folder of a PixArt-alpha or PixArt-Sigma model."
         )
     _refuse_other_models(folder)
-    files, weight_map = find_weights(folder, TRANSFORMER_STEMS, variant)
-    vae_config = root / "vae" / "config.json"
+    return _describe(path, folder, root, *find_weights(folder, TRANSFORMER_STEMS, variant))
+
+
+def open_beside(path: Path) -> ModelFolder:
+    """A file with what lies around it: of a diffusers folder its configurations, and for a shard all the others."""
+    folder = path.parent
+    shard = _SHARD.fullmatch(path.name)
+    is_own = path.name.startswith(TRANSFORMER_STEMS) and path.name.endswith(_SUFFIXES)
+    if not is_own or not (shard or (folder / "config.json").is_file()):
+        return ModelFolder(path, (path,))
+    if (folder / "config.json").is_file():
+        _refuse_other_models(folder)
+    files, weight_map = (path,), {}
+    if shard:
+        files, weight_map = find_weights(
+            folder, TRANSFORMER_STEMS, (shard["early"] or shard["late"] or ".")[1:] or None
+        )
+    return _describe(path, folder, folder.parent if folder.name == "transformer" else folder, files, weight_map)
+
+
+def _describe(path: Path, folder: Path, root: Path, files: tuple[Path, ...], weight_map: dict) -> ModelFolder:
+    """A model with the configurations of its folder and of the pipeline's root."""
+
+    def config(name: str) -> dict | None:
+        return read_json(root / name) if (root / name).is_file() else None
+
     model_config = folder / "config.json"
     return ModelFolder(
         path,
         files,
         read_json(model_config) if model_config.is_file() else None,
-        read_json(vae_config) if vae_config.is_file() else None,
+        config("vae/config.json"),
         weight_map,
+        str((config("model_index.json") or {}).get("_class_name", "")),
+        config("scheduler/scheduler_config.json"),
     )
 
 

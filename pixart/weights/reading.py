@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..config import PixArtConfig
-from ..quoting import shorten
+from ..quoting import list_names, plain, shorten
 from .checking import check_weights
 from .detection import Detection, detect
-from .folders import TRANSFORMER_STEMS, ModelFolder, find_weights, open_folder
+from .folders import TRANSFORMER_STEMS, ModelFolder, find_weights, open_beside, open_folder
 from .layouts import NULL_CAPTION_KEY, Weights, original_tensors, parts_to_merge
 from .pickles import ZIP_MAGIC, open_pickled
 from .wrappers import identify_pixart
@@ -46,7 +46,8 @@ class Checkpoint:
     """A model read from disk, ready for `PixArt(config).load_state_dict(state_dict, assign=True)`.
 
     state_dict: original layout, checked; without the position grid, and without a null caption that says nothing.
-    metadata: the safetensors header's texts. place, others, left: see `layouts.Weights`.
+    metadata: the safetensors header's texts. place, others, left: see `layouts.Weights`. folder: what
+    lay around the weights, None where they are another file's part.
     """
 
     path: Path
@@ -56,10 +57,23 @@ class Checkpoint:
     place: str = ""
     others: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    folder: ModelFolder | None = None
 
     @property
     def config(self) -> PixArtConfig:
         return self.detection.config
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What whoever loads it should know, in words: what was guessed, what was left out, what is not honoured."""
+        guessed = "; ".join(self.detection.guesses)
+        others = list_names(self.others)
+        return (
+            *([f"guessed: {guessed}. Choose the variant if that is wrong"] if guessed else ()),
+            *([f"taken: {plain(self.place)}; also in the file: {others}"] if others else ()),
+            *([f"left out: {list_names(self.left)}"] if self.left else ()),
+            *(self.folder.remarks if self.folder else ()),
+        )
 
     @property
     def has_null_caption(self) -> bool:
@@ -82,7 +96,7 @@ def read_checkpoint(
     Raises FileNotFoundError for a missing file or shard and ValueError for everything else, naming the file.
     """
     path = Path(path)
-    folder = open_folder(path, file_variant) if path.is_dir() else ModelFolder(path, (path,))
+    folder = open_folder(path, file_variant) if path.is_dir() else open_beside(path)
     with naming(path):
         opened = open_files(folder.files, folder.weight_map)
         found = read_weights(opened, identify_pixart(opened.content, weights, opened.metadata))
@@ -90,10 +104,11 @@ def read_checkpoint(
             found,
             model_config=folder.model_config,
             vae_config=folder.vae_config,
+            pipeline=folder.pipeline,
             name="/".join(path.absolute().parts[-4:]),  # a download cache names the model three folders up
             **hints,
         )
-        return finish_checkpoint(path, found, detection)
+        return replace(finish_checkpoint(path, found, detection), folder=folder)
 
 
 def finish_checkpoint(path: Path, weights: Weights, detection: Detection) -> Checkpoint:

@@ -72,7 +72,14 @@ def write_weights(
 
 
 def diffusers_config(config: PixArtConfig) -> dict:
-    """The content of a diffusers config.json. Source: diffusers, PixArtTransformer2DModel."""
+    """The content of a diffusers config.json. Source: diffusers, PixArtTransformer2DModel.
+
+    As in the published folders, alpha's leaves null what diffusers' own defaults say and Sigma's spells it out, which
+    is all that tells their families where the weights went through diffusers.
+    """
+    sample_size = config.base_size * config.patch_size
+    scale = int(config.pe_scale) if config.pe_scale == int(config.pe_scale) else config.pe_scale
+    is_default = {"scale": scale == max(sample_size // 64, 1), "extra": config.micro_condition == (sample_size == 128)}
     return {
         "_class_name": "PixArtTransformer2DModel",
         "activation_fn": "gelu-approximate",
@@ -83,7 +90,7 @@ def diffusers_config(config: PixArtConfig) -> dict:
         "cross_attention_dim": config.hidden_size,
         "dropout": 0.0,
         "in_channels": config.in_channels,
-        "interpolation_scale": int(config.pe_scale) if config.pe_scale == int(config.pe_scale) else config.pe_scale,
+        "interpolation_scale": None if is_default["scale"] and not config.is_sigma else scale,
         "norm_elementwise_affine": False,
         "norm_eps": 1e-06,
         "norm_num_groups": 32,
@@ -93,9 +100,9 @@ def diffusers_config(config: PixArtConfig) -> dict:
         "num_layers": config.depth,
         "out_channels": config.out_channels,
         "patch_size": config.patch_size,
-        "sample_size": config.base_size * config.patch_size,
+        "sample_size": sample_size,
         "upcast_attention": False,
-        "use_additional_conditions": config.micro_condition,
+        "use_additional_conditions": None if is_default["extra"] and not config.is_sigma else config.micro_condition,
     }
 
 
