@@ -109,6 +109,8 @@ def run_config(config: RunConfig, device: str | None = None):
             decode=_decoder(config, processes.device) if prompts else None,
         )
     if processes.rank == 0:
+        for note in result.notes:
+            logger.warning("%s", note)
         logger.info("%d steps are done: %s", result.step, result.file)
     return result
 

@@ -88,5 +88,21 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def sweep(folder: Path, name: str = "*") -> int:
+    """Remove what killed processes left of files of this name (a pattern); returns how many bytes that frees.
+
+    Only for a folder, or a name, that nobody else is writing.
+    """
+    freed = 0
+    for path in folder.glob(f".{name}.*.tmp"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            freed += path.stat().st_size
+            path.unlink(missing_ok=True)
+    return freed
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
+
+
 def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..data.buckets import BucketSampler
 from ..data.examples import Batch, FeatureSet, collate
+from ..quoting import plain
 from .adapters import tell_chances
 from .draws import Chances, draw_batch
 from .objectives import Objective
@@ -114,6 +115,7 @@ class Trainer:
         settings = self.settings
         if not (resume and self._resume()):
             self.report.start(0)
+        self.checkpoints.size_bytes = self._checkpoint_bytes()
         if self.processes.rank == 0:
             check_space(self.folder, self._checkpoint_bytes() * (1 + (settings.keep_last > 1)))
             if not resume:  # or the next run would go on with those of the training before
@@ -130,8 +132,22 @@ class Trainer:
             except BaseException:  # also a keyboard interrupt and a full GPU: nothing that was trained is lost
                 self._save_what_is_whole()
                 raise
-            self._save()
+            self._save_at_end()
         return self.step
+
+    @property
+    def notes(self) -> list[str]:
+        """What went wrong without ending the training, for the user to hear."""
+        return [*self.checkpoints.notes, *self.report.notes]
+
+    def _save_at_end(self):
+        """What was trained goes into the result also where no checkpoint can be written any more."""
+        try:
+            self._save()
+        except OSError as error:
+            logger.warning("%s", error)
+            self.checkpoints.notes.append(plain(str(error.strerror or error), 400))
+            self.processes.wait()
 
     def _train(self):
         settings = self.settings

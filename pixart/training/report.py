@@ -1,10 +1,12 @@
 """What a training reports: a log in lines of JSON, the curve of its loss, TensorBoard and Weights & Biases."""
 
+import contextlib
 import importlib.util
 import json
 import logging
 import secrets
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -12,12 +14,13 @@ from PIL import Image
 from ..drawing.curves import draw_curve
 from ..files.atomic import write_atomically
 from ..files.documents import parse_json
+from ..quoting import plain
 from ..tracking.weights_and_biases import describe_mode, open_run, usual_mode
 from .settings import TrainingSettings, settings_to_dict
 
 logger = logging.getLogger(__name__)
 
-LOG = "log.jsonl"
+LOG, BOARD, WANDB = "log.jsonl", "TensorBoard", "Weights & Biases"
 SMOOTHING_STEPS = 50
 _TIMED_STEPS = 20
 
@@ -25,7 +28,8 @@ _TIMED_STEPS = 20
 class Report:
     """The log of one training, in its folder; only the main process writes.
 
-    settings: of the run, as plain values. losses: (step, loss) of every logged step so far.
+    settings: of the run, as plain values. losses: (step, loss) of every logged step so far. notes: what could not be
+    logged, once for each place; no trouble with a log ends a training.
     """
 
     def __init__(self, folder: Path, settings: TrainingSettings, is_main: bool = True):
@@ -35,19 +39,18 @@ class Report:
         self.smoothed: float | None = None
         self._times: deque[float] = deque(maxlen=_TIMED_STEPS)
         self._file = self._board = self._wandb = None
+        self.notes: list[str] = []
 
     def start(self, step: int) -> None:
         """Open the log, cut to what happened up to `step`."""
         if not self.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / LOG
-        kept = [entry for entry in read_log(path) if entry["step"] <= step]
-        text = "".join(json.dumps(entry) + "\n" for entry in kept)
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        kept = [entry for entry in read_log(self.folder / LOG) if _is_step(entry) and entry["step"] <= step]
         for entry in kept:
             self._follow(entry["step"], entry["loss"])
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # a line is there once it is written
+        with self._going_on(LOG):
+            self._file = _open_log(self.folder / LOG, kept)
         self._open_trackers(step)
 
     def log(self, step: int, loss: float, error: float, norm: float, rate: float, seconds: float) -> float:
@@ -57,10 +60,10 @@ class Report:
         if self._file is not None and step % self.every == 0:
             numbers = {"loss": loss, "error": error, "gradient_norm": norm, "learning_rate": rate}
             entry = {"step": step, **numbers, "smoothed": self.smoothed, "seconds": round(seconds, 4)}
-            try:
+            with self._going_on(LOG):
                 self._file.write(json.dumps(entry) + "\n")
-            except OSError as warning:  # a full disk costs lines of the log, not the training
-                logger.warning("Line of the log is lost: %s", warning)
+        if step % self.every == 0 and self.is_main:
+            numbers = {"loss": loss, "error": error, "gradient_norm": norm, "learning_rate": rate}
             self._track(step, {**numbers, "smoothed": self.smoothed})
         return self.smoothed
 
@@ -78,21 +81,38 @@ class Report:
         if self._board is not None:
             import numpy
 
-            self._board.add_image(name, numpy.asarray(image), step, dataformats="HWC")
+            with self._going_on(BOARD):
+                self._board.add_image(name, numpy.asarray(image), step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(image)}, step=step)
+            with self._going_on(WANDB):
+                self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def close(self) -> None:
         """Close the log; may be called twice."""
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for place, end in (
+            (LOG, self._file and self._file.close),
+            (BOARD, self._board and self._board.close),
+            (WANDB, self._wandb and self._wandb.finish),
+        ):
+            if end:
+                with self._going_on(place):
+                    end()
         self._file = self._board = self._wandb = None
+
+    @contextlib.contextmanager
+    def _going_on(self, place: str) -> Iterator[None]:
+        """What a log raises within, whatever it is, costs entries of that log and not the training."""
+        try:
+            yield
+        except Exception as error:
+            note = f"entries of {place} are lost ({plain(str(error), 200)})"
+            if not any(each.startswith(f"entries of {place} ") for each in self.notes):
+                logger.warning("PixArt training: %s", note)
+                self.notes.append(note)
+            if place == BOARD:  # its thread is dead, and each further entry would say so
+                self._board = None
 
     def _follow(self, step, loss):
         self.losses.append((step, loss))
@@ -105,17 +125,32 @@ class Report:
         elif self.settings["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
-            self._board.add_text("settings", f"```\n{json.dumps(self.settings, indent=2)}\n```", step)
+            with self._going_on(BOARD):
+                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+                self._board.add_text("settings", f"```\n{json.dumps(self.settings, indent=2)}\n```", step)
         if self.settings["wandb"]:
             self._wandb = _open_wandb(self.folder, self.settings)
 
     def _track(self, step, numbers):
         if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+            with self._going_on(BOARD):
+                for name, value in numbers.items():
+                    self._board.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            with self._going_on(WANDB):
+                self._wandb.log(numbers, step=step)
+
+
+def _is_step(entry) -> bool:
+    """Whether a line of a log is of a step; other programs may have added theirs."""
+    numbers = [entry.get(name) for name in ("step", "loss")] if isinstance(entry, dict) else [None]
+    return all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+
+
+def _open_log(path: Path, kept: list[dict]):
+    text = "".join(json.dumps(entry) + "\n" for entry in kept)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return path.open("a", encoding="utf-8", buffering=1)  # a line is there once it is written
 
 
 def _open_wandb(folder: Path, settings: dict):

@@ -1,8 +1,11 @@
 """One training from a model, features and settings to files: what the graph's nodes and the command line share."""
 
+import contextlib
 import json
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +15,11 @@ from torch import Tensor
 
 from ..data.examples import FeatureSet
 from ..data.sketches import sketch_model
-from ..files.atomic import write_atomically
+from ..files.atomic import sweep, write_atomically
 from ..files.documents import load_json
+from ..files.locks import locked
 from ..files.names import fault_of
+from ..files.space import describe_room
 from ..lora import Target, save_lora
 from ..lora.kinds import LowRank
 from ..quoting import plain, shorten
@@ -28,8 +33,13 @@ from .loop import Events, Trainer
 from .objectives import ControlPrediction, Objective
 from .processes import SingleProcess
 from .settings import TrainingSettings, settings_to_dict
+from .state import CHECKPOINTS
+from .validation import FOLDER as SAMPLES
 from .validation import Decode, Validation, ValidationPrompt
 
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"  # in a run's folder: held by the process that trains there
 # In a run's folder, once its result is written: the steps that it has, where it is, and how often it was stopped early.
 RESULT = "result.json"
 
@@ -39,7 +49,7 @@ class TrainingResult:
     """What a training leaves behind.
 
     step: how many are done; fewer than asked for when it was stopped. weights: of the trained parameters, on the CPU.
-    file: the result. curve: of the loss. strip: validation pictures, or None.
+    file: the result. curve: of the loss. strip: validation pictures, or None. notes: what the user is to hear.
     """
 
     objective: Objective
@@ -48,6 +58,7 @@ class TrainingResult:
     file: Path
     curve: Image.Image
     strip: Image.Image | None
+    notes: tuple[str, ...] = ()
 
 
 def train(
@@ -78,30 +89,81 @@ def train(
     if prompts and decode is not None and settings.sample_every:
         validation = Validation(objective, prompts, folder, decode, show, is_main=processes.rank == 0)
     trainer = Trainer(objective, features, settings, folder, processes, events, validation, base)
-    step = trainer.run(resume)
-    weights = trainer.trained_weights()
     file, strip = file or folder / f"{folder.name}.safetensors", None
-    curve = trainer.report.curve()
-    if processes.rank == 0:
+    with _alone(folder, file) if processes.rank == 0 else contextlib.nullcontext():
+        step = trainer.run(resume)
+        weights = trainer.trained_weights()
+        curve, notes = trainer.report.curve(), trainer.notes
+        if processes.rank == 0:
+            file, more = write_result(file, folder, objective, weights, settings)
+            strip = validation.strip() if validation else None
+            notes += more + _write_beside(folder, settings, step, file, {"loss.png": curve, "samples.png": strip})
+        processes.wait()
+    return TrainingResult(objective, weights, step, file, curve, strip, tuple(notes))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, file: Path) -> Iterator[None]:
+    """Within it no other process trains in the folder. What a killed one left half written there is removed.
+
+    Raises ValueError while one does.
+    """
+    with locked(folder / LOCK) as is_ours:
+        if not is_ours:
+            raise ValueError(
+                f"Training is running already: got {shorten(folder.name)}, into which another process writes, expected "
+                f"a training of its own. Wait for its end, give this one another name, or turn resume off."
+            )
+        freed = sum(map(sweep, (folder, folder / CHECKPOINTS, folder / SAMPLES))) + sweep(file.parent, file.name)
+        if freed:
+            logger.info("%.1f MB that a killed training had left half written are removed", freed / 1e6)
+        yield
+
+
+def write_result(
+    file: Path, folder: Path, objective: Objective, weights: Mapping[str, Tensor], settings: TrainingSettings
+) -> tuple[Path, list[str]]:
+    """Write what was trained to a file, or where that fails to the run's folder or the system's for temporary files.
+
+    Returns (where it is, what to tell the user). Raises OSError, saying what is missing where, when no place takes it.
+    """
+    needed = sum(tensor.numel() for tensor in weights.values()) * DTYPES[settings.save_dtype].itemsize
+    faults = []
+    for place in dict.fromkeys((file, folder / file.name, None)):
+        path = place or Path(tempfile.mkdtemp(prefix="pixart-")) / file.name
         try:
-            save_result(file, objective, weights, settings)
+            save_result(path, objective, weights, settings)
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"Result cannot be written: got {plain(error.strerror or error, 200)}, expected a "
-                f"writable disk with space. Nothing is lost: free some space and start the training again, it will "
-                f"only write the result",
-                str(file),
-            ) from error
-        curve.save(folder / "loss.png")
-        strip = validation.strip() if validation else None
-        if strip is not None:
-            strip.save(folder / "samples.png")
-        stops = _number_in_result(folder, "stops") + (step < settings.steps)
-        mark = json.dumps({"step": step, "file": str(file), "stops": stops})
+            faults.append(f"{plain(str(error.strerror or error), 200)}: {describe_room(path, needed)}")
+            logger.warning("The result could not be written: %s", faults[-1])
+            first = error
+            continue
+        told = f"the result is not in its place ({faults[0]}) but here: {path}" if faults else None
+        return path, [told] if told else []
+    path.parent.rmdir()
+    raise OSError(
+        first.errno,
+        f"Result cannot be written: got {plain('; '.join(faults), 800)}, expected a writable disk with space. Nothing "
+        f"is lost: free some space and start the training again, it will only write the result",
+        str(file),
+    ) from first
+
+
+def _write_beside(
+    folder: Path, settings, step: int, file: Path, pictures: Mapping[str, Image.Image | None]
+) -> list[str]:
+    """The pictures and the note of a result; returns what to tell the user where there is no room for them."""
+    stops = _number_in_result(folder, "stops") + (step < settings.steps)
+    mark = json.dumps({"step": step, "file": str(file), "stops": stops})
+    try:
         write_atomically(folder / RESULT, lambda temporary: temporary.write_text(mark, encoding="utf-8"))
-    processes.wait()
-    return TrainingResult(objective, weights, step, file, curve, strip)
+        for name, picture in pictures.items():
+            if picture is not None:
+                write_atomically(folder / name, lambda temporary, picture=picture: picture.save(temporary, "PNG"))
+    except OSError as error:
+        logger.warning("Pictures of the training are not kept: %s", error)
+        return [f"pictures of the training are not kept ({plain(str(error.strerror or error), 200)})"]
+    return []
 
 
 def check_features(features: FeatureSet, model: PixArt, settings: TrainingSettings) -> None:

@@ -4,7 +4,9 @@ import errno
 import logging
 import pickle
 import re
-import shutil
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 
 from ..data.sketches import differences
 from ..files.atomic import dump, write_atomically
+from ..files.space import describe_room, free_bytes
 from ..quoting import list_names, plain, shorten
 from ..weights.pickles import check_pth
 from ..weights.reading import require_file
@@ -23,7 +26,11 @@ CHECKPOINTS = "checkpoints"  # folder of a run
 _NAME = "step-{:08d}.pt"
 _PATTERN = re.compile(r"step-(\d{8,})\.pt")
 # What torch.load raises for files that were cut off, overwritten or never a checkpoint.
-_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError)
+_UNREADABLE = (
+    *(OSError, RuntimeError, EOFError, ValueError, LookupError, ArithmeticError, pickle.UnpicklingError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
+_PARTS = frozenset({"step", "seconds", "settings", "sampler", "parameters", "extra", "optimizer", "sanity"})
 # Settings that a continued training may change; with any other the optimiser's state or the data would not fit.
 _FREE = {
     "steps", "learning_rate", "weight_decay", "schedule", "warmup_steps", "floor", "clip_norm", "checkpointing",
@@ -39,6 +46,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep_last: int):
         self.folder, self.keep_last = Path(folder), keep_last
+        self.size_bytes = 0  # about that of one, for messages
+        self.notes: list[str] = []  # of what the user is to hear
 
     def all(self) -> list[Path]:
         """All of them, the oldest first."""
@@ -56,7 +65,7 @@ class Checkpoints:
         except OSError as error:
             older = [each for each in self.all() if each != path][:-1]
             if error.errno != errno.ENOSPC or not older:
-                raise _explained(error, path, self.all()) from error
+                raise self._explained(error, path) from error
             logger.warning("The disk is full: %d older checkpoints are removed", len(older))
             _remove(older)
             self._write_again(path, state)
@@ -67,39 +76,69 @@ class Checkpoints:
         try:
             self._write(path, state)
         except OSError as error:
-            raise _explained(error, path, self.all()) from error
+            raise self._explained(error, path) from error
 
     def _write(self, path, state):
         write_atomically(path, lambda temporary: dump(dict(state), temporary))
 
     def load(self) -> dict | None:
-        """The newest one that can be read, or None; one that cannot is named in the log and passed over."""
+        """The newest one that is undamaged, or None; those that are not are named in `notes` and passed over."""
+        passed = []
         for path in reversed(self.all()):
             try:
-                require_file(path)
-                check_pth(path)
-                return torch.load(path, map_location="cpu", weights_only=True)
+                state = _read(path)
             except _UNREADABLE as error:
-                logger.warning("Checkpoint %s cannot be read and is passed over: %s", path.name, shorten(error, 300))
+                logger.warning("Checkpoint %s is damaged and is passed over: %s", path.name, shorten(error, 300))
+                passed.append(path.name)
+                continue
+            self._note(passed, f"goes on after step {state['step']}")
+            return state
+        self._note(passed, "begins anew")
         return None
+
+    def _note(self, passed: list[str], what: str):
+        if passed:
+            self.notes.append(f"damaged, passed over: {', '.join(passed)}; the training {what}")
+
+    def _explained(self, error: OSError, path: Path) -> OSError:
+        kept = self.all()
+        return OSError(
+            error.errno,
+            f"Checkpoint cannot be written: got '{error.strerror or error}' ({describe_room(path, self.size_bytes)}), "
+            f"expected a writable disk with space. Free some space and start again; the training goes on from the last "
+            f"checkpoint ({kept[-1].name if kept else 'none'})",
+            str(path),
+        )
 
     def clear(self) -> None:
         """Remove all of them."""
         _remove(self.all())
 
 
+def _read(path: Path) -> dict:
+    """The state in a checkpoint. Raises one of _UNREADABLE when any of its parts is not as it was written."""
+    require_file(path)
+    check_pth(path)
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # by the checksum that torch.save keeps of each part, and torch.load does not read
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not _PARTS <= state.keys():
+        raise LookupError("it is no state of a training")
+    return state
+
+
 def check_space(folder: Path, needed_bytes: int) -> None:
     """Raises OSError when the disk has no room for what a training will write."""
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise OSError(
             errno.ENOSPC,
             f"Disk is too full for the checkpoints: got {free / 1e6:.0f} MB free, expected "
-            f"{needed_bytes / 1e6:.0f} MB. Free some space, or keep fewer checkpoints",
-            str(place),
+            f"{needed_bytes / 1e6:.0f} MB; {(needed_bytes - free) / 1e6:.0f} MB are missing. Free some space, or keep "
+            f"fewer checkpoints",
+            str(folder),
         )
 
 
@@ -146,13 +185,3 @@ def check_continues(state: Mapping, settings: TrainingSettings, shapes: Mapping[
 def _remove(paths) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def _explained(error: OSError, path: Path, kept: list[Path]) -> OSError:
-    newest = kept[-1].name if kept else "none"
-    return OSError(
-        error.errno,
-        f"Checkpoint cannot be written: got '{error.strerror or error}', expected a writable disk with space. Free "
-        f"some space and start again; the training goes on from the last checkpoint ({newest})",
-        str(path),
-    )

@@ -1,5 +1,6 @@
 """Pictures of fixed prompts and seeds while a training runs, and the strip that they grow into."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from ..drawing.strips import join_column, join_row, label_above
 from ..files.atomic import write_atomically
 from ..sampling import Captions, Settings, sample_latents
 from .objectives import ControlPrediction, Distillation, Objective
+
+logger = logging.getLogger(__name__)
 
 Decode = Callable[[Tensor], Tensor]  # unscaled latents (B, 4, h, w) -> pictures (B, H, W, 3) in [0, 1]
 FOLDER = "samples"
@@ -63,9 +66,11 @@ class Validation:
         if not self.is_main:
             return None
         row = join_row([to_image(self.decode(latent)[0]) for latent in latents])
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.png"
-        write_atomically(path, lambda temporary: row.save(temporary, "PNG"))
+        try:
+            write_atomically(path, lambda temporary: row.save(temporary, "PNG"))
+        except OSError as error:  # a full disk costs pictures, not the training
+            logger.warning("The validation pictures of step %d are not kept: %s", step, error)
         if self.show is not None:
             self.show(row)
         return row

@@ -14,6 +14,7 @@ from pixart_pack.pixart.training.report import LOG, read_log
 from pixart_pack.pixart.training.run import train
 from pixart_pack.pixart.training.sanity import Sanity, TrainingDiverged
 from pixart_pack.pixart.training.settings import OPTIMIZERS
+from pixart_pack.pixart.training.state import Checkpoints
 from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
 
 PACKAGES = {"adamw8bit": "bitsandbytes", "came": "came_pytorch", "prodigy": "prodigyopt", "lion": "lion_pytorch"}
@@ -204,6 +205,34 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path):
     for broken in (content[:1000], b"", bytes(3000), b"\xff" * 100, b"a" * 50, b"not a checkpoint"):
         newest.write_bytes(broken)
         assert_same(trained(tmp_path, settings), whole)
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed_and_told(tmp_path):
+    """Or it is where nothing is read. torch.load itself reads most of such files, and gives other numbers."""
+    checkpoints, noticed = Checkpoints(tmp_path, 2), 0
+    states = {step: {"step": step, "parameters": {"a": torch.randn(9, 5)}, "sanity": {"mean": 0.5}} for step in (2, 4)}
+    for step, state in states.items():
+        rest = {"seconds": 1.0, "settings": {}, "sampler": {}, "extra": {}, "optimizer": {"b": torch.randn(40)}}
+        states[step] = {**rest, **state}
+        newest = checkpoints.save(step, states[step])
+    content = newest.read_bytes()
+    for place in range(0, len(content), 13):
+        newest.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        checkpoints = Checkpoints(tmp_path, 2)
+        state = checkpoints.load()
+        assert repr(state) == repr(states[state["step"]]), place
+        told = [f"damaged, passed over: {newest.name}; the training goes on after step 2"]
+        assert checkpoints.notes == (told if state["step"] == 2 else [])
+        noticed += state["step"] == 2
+    assert noticed > 20
+
+
+def test_a_training_whose_checkpoints_are_all_damaged_begins_anew_and_says_so(tmp_path):
+    trained(tmp_path, tiny_settings(steps=1))
+    (tmp_path / "checkpoints" / "step-00000001.pt").write_bytes(b"none")
+    made = trainer(tmp_path, tiny_settings(steps=2))
+    made.run()
+    assert made.notes == ["damaged, passed over: step-00000001.pt; the training begins anew"]
 
 
 def test_the_last_checkpoints_are_kept(tmp_path):
@@ -410,7 +439,7 @@ def test_a_file_system_that_takes_no_more(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limit[1]))
     try:
-        with pytest.raises(OSError, match="Checkpoint cannot be written: .* Free some space and start again"):
+        with pytest.raises(OSError, match="Checkpoint cannot be written: .* MB are needed in .* start again"):
             made.run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -428,9 +457,9 @@ def test_one_picture_fills_a_batch(tmp_path):
 
 
 def test_too_small_a_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(state_module.shutil, "disk_usage", lambda place: state_module.shutil._ntuple_diskusage(1, 1, 9))
+    monkeypatch.setattr(state_module, "free_bytes", lambda place: 9)
     made = trainer(tmp_path, tiny_settings())
-    with pytest.raises(OSError, match="Disk is too full for the checkpoints"):
+    with pytest.raises(OSError, match="Disk is too full for the checkpoints: .* MB are missing"):
         made.run()
     assert made.step == 0
 

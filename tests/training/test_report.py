@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 
 import pixart_pack.pixart.training.run as run_module
 from pixart_pack.pixart.drawing.curves import draw_curve
+from pixart_pack.pixart.training.build import make_objective
+from pixart_pack.pixart.training.loop import Events, Trainer
 from pixart_pack.pixart.training.report import LOG, Report, read_log
 from pixart_pack.pixart.training.run import RESULT, choose_folder, train
 from pixart_pack.pixart.training.validation import ValidationPrompt, read_prompts, write_prompts
@@ -127,3 +131,105 @@ def test_a_result_that_found_no_room_is_written_by_the_next_run(tmp_path, monkey
     result = train(tiny_model(), make_features(), settings, folder)
     assert result.step == 2 and result.file.is_file()
     assert json.loads((folder / RESULT).read_text())["step"] == 2
+
+
+def test_a_run_that_another_process_trains_is_refused_and_a_dead_ones_goes_on(tmp_path):
+    """By locks of the system, which fall with their process: nothing has to be cleared away by hand."""
+    folder, features, refused = tmp_path / "one_001", make_features(), []
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder / ".lock"], stdout=subprocess.PIPE)
+    assert holder.stdout.readline()
+    with pytest.raises(ValueError, match="Training is running already: got 'one_001', into which another process"):
+        train(tiny_model(), features, tiny_settings(steps=2), folder)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+
+    class Second(Events):
+        def stepped(self, progress):
+            with pytest.raises(ValueError, match="Training is running already"):
+                train(tiny_model(), features, tiny_settings(steps=2), folder)
+            refused.append(progress.step)
+
+    assert train(tiny_model(), features, tiny_settings(steps=2), folder, events=Second()).step == 2
+    assert refused == [1, 2]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+path = Path(sys.argv[1])
+path.parent.mkdir(parents=True)
+file = open(path, "a+b")
+if sys.platform == "win32":
+    import msvcrt
+    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+    fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+import time
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_left_half_written_is_swept_and_nothing_else(tmp_path):
+    folder, file = tmp_path / "runs" / "one_001", tmp_path / "loras" / "one_001.safetensors"
+    left = [
+        folder / ".log.jsonl.0123abcd.tmp",
+        folder / "checkpoints" / ".step-00000250.pt.0123abcd.tmp",
+        folder / "samples" / ".step-00000000.png.00000000.tmp",
+        file.with_name(f".{file.name}.89abcdef.tmp"),
+    ]
+    others = [
+        file.with_name(".two_001.safetensors.89abcdef.tmp"),  # which its own process may be writing
+        folder / ".mine.tmp",
+        folder / "checkpoints" / "notes.tmp",
+    ]
+    for path in (*left, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1000))
+    train(tiny_model(), make_features(), tiny_settings(steps=1), folder, file=file)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
+def test_a_result_whose_place_takes_none_is_written_elsewhere_and_says_so(tmp_path):
+    (tmp_path / "loras").write_text("a file where a folder should be")
+    folder = tmp_path / "one_001"
+    result = train(
+        tiny_model(), make_features(), tiny_settings(steps=1), folder, file=tmp_path / "loras" / "a.safetensors"
+    )
+    assert result.file == folder / "a.safetensors" and result.file.is_file()
+    assert len(result.notes) == 1 and result.notes[0].endswith(f"but here: {result.file}")
+    assert "MB are needed in" in result.notes[0]
+    assert json.loads((folder / RESULT).read_text())["file"] == str(result.file)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_no_training_and_says_what_is_missing(tmp_path):
+    """A limit of the kernel on files in place of a full disk: for logs, pictures and the last checkpoint."""
+    resource = pytest.importorskip("resource")
+    settings = tiny_settings(steps=30, sample_every=15, sample_steps=1, checkpoint_every=0, tensorboard=True)
+    features, shown = make_features(), []
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limit[1]))
+    try:
+        with pytest.raises(OSError, match="Result cannot be written: got File too large: .* MB are needed in") as told:
+            train(tiny_model(), features, settings, tmp_path / "full_001", prompts=prompts_of(features), decode=decode,
+                  show=shown.append)  # fmt: skip
+        assert str(told.value).count("MB are needed in") == 2 and len(shown) == 3
+        made = Trainer(make_objective(tiny_model(), settings), features, settings, tmp_path / "notes")
+        assert made.run() == 30 and len(made.report.losses) == 30
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    told = "\n".join(made.notes)
+    assert "Checkpoint cannot be written" in told
+    assert "entries of log.jsonl are lost" in told and "entries of TensorBoard are lost" in told
+
+
+def test_a_line_of_another_program_does_not_stop_a_training_from_going_on(tmp_path):
+    settings = tiny_settings(steps=2)
+    train(tiny_model(), make_features(), settings, tmp_path)
+    with (tmp_path / LOG).open("a", encoding="utf-8") as file:
+        file.write('{"event": "epoch"}\n[1, 2]\n7\nnull\n{"step": "two", "loss": 1}\n{"step": 1, "loss": null}\n')
+    result = train(tiny_model(), make_features(), tiny_settings(steps=3), tmp_path)
+    assert result.step == 3 and [entry["step"] for entry in read_log(tmp_path / LOG)] == [1, 2, 3]

@@ -35,7 +35,7 @@ from ....pixart.weights.precision import DTYPES
 from ....pixart.weights.reading import read_checkpoint
 from ....pixart.weights.saving import save_checkpoint, write_weights
 from ..controlnet import make_control
-from ..folders import show_path
+from ..folders import hide_paths, show_path
 from ..loading import AUTO, hints_of, load_patcher
 from ..lora import PREFIX, add_lora, host_key, patched_weight
 from ..pictures import to_image
@@ -125,7 +125,7 @@ def run_training(
             comfy.model_management.throw_exception_if_processing_interrupted()
         _go_on_after_interruption()
         trained = _trained(model, result, settings)
-    notes = _missing_pictures(settings, validation, vae)
+    notes = [*_missing_pictures(settings, validation, vae), *map(hide_paths, result.notes)]
     return _outputs(trained, result, settings, notes)
 
 
