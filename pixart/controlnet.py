@@ -39,7 +39,7 @@ class ControlBlock(nn.Module):
         if hasattr(self, "before_proj"):
             condition = self.before_proj(condition)
             condition = tokens + (condition if len(condition) == 1 else tile_rows(condition, len(tokens)))
-        condition = self.copied_block(condition, inputs, keys_values)
+        condition = inputs.run_copy(self.copied_block, condition, keys_values)
         return self.after_proj(condition), condition
 
 

@@ -37,9 +37,11 @@ def gather_heads(x):
     """(B, heads, L, d) -> the same numbers, laid out head by head where that saves the CPU more than the copy costs.
 
     Every query reads all keys and values. Out of a shared qkv they lie far apart: at 4096 tokens attention then takes
-    a sixth longer, at 2304 a sixteenth, at 256 less.
+    a sixth longer, at 2304 a sixteenth, at 256 less. Compiled, always: a length to look at would be a graph more.
     """
-    return x.contiguous() if x.device.type == "cpu" and x.shape[2] >= LONG_SEQUENCE else x
+    if x.device.type != "cpu":
+        return x
+    return x.contiguous() if torch.compiler.is_compiling() or x.shape[2] >= LONG_SEQUENCE else x
 
 
 def tile_rows(x, batch):
@@ -83,18 +85,19 @@ def common_row(values):
     return values[:1]
 
 
-def position_grid(height, width, hidden_size, base_size, pe_scale):
-    """Sinusoidal positions of a token grid, in float64 on the CPU: (1, height * width, hidden_size).
+def position_grid(height, width, hidden_size, base_size, pe_scale, device="cpu"):
+    """Sinusoidal positions of a token grid, in float64 (on MPS float32): (1, height * width, hidden_size).
 
     Both axes span [0, base_size / pe_scale), whatever the aspect ratio. The first half of the channels holds the
     column, the second the row; in each half the sines stand before the cosines.
     Source: PixArt-alpha, arXiv 2310.00426, section 2.3, after DiffFit's scaled positions.
     """
     quarter = hidden_size // 4
-    frequency = MAX_PERIOD ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    factory = {"dtype": torch.float32 if torch.device(device).type == "mps" else torch.float64, "device": device}
+    frequency = MAX_PERIOD ** (-torch.arange(quarter, **factory) / quarter)
 
     def encode(count):
-        position = torch.arange(count, dtype=torch.float64) / (count / base_size) / pe_scale
+        position = torch.arange(count, **factory) / (count / base_size) / pe_scale
         phase = torch.outer(position, frequency)
         return torch.cat([phase.sin(), phase.cos()], dim=1)  # (count, hidden_size / 2)
 
@@ -218,10 +221,12 @@ class SelfAttention(nn.Module):
         self.qk_norm = config.qk_norm
         self.compress = compress
 
-    def forward(self, x, grid, attention, context=None, values=None):
+    def forward(self, x, grid, attention, context=None, values=None, window=1):
         """x: (B, N, D). grid: (rows, columns) of the N tokens. Returns (B, N, D).
 
         context, values: what keys and values are made of, where a host's patches put something else in place of x.
+        window: side of the windows of tokens whose keys and values are averaged, where the model itself does not
+        compress them.
         """
         q, k, v = self.qkv(x).chunk(3, dim=2)
         if context is not None and context is not x:
@@ -232,6 +237,8 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.compress:
             k, v = self.compress_tokens(k, grid), self.compress_tokens(v, grid)
+        elif window > 1 and k.shape[1] == q.shape[1]:
+            k, v = average_windows(k, grid, window), average_windows(v, grid, window)
         return self.proj(attention(q, k, v, self.num_heads))
 
     def compress_tokens(self, x, grid):

@@ -1,5 +1,6 @@
 """The PixArt diffusion transformer: alpha and Sigma, every trained size, any picture size."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,10 +37,12 @@ class ProjectedCaption(NamedTuple):
     """A caption as the blocks read it, see `PixArt.project_caption`.
 
     states: (B, L, D). keys_values: for every block (B, L, 2 D), or None where each forward pass computes them.
+    tables: `PixArt.stack_tables`, which is right for as long.
     """
 
     states: torch.Tensor
     keys_values: tuple[torch.Tensor, ...] | None
+    tables: torch.Tensor | None = None
 
 
 class BlockInputs(NamedTuple):
@@ -48,6 +51,9 @@ class BlockInputs(NamedTuple):
     modulation: (B, 6, D), or (1, 6, D) when all rows are alike. caption: (B, L, D), projected.
     caption_bias: (B, 1, 1, L) additive, or None. grid: (rows, columns) of tokens.
     self_attention, cross_attention: see `layers.attend`. keys_values: of `caption`, see ProjectedCaption.
+    rows: for every block its table added to `modulation`, or None where each computes that.
+    window: self-attention reads the means of window x window tokens. run: what runs a block in place
+    of itself, see `run_block`.
     around: what a host does in front of the attentions and behind them, or None: an object that runs the modules, with
     self_attention(module, x, inputs) and cross_attention(module, x, keys_values, inputs).
     """
@@ -59,6 +65,9 @@ class BlockInputs(NamedTuple):
     self_attention: Attention
     cross_attention: Attention
     keys_values: tuple[torch.Tensor, ...] | None = None
+    rows: tuple[torch.Tensor, ...] | None = None
+    window: int = 1
+    run: Callable[..., torch.Tensor] | None = None
     around: Any = None
 
     def with_caption(self, caption):
@@ -68,6 +77,15 @@ class BlockInputs(NamedTuple):
     def keys_values_of(self, index):
         """What block `index` reads of the caption, (B, L, 2 D), or None where it has to compute that."""
         return None if self.keys_values is None else tile_rows(self.keys_values[index], self.caption.shape[0])
+
+    def run_block(self, block, x, index):
+        """Block `index` of the model, by `run` where there is one. x: (B, N, D). Returns (B, N, D)."""
+        rows = None if self.rows is None else self.rows[index]
+        return self.run_copy(block, x, self.keys_values_of(index), rows)
+
+    def run_copy(self, block, x, keys_values=None, rows=None):
+        """Any block of this width, by `run` where there is one. x: (B, N, D). Returns (B, N, D)."""
+        return block(x, self, keys_values, rows) if self.run is None else self.run(block, x, self, keys_values, rows)
 
 
 class PixArtBlock(nn.Module):
@@ -85,21 +103,30 @@ class PixArtBlock(nn.Module):
         self.cross_attn = CrossAttention(config, **factory)
         self.mlp = Mlp(width, int(width * config.mlp_ratio), width, **factory)
 
-    def forward(self, x, inputs: BlockInputs, keys_values=None):
-        """x: (B, N, D). keys_values: of this block's cross-attention, (B, L, 2 D), if known. Returns (B, N, D)."""
-        rows = inputs.modulation + read_table(self.scale_shift_table, x)  # (B or 1, 6, D)
+    def forward(self, x, inputs: BlockInputs, keys_values=None, rows=None):
+        """x: (B, N, D). keys_values: of this block's cross-attention, (B, L, 2 D), if known. Returns (B, N, D).
+
+        rows: see `modulation_rows`, if known.
+        """
+        if rows is None:
+            rows = self.modulation_rows(inputs.modulation)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = rows.chunk(6, dim=1)  # (B, 1, D)
         if keys_values is None:
             keys_values = self.cross_attn.keys_values(inputs.caption)
         modulated = modulate(x, shift_attn, scale_attn)
         # The caption is read from the raw stream: no norm, no modulation, no gate.
         if inputs.around is None:
-            x = torch.addcmul(x, gate_attn, self.attn(modulated, inputs.grid, inputs.self_attention))
+            attended = self.attn(modulated, inputs.grid, inputs.self_attention, window=inputs.window)
+            x = torch.addcmul(x, gate_attn, attended)
             x = x + self.cross_attn(x, keys_values, inputs.caption_bias, inputs.cross_attention)
         else:
             x = torch.addcmul(x, gate_attn, inputs.around.self_attention(self.attn, modulated, inputs))
             x = x + inputs.around.cross_attention(self.cross_attn, x, keys_values, inputs)
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
+
+    def modulation_rows(self, modulation):
+        """Shifts, scales and gates of both branches: (B or 1, 6, D), of the same."""
+        return modulation + read_table(self.scale_shift_table, modulation)
 
 
 class FinalLayer(nn.Module):
@@ -148,6 +175,7 @@ class PixArt(nn.Module):
             PixArtBlock(config, compress=index in compressed, **factory) for index in range(config.depth)
         )
         self.final_layer = FinalLayer(config, **factory)
+        self.compiled = None  # a CompiledBlocks, of `acceleration`
         self._positions: dict[tuple, torch.Tensor] = {}
         self.register_load_state_dict_pre_hook(_accept_original_keys)
 
@@ -179,7 +207,7 @@ class PixArt(nn.Module):
         condition = self.embed_condition(latent, timestep, resolution, aspect_ratio)
         inputs = self.prepare_blocks(x, grid, condition, caption, caption_mask, self.attention)
         for index, block in enumerate(self.blocks):
-            x = block(add_control(x, control, index, inputs), inputs, inputs.keys_values_of(index))
+            x = inputs.run_block(block, add_control(x, control, index, inputs), index)
         return self.project(x, condition, grid, latent.shape)
 
     def embed_latent(self, latent):
@@ -195,20 +223,20 @@ class PixArt(nn.Module):
 
     def positions(self, grid, dtype, device):
         """The position grid of (rows, columns) tokens: (1, N, D), computed once per size, dtype and device."""
-        key, config = (grid, dtype, device), self.config
-        if key in self._positions:
-            return self._positions[key]
-        table = position_grid(*grid, config.hidden_size, config.base_size, config.pe_scale)
-        table = table.to(device=device, dtype=dtype)
-        if not torch.compiler.is_compiling():  # a graph that changes what it depends on is compiled twice
-            kept = self._positions
+        config = self.config
+        numbers = (*grid, config.hidden_size, config.base_size, config.pe_scale)
+        if torch.compiler.is_compiling():  # a table by numbers would be a graph for each size
+            return position_grid(*numbers, device).to(dtype)
+        key, kept = (grid, dtype, device), self._positions
+        if key not in kept:
+            table = position_grid(*numbers).to(device=device, dtype=dtype)
             while kept and (
                 len(kept) >= POSITION_CACHE_SIZE
                 or table.nbytes + sum(other.nbytes for other in kept.values()) > POSITION_CACHE_BYTES
             ):
                 kept.pop(next(iter(kept)))
             kept[key] = table
-        return table
+        return kept[key]
 
     def embed_condition(self, latent, timestep, resolution=None, aspect_ratio=None):
         """Timestep, and the picture's size when config.micro_condition, in the latent's dtype.
@@ -246,7 +274,14 @@ class PixArt(nn.Module):
             )
         states = self.y_embedder(caption)
         keys = tuple(block.cross_attn.keys_values(states) for block in self.blocks) if keep_keys else None
-        return ProjectedCaption(states, keys)
+        return ProjectedCaption(states, keys, self.stack_tables(states) if keep_keys else None)
+
+    def stack_tables(self, like):
+        """The modulation tables of all blocks, on the device of `like` and in its dtype: (depth, 1, 6, D)."""
+        tables = [block.scale_shift_table for block in self.blocks]
+        if isinstance(tables[0], nn.Module):
+            tables = [table(like) for table in tables]
+        return torch.stack(tables).to(like).unsqueeze(1)
 
     def prepare_blocks(self, x, grid, condition, caption, caption_mask, attention) -> BlockInputs:
         """Everything that the blocks share, from the condition (B or 1, D) and the caption, see `forward`."""
@@ -262,8 +297,11 @@ class PixArt(nn.Module):
                 )
             bias = caption_bias(tile_rows(caption_mask.flatten(1), batch), x.dtype)
         modulation = self.t_block(condition).unflatten(1, (6, -1))
+        tables = self.stack_tables(x) if caption.tables is None else caption.tables
+        rows = (modulation + tables).unbind()  # of all blocks at once
         states = tile_rows(caption.states, batch)
-        return BlockInputs(modulation, states, bias, grid, attention, attention, caption.keys_values)
+        inputs = BlockInputs(modulation, states, bias, grid, attention, attention, caption.keys_values, rows)
+        return inputs if self.compiled is None else self.compiled.enter(inputs, x)
 
     def project(self, x, condition, grid, latent_shape, channels=None):
         """Tokens (B, N, D) -> the first `channels` of the prediction (all by default), cropped to the latent's size."""
@@ -304,11 +342,20 @@ def pad_to_patches(latent, patch_size):
 
     By reflection: neighbouring content goes on, and within a patch the noise stays independent.
     """
+    if torch.compiler.is_compiling() and 1 not in latent.shape[2:]:  # whether a size is odd would be a graph each
+        rows, columns = (reflected(side, patch_size, latent.device) for side in latent.shape[2:])
+        return latent.index_select(2, rows).index_select(3, columns)
     bottom, right = -latent.shape[2] % patch_size, -latent.shape[3] % patch_size
     if not bottom and not right:
         return latent
     reflects = bottom < latent.shape[2] and right < latent.shape[3]
     return F.pad(latent, (0, right, 0, bottom), mode="reflect" if reflects else "replicate")
+
+
+def reflected(side, patch_size, device):
+    """Which of `side` numbers, at least 2, stands where once they are reflected up to whole patches: (side',) long."""
+    place = torch.arange((side + patch_size - 1) // patch_size * patch_size, device=device)
+    return torch.where(place < side, place, 2 * (side - 1) - place)
 
 
 def initialize_weights(model: PixArt, generator=None):

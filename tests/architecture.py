@@ -19,6 +19,7 @@ ROOMS = {
         ("pixart", "pixart.files", "pixart.weights"),
         ("torch", "safetensors"),
     ),
+    "pixart.acceleration": ("the same numbers in less time", ("pixart",), ("torch",)),
     "pixart.encoders": (
         "networks beside the transformer",
         ("pixart", "pixart.files", "pixart.weights"),
@@ -46,7 +47,7 @@ ROOMS = {
     "pixart.commands": (
         "`python -m pixart <command>`",
         (
-            *("pixart", "pixart.files", "pixart.weights", "pixart.lora", "pixart.encoders"),
+            *("pixart", "pixart.files", "pixart.weights", "pixart.lora", "pixart.acceleration", "pixart.encoders"),
             *("pixart.drawing", "pixart.data", "pixart.training"),
         ),
         ("torch", "numpy", "safetensors", "PIL", "tqdm"),

@@ -496,17 +496,3 @@ def test_cache_of_regions_and_parts_of_the_sampling(comfy, patcher, acceleration
     assert found.isfinite().all() and not torch.equal(found, exact)
     assert torch.equal(run(model), found)
     assert not list(patcher.model._captions.items())
-
-
-@pytest.mark.slow
-def test_dials_on_a_compiled_model(comfy, patcher, acceleration, blocks_run):
-    """Traced as for any backend; what the kernels are made of matters not here."""
-    helpers = importlib.import_module("comfy_api.torch_helpers")
-    model = compressed(acceleration, cached(acceleration, patcher, 1e9, most_reuses=1), end=0.5)
-    model = acceleration.limit_guidance(model, 0.3, 1.0)
-    expected = sample(comfy, model, **PROMPTS, steps=4)
-    ran = len(blocks_run)
-    helpers.set_torch_compile_wrapper(model=model, backend="eager")
-    blocks_run.clear()
-    torch.testing.assert_close(sample(comfy, model, **PROMPTS, steps=4), expected, **FLOAT_NOISE)
-    assert len(blocks_run) == ran

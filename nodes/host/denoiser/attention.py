@@ -1,16 +1,45 @@
 """The host's attention backends."""
 
+import contextlib
 import functools
+from contextvars import ContextVar
 
+import torch
 from comfy.cli_args import args
 from comfy.ldm.modules import attention as host_backends
 
 from ....pixart.layers import LONG_SEQUENCE, gather_heads, split_heads
 
+OVERRIDE = "optimized_attention_override"  # transformer option: a patch of the host for all attentions of a model
+_overridden: ContextVar[dict] = ContextVar("overridden")
 
-def host_attention(transformer_options):
-    """The host's attention, in whatever backend it runs, as a function like `pixart.layers.attend`."""
-    return functools.partial(_host_attend, transformer_options)
+
+@contextlib.contextmanager
+def block_attention(transformer_options, compiled):
+    """The host's attention, in whatever backend it runs, as a function like `pixart.layers.attend`.
+
+    compiled: of blocks that are compiled. Then it is the same function in every evaluation, and a patch that overrides
+    the attention of a model runs uncompiled between what is compiled.
+    """
+    if not compiled:
+        yield functools.partial(_host_attend, transformer_options)
+    elif OVERRIDE not in transformer_options:
+        yield _attend_traced
+    else:
+        token = _overridden.set(transformer_options)
+        try:
+            yield _attend_overridden
+        finally:
+            _overridden.reset(token)
+
+
+def _attend_traced(q, k, v, num_heads, mask=None):
+    return _host_attend({}, q, k, v, num_heads, mask)
+
+
+@torch.compiler.disable
+def _attend_overridden(q, k, v, num_heads, mask=None):
+    return _host_attend(_overridden.get(), q, k, v, num_heads, mask)
 
 
 def _host_attend(transformer_options, q, k, v, num_heads, mask=None):

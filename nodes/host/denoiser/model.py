@@ -19,8 +19,9 @@ from ....pixart.config import PixArtConfig
 from ....pixart.layers import common_row
 from ....pixart.quoting import shorten
 from ....pixart.transformer import PixArt, ProjectedCaption, add_control
-from .attention import host_attention
+from .attention import block_attention
 from .block_cache import BLOCK_CACHE
+from .compilation import COMPILED, compiled_blocks
 from .conditions import RATIO_UNITS, CaptionCond, SizeCond, in_window
 from .kv_compression import compress_keys
 from .noise_levels import PixArtSampling, check_noise_levels, share_row
@@ -48,9 +49,16 @@ class Table(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     def forward(self, x):
         """The rows on x's device and in its dtype: (rows, D)."""
         weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
-        rows = weight + 0 if stream is not None else weight  # an offloaded weight's buffer is reused
+        rows = weight + 0 if self._is_lent(weight, stream) else weight
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return rows
+
+    def _is_lent(self, weight, stream):
+        """Whether the weight lies in a buffer of the host, which is reused: neither the parameter nor cast from it."""
+        if hasattr(self, "_v"):  # of the host's dynamic memory
+            return True
+        given = stream[1] if isinstance(stream, tuple) else None if stream is None else weight
+        return weight is given and weight is not self.weight
 
 
 @functools.cache
@@ -101,8 +109,12 @@ class PixArtNet(PixArt):
         caption = context
         if remembered_caption is not None and remembered_caption.source is context:  # no wrapper has put another
             caption = remembered_caption.projected
-        inputs = self.prepare_blocks(tokens, grid, condition, caption, attention_mask, host_attention(options))
-        tokens = self._run_blocks(tokens, inputs, x, condition, _residuals(control), options)
+        compiled = options.get(COMPILED)
+        with block_attention(options, compiled is not None) as attention:
+            inputs = self.prepare_blocks(tokens, grid, condition, caption, attention_mask, attention)
+            if compiled is not None:
+                inputs = compiled.enter(inputs, tokens)
+            tokens = self._run_blocks(tokens, inputs, x, condition, _residuals(control), options)
         sink = options.get(VARIANCE_SINK)
         wanted = self.config.in_channels if sink is None else None
         prediction = self.project(tokens, condition, grid, x.shape, wanted)
@@ -141,15 +153,15 @@ class PixArtNet(PixArt):
     def _run_block(self, block, index, tokens, inputs, condition, options, placed):
         here = compress_keys(inputs, index, len(self.blocks), options)
         if placed is None:
-            return block(tokens, here, here.keys_values_of(index)), inputs
+            return here.run_block(block, tokens, index), inputs
         here = placed.place(here, index)
         replacement = placed.replacement("dit", index)
         if replacement is None:
-            return block(tokens, here, here.keys_values_of(index)), inputs
+            return here.run_block(block, tokens, index), inputs
 
         def original(given):
             told = here.with_caption(given.get("txt", here.caption))
-            return {"img": block(given["img"], told, told.keys_values_of(index)), "txt": told.caption}
+            return {"img": told.run_block(block, given["img"], index), "txt": told.caption}
 
         vector = condition.expand(tokens.shape[0], -1)
         given = {"img": tokens, "txt": inputs.caption, "vec": vector, "transformer_options": options}
@@ -249,14 +261,19 @@ class PixArtModel(comfy.model_base.PixArt):
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         options = {} if transformer_options is None else transformer_options
         net = self.diffusion_model
-        grid = tuple(-(-side // net.config.patch_size) for side in x.shape[2:])
-        net.positions(grid, self.get_dtype_inference(), x.device)  # a compiled net does not keep what it computes
         remembered = self._remember(c_crossattn)
         if remembered is not None:
             kwargs["remembered_caption"] = remembered
         if self.current_patcher is not None:
             t = share_row(t, options, self.current_patcher.model_options)
-        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        blocks = compiled_blocks(net, self.current_patcher, options)
+        if blocks is None:
+            return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        try:
+            self.diffusion_model = getattr(net, "_orig_mod", net)  # what decides between blocks is not to be compiled
+            return super()._apply_model(x, t, c_concat, c_crossattn, control, {**options, COMPILED: blocks}, **kwargs)
+        finally:
+            self.diffusion_model = net
 
     def _remember(self, caption):
         """The caption with its projection and every block's keys and values; None where they could grow stale.
@@ -271,7 +288,8 @@ class PixArtModel(comfy.model_base.PixArt):
         if caption not in self._captions:
             config = self.pixart_config
             numbers = caption.shape[0] * caption.shape[1] * config.hidden_size * (1 + 2 * config.depth)
-            kept = sum(states.nbytes * (1 + 2 * config.depth) for states, keys in self._captions.values() if keys)
+            known = self._captions.values()
+            kept = sum(each.states.nbytes * (1 + 2 * config.depth) for each in known if each.keys_values)
             fits = kept + numbers * caption.element_size() <= CAPTION_MEMORY_BYTES
             self._captions[caption] = self.diffusion_model.project_caption(caption, keep_keys=fits)
         return RememberedCaption(caption, self._captions[caption])

@@ -61,9 +61,12 @@ class BlockPatches:
             replacement = self.replacement(kind, index)
             if replacement is not None:
                 changes[field] = functools.partial(self._replaced, replacement, index)
+        if "self_attention" in changes:
+            changes["window"] = 1  # a replacement may count on as many values as there are tokens
         if self.around:
             changes["around"] = AroundAttention(self, index)
-        return inputs._replace(**changes) if changes else inputs
+        # A patch may decide anew in every evaluation, which a compiled block would not.
+        return inputs._replace(**changes, run=None) if changes else inputs
 
     def describe(self, index: int, num_heads: int, width: int) -> dict:
         """What a patch is told of where it is: the host's `extra_options`."""
@@ -96,7 +99,7 @@ class AroundAttention:
                 f"Attention in tiles: got a patch that makes {len(query)} rows of {len(context)}, expected as many as "
                 f"before. Remove HyperTile or its like, which is for U-Nets; PixArt KV Compression saves time here."
             )
-        out = attention(query, inputs.grid, inputs.self_attention, context, values)
+        out = attention(query, inputs.grid, inputs.self_attention, context, values, inputs.window)
         return self._behind("attn1_output_patch", out, told)
 
     def cross_attention(self, attention, x, keys_values, inputs):
