@@ -35,7 +35,7 @@ def both(model, blocks, given):
         return model(*given), expected
 
 
-@pytest.mark.parametrize("situations", [SITUATIONS, SITUATIONS[::-1]], ids=["guided first", "unguided first"])
+@pytest.mark.parametrize("situations", [SITUATIONS, pytest.param(SITUATIONS[::-1], marks=pytest.mark.slow)])
 def test_three_graphs_do_for_every_size_batch_and_caption(situations):
     model, counter = tiny_model(), CompileCounter()
     blocks = compile_blocks(model, backend=counter, fullgraph=True)
@@ -64,6 +64,7 @@ def test_what_changes_can_be_said_beforehand(dynamic, graphs):
     assert counter.frame_count == graphs
 
 
+@pytest.mark.slow
 def test_trained_compression_and_qk_norm_at_any_size():
     model, counter = tiny_model(depth=2, kv_compress_ratio=2, kv_compress_layers=(1,), qk_norm=True), CompileCounter()
     blocks = compile_blocks(model, backend=counter, fullgraph=True)
@@ -152,6 +153,7 @@ def test_the_compiler_itself_gives_the_same_numbers():
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dynamic", "graphs"), [(True, 2), (None, 5)])
 def test_the_whole_model_has_no_breaks_and_looks_up_nothing_by_size(dynamic, graphs):
     """PyTorch learns what changes one axis at a time, where it is not told; odd sizes and positions add nothing."""
