@@ -84,7 +84,6 @@ class CompiledBlocks:
             if self.on_failure is None:
                 raise
             self.failed = True
-            logger.warning("PixArt runs uncompiled from here on: got %s.", shorten(str(error), 300))
             self.on_failure(error)
         return block(x, inputs._replace(run=None), keys_values[:, : inputs.caption.shape[1]], rows)
 
@@ -134,6 +133,16 @@ def _bounds() -> dict:
     return {
         name: value for name, value in {"isolate_recompiles": True, "recompile_limit": GRAPHS}.items() if name in known
     }
+
+
+def explain_failure(error: Exception) -> str:
+    """Says in the log, and returns, why blocks run uncompiled and what would help."""
+    message = (
+        f"PixArt runs uncompiled: got {shorten(str(error).strip(), 200)}, expected PyTorch's compiler to work. The "
+        f"pictures are the same and take longer. For the CPU install a C++ compiler, for a GPU Triton."
+    )
+    logger.warning("%s", message)
+    return message
 
 
 def compile_blocks(model: PixArt, **settings) -> CompiledBlocks:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..acceleration.compilation import compile_blocks, explain_failure
 from ..config import LATENT_DOWNSCALE
 from ..encoders.autoencoder import load_autoencoder
 from ..encoders.t5 import load_text_encoder
@@ -43,6 +44,9 @@ def add_models(parser: argparse.ArgumentParser, required: bool = True) -> None:
     models.add_argument("--variant", help="which released model it is, such as alpha-512, where the file does not say")
     add_weights(models)
     add_device(models)
+    models.add_argument(
+        "--compile", action="store_true", help="compile a block of the model first, which needs a compiler; then faster"
+    )
 
 
 def load_pipeline(options: argparse.Namespace) -> Pipeline:
@@ -68,7 +72,10 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
     safe = torch.float32 if dtype == torch.float16 else dtype
     text_encoder = load_text_encoder(parts["--t5"], options.tokenizer, safe, options.device)
     autoencoder = load_autoencoder(parts["--vae"], safe, options.device)
-    return Pipeline(model.eval().requires_grad_(False), text_encoder, autoencoder)
+    model.eval().requires_grad_(False)
+    if options.compile:
+        compile_blocks(model, on_failure=explain_failure)
+    return Pipeline(model, text_encoder, autoencoder)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
