@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..pixart.drawing.diagrams import draw_schedule
 from ..samplers.dpm_solver import LOWER_ORDER_FINAL
+from ..samplers.from_diffusers import AS_THE_FOLDER_SAYS
 from ..samplers.noise import NOISE_DEVICES
 from ..samplers.presets import PRESETS
 from ..samplers.sa_solver import MODES, OFFICIAL_INTERVALS, TAU_UNITS
@@ -352,8 +353,10 @@ class SamplingPreset(io.ComfyNode):
                 node_input(
                     io.Combo,
                     "preset",
-                    options=list(PRESETS),
-                    tooltip="Family, sampler and steps. LCM and DMD need their distilled weights (or the LCM LoRA).",
+                    options=[*PRESETS, AS_THE_FOLDER_SAYS],
+                    tooltip="Family, sampler and steps. LCM and DMD need their distilled weights (or the LCM LoRA). as "
+                    "the folder says: solver, order, times and final noise of a diffusers folder's scheduler; the node "
+                    "tells what of it is done otherwise.",
                 ),
                 node_input(
                     io.Float,

@@ -7,7 +7,7 @@ import torch
 
 from .config import LATENT_DOWNSCALE
 from .quoting import shorten
-from .solvers import SAMPLERS, SampleNoise, noise_seeds, schedule_sigmas, timesteps_from_sigmas, traits_of
+from .solvers import SAMPLERS, Asked, SampleNoise, noise_seeds, schedule_sigmas, timesteps_from_sigmas, traits_of
 from .text import batch_captions
 from .transformer import PixArt
 
@@ -31,13 +31,26 @@ class Captions:
 
 @dataclass(frozen=True)
 class Settings:
-    """solver: key of SAMPLERS, with its options. schedule: key of SCHEDULES. guidance: 1 is off."""
+    """solver: key of SAMPLERS, with its options. schedule: key of SCHEDULES. guidance: 0 to 1 is off, as in diffusers.
+
+    is_clean: end at sigma 0, as diffusers' schedulers do; None as the original does. scheduler: what a diffusers folder
+    asks for, whose noise levels are then taken in place of the schedule's.
+    """
 
     solver: str = "dpm_solver"
     schedule: str = "uniform"
     steps: int = 20
     guidance: float = 4.5
     options: dict = field(default_factory=dict)
+    is_clean: bool | None = field(default=None, repr=False)
+    scheduler: Asked | None = field(default=None, repr=False)
+
+    @property
+    def levels(self) -> torch.Tensor:
+        """The noise levels of a run, (steps + 1,) float64. Raises ValueError as the schedule does."""
+        if self.scheduler is not None:
+            return self.scheduler.levels(self.steps)
+        return schedule_sigmas(self.schedule, self.steps, end_clean=self.is_clean)
 
 
 class GuidedModel:
@@ -51,7 +64,8 @@ class GuidedModel:
         keep: project the captions once, for a PixArt whose weights stay as they are.
         """
         self.model, self.guidance, self.guided_channels = model, guidance, guided_channels
-        captions = [positive] if guidance == 1 else [positive, negative]
+        self.is_guided = not 0 <= guidance <= 1
+        captions = [positive, negative] if self.is_guided else [positive]
         rows = [state for each in captions for state in each.states]
         masks = [mask for each in captions for mask in each.mask]
         longest = max(len(row) for row in rows)
@@ -67,7 +81,7 @@ class GuidedModel:
                 self.caption = model.project_caption(self.states, keep_keys=kept)
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
-        halves = 1 if self.guidance == 1 else 2
+        halves = 2 if self.is_guided else 1
         level = sigma[0]
         latent = (x / (level**2 + 1).sqrt()).repeat(halves, 1, 1, 1).to(self.states.dtype)
         time = timesteps_from_sigmas(level).clamp(min=0).float().to(x.device)
@@ -110,7 +124,7 @@ def sample_latents(
             f"Unknown solver: got {shorten(settings.solver)}, expected one of {', '.join(SAMPLERS)}. Choose one."
         )
     device = positive.states.device
-    levels = schedule_sigmas(settings.schedule, settings.steps).float()
+    levels = settings.levels.float()
     shape = (1, model.config.in_channels, height_px // LATENT_DOWNSCALE, width_px // LATENT_DOWNSCALE)
     generators = [torch.Generator().manual_seed(seed % SEEDS) for seed in seeds]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])

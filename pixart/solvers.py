@@ -4,6 +4,7 @@
 if __package__ == "pixart":
     from samplers import SAMPLERS
     from samplers.contract import traits_of
+    from samplers.from_diffusers import Asked, read_scheduler
     from samplers.lcm import boundary_scalings
     from samplers.noise import SampleNoise, noise_seeds
     from samplers.presets import PRESETS
@@ -17,6 +18,7 @@ if __package__ == "pixart":
 else:
     from ..samplers import SAMPLERS
     from ..samplers.contract import traits_of
+    from ..samplers.from_diffusers import Asked, read_scheduler
     from ..samplers.lcm import boundary_scalings
     from ..samplers.noise import SampleNoise, noise_seeds
     from ..samplers.presets import PRESETS
@@ -27,10 +29,12 @@ __all__ = [
     "PRESETS",
     "SAMPLERS",
     "SCHEDULES",
+    "Asked",
     "SampleNoise",
     "boundary_scalings",
     "make_betas",
     "noise_seeds",
+    "read_scheduler",
     "schedule_sigmas",
     "timesteps_from_sigmas",
     "traits_of",

@@ -18,6 +18,7 @@ except ImportError:  # the solvers need PyTorch alone; a progress bar is a comfo
 LAST_LEVEL = noise_levels(0.0).item() * (1.0 + 1e-3)  # the noise left at t = 0, and what a host rounds it to
 
 
+SAME_LEVEL = 1e-6  # the relative rounding of a level in float32, and more
 GUIDED_CHANNELS = 3  # of four, where the variance is learned: the original leaves the last to the caption alone
 
 
@@ -45,11 +46,14 @@ def traits_of(solver):
 
 
 def check_sigmas(sigmas):
-    """The noise levels as Python floats, once they are known to be usable.
+    """The noise levels as Python floats, once they are known to be usable; a last one that repeats is there once.
 
     Raises ValueError unless there are at least two, all finite, strictly descending, and none is negative.
     """
     levels = torch.as_tensor(sigmas).tolist()  # waits for the device once a run; Apple's has no float64
+    # As Karras' levels end in diffusers, to rounding: nothing is left to step.
+    while len(levels) > 2 and abs(levels[-1] - levels[-2]) <= SAME_LEVEL * levels[-2]:
+        levels.pop()
     if len(levels) < 2:
         raise ValueError(
             f"Too few sigmas: got {len(levels)}, expected at least 2. Connect a scheduler with 1 step or more."

@@ -89,15 +89,24 @@ def kl_optimal(steps, denoise=1.0):
 
 
 def linspace(steps, denoise=1.0):
-    """Equal steps of time rounded to integers, down to 0, as diffusers' schedulers space them. steps + 1 values."""
+    """Equal steps of time rounded to integers, down to 0, as diffusers' schedulers space them. steps + 1 values.
+
+    A thousand steps are each time once, and the last twice.
+    """
+    if steps == NUM_TIMESTEPS and denoise == 1.0:
+        return torch.arange(NUM_TIMESTEPS, dtype=torch.float64).flip(0)[[*range(NUM_TIMESTEPS), -1]]
     return _distinct(uniform(steps, denoise).round(), "linspace", steps)
 
 
 def trailing(steps, denoise=1.0):
-    """Integer times counted down from the end by 1000 / steps, then 0, as diffusers' "trailing". steps + 1 values."""
+    """Integer times counted down from the end by 1000 / steps, then 0, as diffusers' "trailing". steps + 1 values.
+
+    A thousand steps are each time once, and the last twice.
+    """
     end = _first_timestep(steps, denoise) + 1.0
     counted = end - torch.arange(steps, dtype=torch.float64) * (end / steps)
-    return _distinct(torch.cat([counted.round() - 1.0, torch.zeros(1, dtype=torch.float64)]), "trailing", steps)
+    times = _distinct(counted.round() - 1.0, "trailing", steps)
+    return torch.cat([times, times.new_zeros(1)])
 
 
 def iddpm(steps, denoise=1.0):

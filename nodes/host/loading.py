@@ -7,9 +7,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...pixart.config import ALPHA_VAE_SCALE, CONFIGS, SIGMA_VAE_SCALE, PixArtConfig
-from ...pixart.quoting import list_names, shorten
+from ...pixart.quoting import list_names, plain, shorten
 from ...pixart.weights.folders import read_json
 from ...pixart.weights.reading import Checkpoint, read_checkpoint, read_tensors
+from ...samplers.from_diffusers import AS_THE_FOLDER_SAYS, read_scheduler
 from .denoiser.model import make_patcher
 from .folders import find_file, find_folder, find_folders, list_files
 from .text.t5 import load_t5
@@ -104,6 +105,7 @@ def make_model(checkpoint: Checkpoint, dtype: str, disable_dynamic=False):
         "places": (checkpoint.place, *checkpoint.others),
         "left": checkpoint.left,
         "remarks": checkpoint.remarks,
+        "scheduler": checkpoint.folder.scheduler_config if checkpoint.folder else None,
     }
     return patcher
 
@@ -163,7 +165,19 @@ def _stored_scale(path: Path) -> float | None:
 
 def remarks_on(model) -> str:
     """What whoever loaded a MODEL should know about its file, in lines of text; "" when there is nothing."""
-    return "\n".join(model.model.pixart_source["remarks"])
+    source = model.model.pixart_source
+    return "\n".join([*source["remarks"], *_scheduler_lines(source["scheduler"])])
+
+
+def _scheduler_lines(config: dict | None) -> list[str]:
+    """What a folder's scheduler asks for, and what of it is done otherwise."""
+    if config is None:
+        return []
+    try:
+        asked = read_scheduler(config)
+    except ValueError as error:
+        return [f"scheduler: {plain(str(error), 300)}"]
+    return [f"scheduler: {asked} (PixArt Sampling Preset, '{AS_THE_FOLDER_SAYS}')", *asked.remarks]
 
 
 def describe_model(model) -> str:
@@ -197,6 +211,7 @@ def describe_model(model) -> str:
         lines += [f"taken from the file's: {shorten(taken)}"] * bool(taken)
         lines += [f"also in the file: {list_names(others)}"] * bool(others)
         lines += [f"left out: {list_names(source['left'])}"] * bool(source["left"])
+        lines += _scheduler_lines(source["scheduler"])
     return "\n".join(lines)
 
 

@@ -25,13 +25,16 @@ from ..encoders.t5 import load_text_encoder
 from ..files.atomic import write_atomically
 from ..resolution import parse_prompt_flags
 from ..sampling import Settings
-from ..solvers import PRESETS, SAMPLERS, SCHEDULES
+from ..solvers import PRESETS, SAMPLERS, SCHEDULES, Asked, read_scheduler
 from ..text import clean_prompt
 from ..transformer import PixArt
+from ..weights.folders import read_json
 from ..weights.precision import DTYPES
 from ..weights.reading import read_checkpoint
 from .console import add_device, add_weights, make_parser, tell
 from .pipeline import Pipeline
+
+ENDS = {"official": None, "clean": True}  # for schedule_sigmas
 
 
 def add_models(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -82,16 +85,26 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """The options that `read_settings` reads."""
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--preset", choices=list(PRESETS), help="a published setting; the options below change it")
-    sampling.add_argument("--solver", choices=list(SAMPLERS), help="default: dpm_solver")
-    sampling.add_argument("--schedule", choices=list(SCHEDULES), help="default: uniform")
-    sampling.add_argument("--steps", type=int, help="default: 20")
-    sampling.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is off; default: 4.5")
+    sampling.add_argument("--solver", choices=list(SAMPLERS), help="default: the diffusers folder's, else dpm_solver")
+    sampling.add_argument("--schedule", choices=list(SCHEDULES), help="default: the diffusers folder's, else uniform")
+    sampling.add_argument("--end", choices=list(ENDS), help="noise left at the end: 1 %% as the original, or none")
+    sampling.add_argument("--steps", type=int, help="default: 20, for LCM 4")
+    sampling.add_argument("--guidance", type=float, help="classifier-free guidance, 0 to 1 is off; default: 4.5")
     sampling.add_argument("--seed", type=int, default=0)
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
-    """The preset's settings with what was given changed."""
+    """The preset's settings, or what the diffusers folder asks for, with what was given changed.
+
+    Raises ValueError for a folder whose model was trained with another diffusion.
+    """
     preset = PRESETS.get(options.preset)
+    scheduler = _scheduler_of(options)
+    if scheduler is not None:
+        tell(options.model.name, (f"scheduler: {scheduler}", *scheduler.remarks))
+        steps = scheduler.steps if options.steps is None else options.steps
+        guidance = scheduler.guidance if options.guidance is None else options.guidance
+        return Settings(scheduler.sampler, "folder", steps, guidance, scheduler.options(steps), scheduler=scheduler)
     settings = Settings()
     if preset:
         settings = Settings(preset.sampler, preset.schedule, preset.steps, preset.guidance, preset.options)
@@ -103,7 +116,18 @@ def read_settings(options: argparse.Namespace) -> Settings:
         settings.steps if options.steps is None else options.steps,
         settings.guidance if options.guidance is None else options.guidance,
         settings.options if solver == settings.solver else {},
+        ENDS.get(options.end),
     )
+
+
+def _scheduler_of(options: argparse.Namespace) -> Asked | None:
+    """What the model's folder asks for where nothing else is asked for."""
+    chosen = (options.preset, options.solver, options.schedule, options.end)
+    if options.model is None or any(each is not None for each in chosen):
+        return None
+    root = options.model.parent if options.model.name == "transformer" else options.model
+    path = root / "scheduler" / "scheduler_config.json"
+    return read_scheduler(read_json(path)) if path.is_file() else None
 
 
 def _own_schedule(solver: str) -> str:

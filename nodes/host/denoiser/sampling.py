@@ -11,6 +11,7 @@ import torch
 from ....pixart.quoting import shorten
 from ....samplers import SAMPLERS
 from ....samplers.contract import GUIDED_CHANNELS, traits_of
+from ....samplers.from_diffusers import AS_THE_FOLDER_SAYS, read_scheduler
 from ....samplers.noise import SampleNoise, batch_seeds, noise_seeds
 from ....samplers.presets import PRESETS
 from ....samplers.schedules import SCHEDULES, schedule_sigmas, sigmas
@@ -35,7 +36,11 @@ def make_sigmas(name, steps, denoise=1.0, end_clean=None, model=None):
 
 
 def apply_preset(name, model, denoise=1.0):
-    """SAMPLER, SIGMAS, guidance and a notice (empty when the preset suits the model) of a published setting."""
+    """SAMPLER, SIGMAS, guidance and a notice (empty when the preset suits the model) of a published setting, or of
+    AS_THE_FOLDER_SAYS: what the scheduler of the model's diffusers folder asks for.
+    """
+    if name == AS_THE_FOLDER_SAYS:
+        return _apply_scheduler(model, denoise)
     preset = PRESETS[name]
     sampler = make_sampler(preset.sampler, **preset.options)
     levels = make_sigmas(preset.schedule, preset.steps, denoise, model=model)
@@ -43,6 +48,20 @@ def apply_preset(name, model, denoise=1.0):
     if notice:
         logging.warning("PixArt preset %s: %s", name, notice)
     return sampler, levels, preset.guidance, notice
+
+
+def _apply_scheduler(model, denoise):
+    config = getattr(model.model, "pixart_source", {}).get("scheduler")
+    if config is None:
+        raise ValueError(
+            f"No scheduler: got a model without one, expected one of a diffusers folder with scheduler/ in it. Load it "
+            f"with Load PixArt Diffusers, or choose another preset than '{AS_THE_FOLDER_SAYS}'."
+        )
+    _check_schedule(model.get_model_object("model_sampling"))
+    asked = read_scheduler(config)
+    sampler = make_sampler(asked.sampler, **asked.options(asked.steps))
+    notice = "\n".join((str(asked), *asked.remarks))
+    return sampler, asked.levels(asked.steps, denoise).float(), asked.guidance, notice
 
 
 def register_samplers():
