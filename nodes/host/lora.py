@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.lora
@@ -13,7 +14,7 @@ from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAd
 from ...pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
 from ...pixart.lora import PEFT_CONFIG, Target, describe_lora, read_lora, save_lora
 from ...pixart.lora.extracting import extract_lora as extract_factors
-from ...pixart.lora.kinds import Difference, Factor, Hadamard, LowRank, set_lengths
+from ...pixart.lora.kinds import Difference, Factor, Hadamard, LowRank
 from ...pixart.quoting import list_names, shorten
 from ...pixart.weights.precision import DTYPES
 from .denoiser.model import TABLES
@@ -29,19 +30,24 @@ DORA_NOTE = (
 )
 
 
-class DoraAdapter(WeightAdapterBase):
-    """DoRA over one of the host's adapters.
+class FactorAdapter(WeightAdapterBase):
+    """A change that depends on the weight it is made to, DoRA among them, as a patch of the host.
 
-    The host's own divides by the length of the weight's rows without the change in them; DoRA, and PEFT's files with
-    it, mean the rows with it (arXiv 2402.09353, equation 5).
+    The host's own DoRA divides by the length of the weight's rows without the change in them; DoRA, and PEFT's files
+    with it, mean the rows with it (arXiv 2402.09353, equation 5).
     """
 
-    name = "pixart_dora"
+    name = "pixart_factor"
 
     def __init__(self, loaded_keys, weights):
-        """weights: (the change's adapter, magnitudes)."""
+        """weights: (the change, *its tensors), which the host may have moved elsewhere."""
         self.loaded_keys = loaded_keys
         self.weights = weights
+
+    @classmethod
+    def of(cls, factor: Factor) -> "FactorAdapter":
+        """The patch that makes a change."""
+        return cls(set(), (factor, *factor.tensors.values()))
 
     def calculate_weight(
         self,
@@ -55,12 +61,11 @@ class DoraAdapter(WeightAdapterBase):
         original_weight=None,
     ):
         """Adds the change to `weight` in place, which may be some rows of a larger one."""
-        inner, magnitude = self.weights
+        factor, *tensors = self.weights
+        moved = [comfy.model_management.cast_to_device(each, weight.device, each.dtype) for each in tensors]
+        factor = replace(factor, **dict(zip(factor.tensors, moved, strict=True)))
         exact = weight.float()
-        changed = inner.calculate_weight(exact.clone(), key, 1.0, 1.0, None, lambda a: a)
-        magnitude = comfy.model_management.cast_to_device(magnitude, weight.device, torch.float32)
-        change = set_lengths(changed, magnitude) - exact
-        weight += function((strength * change).to(weight.dtype))
+        weight += function((factor.apply(exact, strength) - exact).to(weight.dtype))
         return weight
 
 
@@ -158,19 +163,19 @@ def host_key(name: str) -> str:
 
 
 def _to_patch(factor: Factor):
-    """A change as the host's patch: its own adapter of the kind, and ours over it for DoRA."""
+    """A change as the host's patch: its own adapter where it has one that means the same."""
     if isinstance(factor, Difference):
         return ("diff", (factor.values,))
-    alpha = factor.alpha
+    if factor.is_relative:
+        return FactorAdapter.of(factor)
+    alpha = factor.scale * factor.rank if factor.rank else factor.alpha
     if isinstance(factor, LowRank):
-        adapter = LoRAAdapter(set(), (factor.up, factor.down, alpha, factor.mid, None, None))
-    elif isinstance(factor, Hadamard):
+        return LoRAAdapter(set(), (factor.up, factor.down, alpha, factor.mid, None, None))
+    if isinstance(factor, Hadamard):
         weights = (factor.w1_a, factor.w1_b, alpha, factor.w2_a, factor.w2_b, factor.t1, factor.t2, None)
-        adapter = LoHaAdapter(set(), weights)
-    else:
-        halves = (factor.w1_a, factor.w1_b, factor.w2_a, factor.w2_b)
-        adapter = LoKrAdapter(set(), (factor.w1, factor.w2, alpha, *halves, factor.t2, None))
-    return adapter if factor.magnitude is None else DoraAdapter(set(), (adapter, factor.magnitude))
+        return LoHaAdapter(set(), weights)
+    halves = (factor.w1_a, factor.w1_b, factor.w2_a, factor.w2_b)
+    return LoKrAdapter(set(), (factor.w1, factor.w2, alpha, *halves, factor.t2, None))
 
 
 def _shared_names(model, base) -> list[str]:

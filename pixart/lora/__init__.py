@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from ..quoting import shorten
+from .alphas import PEFT_CONFIG
 from .kinds import Difference, Factor, Hadamard, Kronecker, LowRank
 from .names import Target
-from .reading import PEFT_CONFIG, LoRA, load_lora, read_lora
+from .reading import LoRA, load_lora, read_lora
 from .saving import LAYOUTS, export_lora, save_lora, split_factor
 
 __all__ = [
@@ -46,9 +47,10 @@ def merge(state_dict: Mapping[str, torch.Tensor], lora: LoRA, strength: float = 
         weight = merged.get(target.name)
         if weight is None or not factor.fits(target.shape(tuple(weight.shape))):
             got = "no such weight" if weight is None else f"a weight of shape {tuple(weight.shape)}"
+            shape = f"a change of shape {factor.product_shape}" if factor.product_shape else f"this {factor.title}"
             raise ValueError(
-                f"LoRA does not fit at {shorten(target.name)}: got {got}, expected one for a change of shape "
-                f"{factor.product_shape}. Choose a LoRA that was trained on this PixArt model."
+                f"LoRA does not fit at {shorten(target.name)}: got {got}, expected one for {shape}. Choose a LoRA that "
+                f"was trained on this PixArt model."
             )
         exact = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
         changed = exact.clone()

@@ -1,4 +1,4 @@
-"""Small changes of one weight: LoRA, LoCon, LoHa, LoKr, plain differences, and DoRA's magnitude over any of them."""
+"""Small changes that are added to one weight: LoRA, LoCon, LoHa, LoKr, differences, and DoRA's magnitude over them."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -61,15 +61,27 @@ class Factor:
         """What is added to a weight: of the shape, dtype and device of `like`."""
         return (self.to(like.device, like.dtype).product() * self.scale).reshape(like.shape)
 
-    def apply(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
-        """The changed weight, a new tensor; strength goes from the old weight (0) to the changed one (1) and beyond.
+    @property
+    def is_relative(self) -> bool:
+        """Whether what is added depends on the weight that is changed."""
+        return self.magnitude is not None
+
+    def change(self, weight: torch.Tensor) -> torch.Tensor:
+        """What is added to this weight at full strength; (rows, columns, ...) as the weight.
 
         Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, equation 5.
         """
         delta = self.delta(weight)
-        if self.magnitude is not None:
-            delta = set_lengths(weight + delta, self.magnitude) - weight
-        return weight + strength * delta
+        return delta if self.magnitude is None else set_lengths(weight + delta, self.magnitude) - weight
+
+    def apply(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+        """The changed weight, a new tensor; strength goes from the old weight (0) to the changed one (1) and beyond."""
+        return weight + strength * self.change(weight)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the factors belong together."""
+        return self.product_shape is not None
 
     @property
     def product_shape(self) -> tuple[int, ...] | None:
@@ -114,6 +126,20 @@ class LowRank(Factor):
         if self.mid is None:
             return self
         return replace(self, down=torch.einsum("i j k l, j r -> i r k l", self.mid, self.down.flatten(1)), mid=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptive(LowRank):
+    """AdaLoRA: LoRA whose `down` has its singular values in it.
+
+    Source: AdaLoRA, arXiv 2303.10512; the scale is that of PEFT, whose rank is never nought.
+    """
+
+    kind: ClassVar[str] = "AdaLoRA"
+
+    @property
+    def scale(self):
+        return 1.0 if self.alpha is None else self.alpha / (self.rank + 1e-5)
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,12 +37,24 @@ ROLES = {
     **{f"lokr_{part}": f"lokr_{part}" for part in _LOKR},
     "diff": "diff",
     "diff_b": "diff_b",
+    # PEFT's other kinds
+    "lora_E": "values",
+    **{name: name for name in ("ia3_l", "oft_R", "boft_R", "boft_s", "hra_u", "vera_lambda_b", "vera_lambda_d")},
+    "fourierft_spectrum": "fourierft_spectrum",
+    # LyCORIS' other kinds
+    **{name: name for name in ("oft_blocks", "rescale", "w_norm", "b_norm", "on_input", "a1", "a2", "b1", "b2")},
 }
+WHOLE, WHOLE_BIAS, BARE_WEIGHT = "whole", "whole_bias", "bare_weight"
 # Behind the role PEFT may put an adapter's name.
 _KEY = re.compile(
     rf"(.+?)[._]({'|'.join(map(re.escape, sorted(ROLES, key=len, reverse=True)))})"
     r"(?:\.(?!bias$)[^.]+)?(?:\.weight|(\.bias))?"
 )
+# Whole parameters beside PEFT's adapters, and LyCORIS' IA3, whose numbers are called as a weight.
+_PEFT_MODULE = r"((?:(?:unet|transformer)\.)?base_model\.model\..+?)"
+_INNER_MODULE = r"(?:\.base_layer|\.(?:modules_to_save|ln_tuning_layers)(?:\.(?!weight$|bias$)[^.]+)?)?"
+_WHOLE_KEY = re.compile(rf"{_PEFT_MODULE}{_INNER_MODULE}(?:\.(?:weight|(bias)))?")
+_BARE_KEY = re.compile(r"(lycoris_.+)\.weight")
 _BLOCK = re.compile(r"((?:transformer_)?blocks)_(\d{1,4})_(.+)")
 _LAST_PART = re.compile(r"(.*)\.(?:weight|bias)")
 
@@ -94,11 +106,17 @@ class Target(NamedTuple):
 
 
 def parse_key(key: str) -> tuple[str, str] | None:
-    """A LoRA file's key -> (module's name with its prefix, one of ROLES' values or "up_bias"); None for other keys."""
+    """A LoRA file's key -> (module's name with its prefix, its role); None for other keys.
+
+    A role is one of ROLES' values, "up_bias", WHOLE or WHOLE_BIAS for whole parameters, or BARE_WEIGHT.
+    """
     match = _KEY.fullmatch(key)
-    if match is None or match[3] and ROLES[match[2]] != "up":
-        return None
-    return match[1], "up_bias" if match[3] else ROLES[match[2]]
+    if match is not None and not (match[3] and ROLES[match[2]] != "up"):
+        return match[1], "up_bias" if match[3] else ROLES[match[2]]
+    if match := _BARE_KEY.fullmatch(key):
+        return match[1], BARE_WEIGHT
+    match = _WHOLE_KEY.fullmatch(key)
+    return match and (match[1], WHOLE_BIAS if match[2] else WHOLE)
 
 
 def resolve_name(name: str) -> tuple[Target, str] | None:

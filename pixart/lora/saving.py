@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 
 from ..files.atomic import write_atomically, write_folder_atomically
 from ..quoting import shorten
+from .alphas import HEADER_KEY, PEFT_CONFIG
 from .kinds import Difference, Factor, Hadamard, Kronecker, LowRank
 from .names import Target
-from .reading import HEADER_KEY, PEFT_CONFIG, PEFT_WEIGHTS
+from .reading import PEFT_WEIGHTS
+from .relative import Relative
 
 HOST, PEFT, KOHYA = "host", "peft", "kohya"
 LAYOUTS = (HOST, PEFT, KOHYA)
@@ -150,7 +152,12 @@ def _named_tensors(name: str, target: Target, factor: Factor) -> dict[str, torch
     """A change under the names that kohya's and LyCORIS' programs gave its tensors."""
     if isinstance(factor, Difference):
         return {f"{name}.{'diff_b' if target == target.bias else 'diff'}": factor.values}
-    alpha = factor.rank if factor.alpha is None else factor.alpha
+    if isinstance(factor, Relative):
+        raise ValueError(
+            f"Change that depends on its weight: got {factor.title} of {shorten(target.name)}, expected a LoRA, LoHa, "
+            f"LoKr or difference. Load it with Load PixArt LoRA, or save the changed model and extract a LoRA from it."
+        )
+    alpha = factor.scale * factor.rank if factor.rank else factor.alpha
     tensors = {} if alpha is None else {f"{name}.alpha": torch.tensor(float(alpha))}
     names = {"up": "lora_up.weight", "down": "lora_down.weight", "mid": "lora_mid.weight"}
     start = {Hadamard: "hada_", Kronecker: "lokr_"}.get(type(factor), "")

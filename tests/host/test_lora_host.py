@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pixart_pack.pixart.lora import LoRA, Target, load_lora, merge, read_lora, save_lora
+from pixart_pack.pixart.lora import LoRA, Target, load_lora, merge, read_lora, relative, save_lora
 from pixart_pack.tests.lora.test_reading import NOISE, one_lora, same_weights
 from pixart_pack.tests.lora.test_saving import CONFIG, WIDTH, low_rank, others, packed, shared
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
@@ -66,6 +66,44 @@ def test_patches_are_the_merged_weights(host_lora, make_patcher, factors, streng
     same_weights(weights_of(patcher), make_weights(CONFIG), atol=0, rtol=0)  # and the given MODEL is as it was
 
 
+def relatives():
+    """Changes that depend on the weight, of every kind."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape, scale=0.3):
+        return torch.randn(*shape, generator=generator) * scale
+
+    turned = torch.linalg.qr(random(6, 8, 8)).Q
+    stages = torch.linalg.qr(random(2, 6, 32, 32)).Q
+    return {
+        "blocks.0.attn.proj": relative.Rotated(turned, lengths=random(WIDTH) + 1),
+        Target("blocks.0.attn.qkv.weight", 1, 3): relative.Rotated(turned, by_rows=True),
+        "blocks.0.mlp.fc1": relative.Butterfly(stages, random(4 * WIDTH) + 1),
+        "blocks.0.mlp.fc2": relative.Reflected(random(4 * WIDTH, 3)),
+        "blocks.1.attn.proj": relative.Scaled(random(1, WIDTH)),
+        Target("blocks.1.attn.proj.bias"): relative.Replacement(random(WIDTH)),
+        "blocks.1.mlp.fc2": relative.Generalized(
+            random(4 * WIDTH, 2), random(2, 4 * WIDTH), random(WIDTH, 2), random(2, 4 * WIDTH), alpha=3.0
+        ),
+        "blocks.1.mlp.fc1": relative.Shared(random(5, 4 * WIDTH), random(4 * WIDTH, 5), random(5), random(4 * WIDTH)),
+        "final_layer.linear": relative.Frequencies(random(40, scale=3.0), 7, 20.0),
+        "x_embedder.proj": relative.Rotated(turned[:2], by_rows=False),
+    }
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.7, 2.5])
+def test_changes_that_depend_on_the_weight_stack(host_lora, make_patcher, strength):
+    """Each is made to the weight as the patches before it left it, as merging one after another does."""
+    stack = [(packed(), 0.5), (relatives(), strength), (packed(magnitude=True), 0.6), (shared(), 1.0)]
+    patched, expected = make_patcher(), make_weights(CONFIG)
+    for factors, each in stack:
+        patched = host_lora.add_lora(patched, placed(factors), each)
+        before, expected = expected, merge(expected, LoRA(placed(factors)), each)
+        assert all(not torch.equal(before[target.name], expected[target.name]) for target in placed(factors))
+    # Some ten float32 rotations and products, of weights that strength makes larger.
+    same_weights(weights_of(patched), expected, atol=5e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_patches_of_narrow_weights(host_lora, make_patcher, dtype):
     patched = host_lora.add_lora(make_patcher(dtype=dtype), placed(packed(magnitude=True)), 0.8)
@@ -113,7 +151,7 @@ def test_weights_that_are_patched_as_each_layer_is_called(host_lora, make_patche
     outputs = []
     for how in ({"full_load": True}, {"lowvram_model_memory": 1}):  # bytes
         model = make_patcher()
-        for factors, strength in ((packed(magnitude=True), 0.5), (shared(), 0.3), (others(), 0.2)):
+        for factors, strength in ((packed(magnitude=True), 0.5), (shared(), 0.3), (others(), 0.2), (relatives(), 0.1)):
             model = host_lora.add_lora(model, placed(factors), strength)
         model.load(torch.device("cpu"), **how)
         with torch.inference_mode():

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from pixart_pack.pixart.checkpoint import detect_config, to_diffusers, to_original
 from pixart_pack.pixart.lora import Target, describe_lora, load_lora, merge, read_lora
-from pixart_pack.pixart.lora.reading import _matches
+from pixart_pack.pixart.lora.alphas import matches
 from pixart_pack.pixart.transformer import PixArt
 from pixart_pack.tests.goldens import load_golden, take
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
@@ -485,13 +485,25 @@ def test_folders_and_files(tmp_path):
         read_lora(tmp_path / "wrong.safetensors")
 
 
+def test_a_named_adapter_lies_in_a_folder_of_its_own(tmp_path):
+    for name, alpha in (("style", 2), ("other", 3)):
+        (tmp_path / name).mkdir()
+        save_file(one_lora(), tmp_path / name / "adapter_model.safetensors")
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}), encoding="utf-8")
+        if name == "style":
+            assert next(iter(read_lora(tmp_path).factors.values())).scale == 2 / 4
+    with pytest.raises(ValueError, match=r"Several LoRAs in folder .*: got other, style, expected one"):
+        read_lora(tmp_path)
+    assert next(iter(read_lora(tmp_path / "other").factors.values())).scale == 3 / 4
+
+
 @pytest.mark.parametrize("pattern", ["(.+)+!", "(?:a|a)*b", ".*.*.*.*.*!", "x" * 10**6 + "*"])
 def test_patterns_that_take_hours_are_refused(pattern):
     with pytest.raises(ValueError, match="Pattern of a LoRA is refused: got '") as caught:
-        _matches(pattern, "blocks.27.cross_attn.kv_linear_of_a_long_name")
+        matches(pattern, "blocks.27.cross_attn.kv_linear_of_a_long_name")
     assert len(str(caught.value)) < 400
 
 
 def test_patterns_mean_the_end_of_a_name():
-    assert _matches("attn.qkv", "blocks.0.attn.qkv") and not _matches("qk", "blocks.0.attn.qkv")
-    assert _matches(r"blocks\.\d+\.(attn|mlp)\.\w+", "x.blocks.0.attn.qkv") and not _matches("(", "blocks.0")
+    assert matches("attn.qkv", "blocks.0.attn.qkv") and not matches("qk", "blocks.0.attn.qkv")
+    assert matches(r"blocks\.\d+\.(attn|mlp)\.\w+", "x.blocks.0.attn.qkv") and not matches("(", "blocks.0")
