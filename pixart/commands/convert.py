@@ -25,12 +25,11 @@ from ..lora import LAYOUTS as LORA_LAYOUTS
 from ..lora import PEFT_CONFIG, read_lora, save_lora
 from ..quoting import shorten
 from ..weights.controlnets import read_controlnet, save_controlnet
-from ..weights.folders import TEXT_ENCODER_STEMS
 from ..weights.layouts import CONTROL, CONTROLNET, LORA, T5
 from ..weights.precision import DTYPES
-from ..weights.reading import naming, open_weights, read_checkpoint, read_tensors
+from ..weights.reading import naming, open_weights, read_checkpoint
 from ..weights.saving import names_file, save_checkpoint
-from ..weights.t5 import detect_t5_config, encoder_weights, is_t5_folder
+from ..weights.t5 import is_t5_folder, read_encoder
 from ..weights.wrappers import identify
 from .console import add_weights, make_parser, tell
 
@@ -75,8 +74,8 @@ def _convert_lora(options, layout, dtype):
 
 def _convert_t5(options, layout, dtype):
     source = options.source
-    weights = encoder_weights(read_tensors(source, TEXT_ENCODER_STEMS)[0], source.name)
-    config = {**detect_t5_config(weights, source.name), "feed_forward_proj": "gated-gelu"}
+    weights, sizes = read_encoder(source, dtype)
+    config = {**sizes, "feed_forward_proj": "gated-gelu"}
     weights = {name: tensor.to(dtype).contiguous() if dtype else tensor for name, tensor in weights.items()}
 
     def write(path: Path) -> None:

@@ -8,9 +8,7 @@ import torch
 
 from ..quoting import shorten
 from ..text import TOKENIZER_FILES, load_tokenizer, tokenize
-from ..weights.folders import TEXT_ENCODER_STEMS
-from ..weights.reading import read_tensors
-from ..weights.t5 import detect_t5_config, encoder_weights
+from ..weights.t5 import read_encoder
 
 
 class TextEncoder:
@@ -40,27 +38,14 @@ def load_text_encoder(
     from transformers import T5Config, T5EncoderModel
 
     path = Path(path)
-    weights = encoder_weights(read_tensors(path, TEXT_ENCODER_STEMS)[0], path.name)
-    sizes = detect_t5_config(weights, path.name)
-    scaled = [name for name, tensor in weights.items() if tensor.dtype.itemsize == 1 or name not in _names(sizes)]
-    if scaled:
-        raise ValueError(
-            f"Quantised text encoder: got {shorten(scaled[0])} in {path.name}, expected fp32, fp16 or bf16 weights. "
-            f"Choose such a file; quantised ones run in ComfyUI."
-        )
+    weights, sizes = read_encoder(path, dtype)
     config = T5Config(**sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0)
     with torch.device("meta"):
         network = T5EncoderModel(config)
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
+    weights = {name: weights[name] for name in network.state_dict()}
     network.load_state_dict({name: tensor.to(device, dtype) for name, tensor in weights.items()}, assign=True)
     return TextEncoder(network.eval().requires_grad_(False), load_tokenizer(tokenizer or find_tokenizer(path)))
-
-
-def _names(sizes: dict) -> set[str]:
-    from transformers import T5Config, T5EncoderModel
-
-    with torch.device("meta"):
-        return set(T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")).state_dict())
 
 
 def find_tokenizer(path: Path) -> Path:

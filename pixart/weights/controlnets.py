@@ -17,7 +17,7 @@ from .control_layouts import control_to_diffusers, control_to_original, identify
 from .detection import detect, guess_heads, mlp_ratio, saved_fields
 from .folders import TRANSFORMER_STEMS, read_json
 from .layouts import CONFIG_KEY
-from .reading import Checkpoint, finish_checkpoint, naming, open_weights, read_weights
+from .reading import Checkpoint, finish_checkpoint, naming, open_weights, quantisation_settings, read_weights
 from .saving import names_file, write_weights
 from .wrappers import to_original
 
@@ -52,9 +52,10 @@ def read_controlnet(path: str | os.PathLike, *, weights: str = "ema", **hints) -
     name = "/".join(path.absolute().parts[-4:])
     with naming(path):
         opened = open_weights(path)
-        found = read_weights(opened, identify_control(opened.content, weights, opened.metadata))
         config_file = path / "config.json"
         model_config = read_json(config_file) if config_file.is_file() else {}
+        identified = identify_control(opened.content, weights, opened.metadata)
+        found = read_weights(opened, identified, quantisation_settings(model_config))
         saved = saved_fields(found)
         base_weights, state_dict = part_controlnet(found)
         base = None

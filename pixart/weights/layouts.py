@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .quantised.forms import plain_name
+
 ORIGINAL, DIFFUSERS, CONTROLNET, CONTROL, LORA = "original", "diffusers", "controlnet", "control", "lora"
 T5, UNKNOWN = "T5 text encoder", "unknown"
 
@@ -80,7 +82,7 @@ _CONTROL_SIGN = re.compile(r"copied_block\.|(?:^|\.)controlnet_blocks\.\d+\.(?:t
 # Family -> a piece of a key that only its files have. The first match names the family, so the order matters.
 _LORA_SIGNS = (".lora_A.", ".lora_B.", "lora_up.", "lora_down.", ".lora.", ".hada_w1_", ".lokr_w1", ".dora_scale")
 _FAMILY_SIGNS = {
-    T5: ("SelfAttention.q.weight", "encoder.block.0.layer.0."),
+    T5: ("SelfAttention.q.weight", "encoder.block.0.layer.0.", "enc.blk.0.attn_q."),
     "CLIP text encoder": ("text_model.encoder.layers.0.", "transformer.resblocks.0."),
     "HED edge detector": ("block1.convs.0.weight",),
     "ControlNet (of another model)": (
@@ -249,7 +251,7 @@ def layout_of(keys: Iterable[str]) -> str:
     """What plain names belong to: ORIGINAL, DIFFUSERS, CONTROLNET (base and control), CONTROL (control blocks alone),
     LORA, the name of another family ("Flux", "T5 text encoder", ...), or UNKNOWN.
     """
-    keys = [key for key in keys if isinstance(key, str)]
+    keys = [plain_name(key) for key in keys if isinstance(key, str)]  # also of a quantised weight
     if any(sign in key for key in keys for sign in _LORA_SIGNS):
         return LORA
     if any(map(_CONTROL_SIGN.search, keys)):

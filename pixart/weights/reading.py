@@ -18,6 +18,8 @@ from .detection import Detection, detect
 from .folders import TRANSFORMER_STEMS, ModelFolder, find_weights, open_beside, open_folder
 from .layouts import NULL_CAPTION_KEY, Weights, original_tensors, parts_to_merge
 from .pickles import ZIP_MAGIC, open_pickled
+from .quantised.forms import expand, is_quantised
+from .quantised.subclasses import refuse_subclasses
 from .wrappers import identify_pixart
 
 log = logging.getLogger(__name__)
@@ -99,7 +101,8 @@ def read_checkpoint(
     folder = open_folder(path, file_variant) if path.is_dir() else open_beside(path)
     with naming(path):
         opened = open_files(folder.files, folder.weight_map)
-        found = read_weights(opened, identify_pixart(opened.content, weights, opened.metadata))
+        settings = quantisation_settings(folder.model_config)
+        found = read_weights(opened, identify_pixart(opened.content, weights, opened.metadata), settings)
         detection = detect(
             found,
             model_config=folder.model_config,
@@ -165,9 +168,21 @@ def open_files(files: Sequence[Path], weight_map: Mapping[str, str]) -> Opened:
     return _join_shards(opened, weight_map) if weight_map or len(opened) > 1 else opened[0]
 
 
-def read_weights(opened: Opened, weights: Weights) -> Weights:
-    """The same with tensors in place of their descriptions; those that are to be merged are not mapped."""
-    return replace(weights, tensors=opened.read(weights.tensors, parts_to_merge(weights.tensors)))
+def read_weights(opened: Opened, weights: Weights, settings: Mapping | None = None) -> Weights:
+    """The same with tensors in place of their descriptions; those that are to be merged are not mapped, and those that
+    are quantised become plain numbers. settings: see `quantisation_settings`.
+    """
+    refuse_subclasses(opened.content, opened.path.name)
+    tensors = opened.read(weights.tensors, parts_to_merge(weights.tensors))
+    if is_quantised(tensors):
+        tensors = expand(tensors, opened.path.name, settings=settings, metadata=weights.metadata)
+    return replace(weights, tensors=tensors)
+
+
+def quantisation_settings(model_config: Mapping | None) -> Mapping:
+    """What a config.json says of quantised weights beside it; empty without a word of it."""
+    settings = (model_config or {}).get("quantization_config")
+    return settings if isinstance(settings, Mapping) else {}
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """T5 v1.1 encoders: tell their files from others, and read the size of one from the shapes of its weights.
 
-Dict in, dict out: reading files is left to `reading.py`, building the network to ComfyUI or transformers.
+Building the network is left to ComfyUI or transformers.
 """
 
 import re
@@ -12,14 +12,20 @@ import torch
 from ..quoting import list_names
 from .folders import TEXT_ENCODER_STEMS, read_json
 from .layouts import describe
+from .quantised.forms import COMFY_MARK, expand, is_quantised
+from .quantised.subclasses import refuse_subclasses
+from .reading import naming, open_weights, quantisation_settings, read_tensors
 from .wrappers import detect_layout
 
-MARKER = "encoder.block.0.layer.0.SelfAttention.q.weight"
+_MARKER_LAYER = "encoder.block.0.layer.0.SelfAttention.q."
+MARKER = f"{_MARKER_LAYER}weight"
 CONFIG_FIELDS = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "vocab_size")
 
 _WEIGHTS_OR_INDEX = re.compile(rf"(?:{'|'.join(TEXT_ENCODER_STEMS)})[.-](?:.*\.)?(?:safetensors|bin)(?:\.index\..*)?")
 _RELATIVE_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 _RELATIVE_BUCKETS = 32
+# What single files carry beside an encoder, and no encoder reads.
+_HARMLESS = {"logit_scale", "spiece_model", "scaled_fp8", "text_projection.weight"}
 # Tensor of every layer -> what its number of rows is. Columns are packed in some quantised formats.
 _LAYER_ROWS = {
     "layer.0.SelfAttention.q.weight": "inner",
@@ -32,6 +38,13 @@ _LAYER_ROWS = {
     "layer.1.DenseReluDense.wo.weight": "d_model",
     "layer.1.layer_norm.weight": "d_model",
 }
+
+
+_ENCODER_NAME = re.compile(
+    rf"shared\.weight|encoder\.final_layer_norm\.weight|encoder\.block\.\d{{1,3}}\."
+    rf"(?:{'|'.join(map(re.escape, _LAYER_ROWS))}|layer\.0\.SelfAttention\.relative_attention_bias\.weight"
+    rf"|layer\.1\.DenseReluDense\.wi\.weight)"
+)
 
 
 def is_t5_folder(folder: Path) -> bool:
@@ -52,18 +65,95 @@ def encoder_weights(state_dict: Mapping[str, torch.Tensor], name: str) -> dict[s
     Any prefix is cut; the decoder is dropped; other keys (quantisation scales) stay.
     Raises ValueError naming the file when there is no T5 encoder in it.
     """
-    marker = next((key for key in state_dict if key.endswith(MARKER)), None)
-    if marker is None:
+    places = [place for key in state_dict for place, sign, _ in [key.rpartition(_MARKER_LAYER)] if sign]
+    if not places:
         raise ValueError(
             f"Wrong text encoder file: got {_describe(state_dict)} in {name}, expected a T5 v1.1 encoder. "
             f"Choose a T5-XXL file, such as t5xxl_fp16.safetensors, or a text_encoder folder."
         )
-    prefix = marker[: -len(MARKER)]
+    prefix = places[0]
     weights = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     embedding = weights.pop("encoder.embed_tokens.weight", None)
     if embedding is not None:
         weights.setdefault("shared.weight", embedding)
     return {key: value for key, value in weights.items() if not key.startswith(("decoder.", "lm_head."))}
+
+
+def read_encoder(path: Path, dtype: torch.dtype | None = None) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """(weights under their Hugging Face names, CONFIG_FIELDS) of a file or folder; quantised ones as plain numbers.
+
+    dtype: of what was quantised; None takes that of the other weights.
+    Raises FileNotFoundError for missing files, ValueError naming the file for everything else.
+    """
+    path = Path(path)
+    state_dict, metadata = read_encoder_tensors(path)
+    weights = plain_weights(encoder_weights(state_dict, path.name), path, metadata, dtype=dtype)
+    return weights, detect_t5_config(weights, path.name)
+
+
+def read_encoder_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors, metadata) of a text encoder's file or folder as they are stored. Raises as `read_encoder`."""
+    with naming(path):
+        refuse_subclasses(open_weights(path, TEXT_ENCODER_STEMS).content, path.name)
+    return read_tensors(path, TEXT_ENCODER_STEMS)
+
+
+def plain_weights(
+    weights: Mapping[str, torch.Tensor],
+    path: Path,
+    metadata: Mapping[str, str],
+    *,
+    dtype: torch.dtype | None = None,
+    keep_comfy: bool = False,
+) -> dict[str, torch.Tensor]:
+    """`encoder_weights` with quantised ones as plain numbers, but for those that ComfyUI reads where keep_comfy is set.
+
+    Raises ValueError naming the file for quantised weights of an unknown form, and for tensors that nothing reads.
+    """
+    if is_quantised(weights):
+        weights = expand(
+            weights,
+            path.name,
+            settings=quantisation_settings(read_json(path / "config.json")) if _has_config(path) else None,
+            metadata=metadata,
+            dtype=dtype,
+            shape_finder=_shapes_by_width(weights),
+            keep_comfy=keep_comfy,
+        )
+    _refuse_unread(weights, path.name)
+    return dict(weights)
+
+
+def _has_config(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _shapes_by_width(weights: Mapping[str, torch.Tensor]):
+    """A function (layer, number of weights) -> their shape, by the width that the last norm has."""
+    norm = weights.get("encoder.final_layer_norm.weight")
+    width = norm.numel() if norm is not None else 0
+
+    def find(stem: str, count: int) -> tuple[int, ...] | None:
+        if not width or count % width:
+            return None
+        return (width, count // width) if stem.endswith((".o", ".wo")) else (count // width, width)
+
+    return find
+
+
+def _refuse_unread(weights: Mapping[str, torch.Tensor], name: str) -> None:
+    """Raises ValueError for tensors that are no part of an encoder, and of no layer that ComfyUI reads itself."""
+    kept = tuple(key.removesuffix(COMFY_MARK[1:]) for key in weights if key.endswith(COMFY_MARK))
+    strange = [
+        key
+        for key in weights
+        if key not in _HARMLESS and not _ENCODER_NAME.fullmatch(key) and not (kept and key.startswith(kept))
+    ]
+    if strange:
+        raise ValueError(
+            f"Tensors that nothing reads: got {list_names(strange[:3])}{' ...' * (len(strange) > 3)} in {name}, "
+            f"expected a T5 v1.1 encoder alone. Choose a T5 in fp16, bf16 or fp8, or save the encoder alone."
+        )
 
 
 def _describe(state_dict: Mapping[str, torch.Tensor]) -> str:

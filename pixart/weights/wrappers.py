@@ -25,13 +25,16 @@ from .layouts import (
     original_tensors,
 )
 from .opcodes import Foreign
+from .quantised.forms import WEIGHT_ENDINGS
 
 EMA, MODEL = "ema", "model"  # the choices of weights beside the name of a place
 _MOST_DEPTH = 8  # of containers; deeper nesting is no checkpoint
 _FEWEST_NAMELESS = 30  # tensors of a list that can be a model's
 # The end of a name that shows a whole PixArt, and that of control blocks; what is before it is the place.
-_MODEL_SIGN = re.compile(r"(.*\.|)(?:t_block\.1|adaln_single\.linear)\.weight")
-_BLOCK_SIGN = re.compile(r"(|.*?\.)(?:blocks\.\d+\.attn\.qkv|transformer_blocks\.\d+\.attn1\.to_(?:q|qkv))\.weight")
+_MODEL_SIGN = re.compile(rf"(.*\.|)(?:t_block\.1|adaln_single\.linear){WEIGHT_ENDINGS}")
+_BLOCK_SIGN = re.compile(
+    rf"(|.*?\.)(?:blocks\.\d+\.attn\.qkv|transformer_blocks\.\d+\.attn1\.to_(?:q|qkv)){WEIGHT_ENDINGS}"
+)
 _CONTROL_SIGN = re.compile(
     r"(|.*?\.)(?:controlnet\.)?(?:\d+\.copied_block\..+|controlnet_blocks\.\d+\.transformer_block\..+"
     r"|(?:controlnet_blocks\.)?\d+\.(?:before|after)_proj\.(?:weight|bias))"

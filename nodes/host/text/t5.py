@@ -17,9 +17,8 @@ from transformers import T5TokenizerFast
 
 from ....pixart.files.documents import parse_json
 from ....pixart.quoting import plain, shorten
-from ....pixart.weights.folders import TEXT_ENCODER_STEMS, read_json
-from ....pixart.weights.reading import read_tensors
-from ....pixart.weights.t5 import detect_t5_config, encoder_weights, is_t5_folder
+from ....pixart.weights.folders import read_json
+from ....pixart.weights.t5 import detect_t5_config, encoder_weights, is_t5_folder, plain_weights, read_encoder_tensors
 from ..folders import find_folders, names_of
 
 AUTO, BUILT_IN = "auto", "built-in"
@@ -149,10 +148,10 @@ def _load_patcher(path, tokenizer, device, disable_dynamic=False):
 
 def _read_t5(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """(weights under their Hugging Face names with the host's quantisation marks, T5 config)."""
-    state_dict, metadata = read_tensors(path, TEXT_ENCODER_STEMS)
+    state_dict, metadata = read_encoder_tensors(path)
     if hasattr(comfy.utils, "convert_old_quants"):
         state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
-    weights = encoder_weights(state_dict, path.name)
+    weights = plain_weights(encoder_weights(state_dict, path.name), path, metadata, keep_comfy=True)
     return weights, detect_t5_config(weights, path.name, _declared_config(path, metadata))
 
 
