@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ..files.documents import parse_json
-from ..files.patterns import compile_pattern
+from ..files.patterns import LENGTH_LIMIT, compile_pattern
 from ..quoting import shorten
 from .kinds import Difference, Factor, Kronecker
 from .names import TEXT_ENCODER_PREFIXES
@@ -76,7 +76,8 @@ def matches(pattern: str, module: str) -> bool:
 @lru_cache(maxsize=1024)
 def _checked_pattern(pattern: str) -> str:
     try:
-        re.compile(pattern)
+        if len(pattern) <= LENGTH_LIMIT:  # a longer one is refused below: to compile it takes seconds
+            re.compile(pattern)
     except re.error:
         raise
     except (OverflowError, RecursionError) as error:

@@ -77,6 +77,10 @@ def test_the_template_browser_shows_every_workflow_with_its_picture(editor):
     assert sorted(editor.browse_templates()) == NAMES
     editor.page.wait_for_function(HAS_THUMBNAILS, timeout=60_000)
     editor.shoot("templates")
+    editor.choose_template("demo")
+    chosen = editor.export()
+    editor.open_template("demo")
+    assert editor.export() == chosen
 
 
 @pytest.mark.parametrize("name", NAMES)

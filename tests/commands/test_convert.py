@@ -168,15 +168,16 @@ WAYS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", WAYS)
-def test_real_processes_go_both_ways_and_replace_nothing_unasked(tmp_path, model, kind):
+def test_each_kind_goes_both_ways_and_replaces_nothing_unasked(tmp_path, model, kind, capsys):
     write, there, back, read = WAYS[kind]
     source = write(tmp_path / ("control.pth" if kind == "controlnet" else "source")) if write else model
     more = ["--to", "kohya"] if kind == "lora" else []
-    code, said, errors = convert_in_a_process(source, tmp_path / there, *more)
-    assert (code, errors) == (0, "") and said.startswith(f"{tmp_path / there}: ")
-    assert convert_in_a_process(tmp_path / there, tmp_path / back)[0] == 0
+    capsys.readouterr()
+    assert run(source, tmp_path / there, *more) == 0
+    said, errors = capsys.readouterr()
+    assert errors == "" and said.startswith(f"{tmp_path / there}: ")
+    assert run(tmp_path / there, tmp_path / back) == 0
     expected, found = read(source), read(tmp_path / back)
     for weights in (expected, found):
         weights.pop(NULL_CAPTION_KEY, None)  # diffusers has none
@@ -186,10 +187,20 @@ def test_real_processes_go_both_ways_and_replace_nothing_unasked(tmp_path, model
         torch.allclose(expected[name], found[name], rtol=1e-6 if kind == "lora" else 0, atol=0) for name in found
     )
     stamps = {path: path.stat().st_mtime_ns for path in [tmp_path / back, *(tmp_path / back).rglob("*")]}
-    code, said, errors = convert_in_a_process(tmp_path / there, tmp_path / back)
-    assert (code, said) == (1, "") and errors.startswith("error: Exists already: got") and errors.count("\n") == 1
+    capsys.readouterr()
+    assert run(tmp_path / there, tmp_path / back) == 1
+    said, errors = capsys.readouterr()
+    assert said == "" and errors.startswith("error: Exists already: got") and errors.count("\n") == 1
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    assert convert_in_a_process(tmp_path / there, tmp_path / back, "--force")[0] == 0
+    assert run(tmp_path / there, tmp_path / back, "--force") == 0
+
+
+@pytest.mark.slow
+def test_a_real_process_converts_and_says_so(tmp_path, model):
+    code, said, errors = convert_in_a_process(model, tmp_path / "folder")
+    assert (code, errors) == (0, "") and said.startswith(f"{tmp_path / 'folder'}: ")
+    code, said, errors = convert_in_a_process(model, tmp_path / "folder")
+    assert (code, said) == (1, "") and errors.startswith("error: Exists already: got") and errors.count("\n") == 1
 
 
 @pytest.mark.slow

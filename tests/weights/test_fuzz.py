@@ -22,7 +22,7 @@ WEIGHTS = {name: torch.full(shape, 0.5) for name, shape in expected_shapes(CONFI
 NAMES = sorted(WEIGHTS)
 
 fuzz = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
