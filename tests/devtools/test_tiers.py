@@ -17,7 +17,7 @@ def two_cores(monkeypatch):
 
 
 WORKERS = ("-n", "2", "--dist", "worksteal")
-BY_FILE = ("-n", "2", "--dist", "loadfile")
+BY_FILE = ("-n", "3", "--dist", "loadfile")
 
 
 def marks_of(run: Run) -> str:
