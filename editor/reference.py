@@ -1,6 +1,7 @@
 """The parts of the documentation that are read off the pack: tables of nodes and workflows, and the allowed imports.
 
-`python dev.py run -m pixart_pack.editor.reference` writes `docs/nodes.md` and `docs/architecture.svg`.
+`python dev.py run -m pixart_pack.editor.reference` writes `docs/nodes.md`, `docs/core-nodes.md` and
+`docs/architecture.svg`.
 """
 
 import json
@@ -11,6 +12,7 @@ from html import escape
 from ..devtools.process import ROOT
 
 NODES_PAGE = ROOT / "docs" / "nodes.md"
+CORE_PAGE, CORE_TABLE = ROOT / "docs" / "core-nodes.md", ROOT / "tests" / "host" / "core_nodes.json"
 PICTURE = ROOT / "docs" / "architecture.svg"
 BOX_PX, GAP_PX = (180, 66), (14, 34)
 LETTERS_A_LINE = 25
@@ -20,6 +22,22 @@ INTRODUCTION = """# Nodes and workflows
 Every node has a help page in the editor, in English and Chinese: select the node, then the *i* above it.
 This page is written by `python dev.py run -m pixart_pack.editor.reference`.
 """
+CORE_INTRODUCTION = """# ComfyUI's own nodes
+
+What each of ComfyUI's nodes that take a MODEL, CONDITIONING, LATENT, SIGMAS, GUIDER or CONTROL_NET means on PixArt. A
+test puts every one into a graph with the demo model, and holds it to this page, which is written by
+`python dev.py run -m pixart_pack.editor.reference`.
+"""
+CORE_PARTS = {
+    "acts": ("They act", "They change the picture as they do with other models, or end a graph."),
+    "keeps": ("They change nothing by themselves", "The picture stays as it is without them."),
+    "refused": ("They are refused in words", "The run ends with a message that says why, and what to use."),
+    "other model": ("For other models", "They leave the picture as it is, or end with their own errors."),
+    "other type": (
+        "They need what PixArt has not",
+        "An input takes what comes out of other models, or of the host's own training.",
+    ),
+}
 
 
 def nodes_page() -> str:
@@ -49,6 +67,22 @@ def nodes_page() -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def core_page() -> str:
+    """The page that says of each of the host's nodes what it means on PixArt."""
+    entries = json.loads(CORE_TABLE.read_text(encoding="utf-8"))
+    lines = [CORE_INTRODUCTION]
+    for meaning, (title, words) in CORE_PARTS.items():
+        part = {name: entry for name, entry in entries.items() if entry["means"] == meaning}
+        noted = [
+            f"| {entry['title']} | `{name}` | {_cell(entry['note'])} |" for name, entry in part.items() if entry["note"]
+        ]
+        plain = [f"{entry['title']} (`{name}`)" for name, entry in part.items() if not entry["note"]]
+        lines += [f"## {title}", "", words, ""]
+        lines += ["| node | id | on PixArt |", "| --- | --- | --- |", *noted, ""] if noted else []
+        lines += [f"{'Also ' if noted else ''}{', '.join(plain)}.", ""] if plain else []
+    return "\n".join(lines)
 
 
 def _note_of(path) -> str:
@@ -147,6 +181,7 @@ def _boxes(rooms: dict, places: dict) -> list[str]:
 
 def main() -> int:
     NODES_PAGE.write_text(nodes_page(), encoding="utf-8")
+    CORE_PAGE.write_text(core_page(), encoding="utf-8")
     PICTURE.write_text(architecture_picture(), encoding="utf-8")
     return 0
 

@@ -106,6 +106,7 @@ def test_the_replaced_nodes_of_other_packs_are_listed():
 def test_the_tables_of_nodes_and_workflows_are_what_the_pack_has():
     # Mend with: python dev.py run -m pixart_pack.editor.reference
     assert read(reference.NODES_PAGE) == reference.nodes_page()
+    assert read(reference.CORE_PAGE) == reference.core_page()
 
 
 def test_the_picture_of_the_rooms_is_what_the_import_test_reads():
