@@ -15,9 +15,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .autoencoder import Autoencoder
+from .decoder_stage import to_tensor
 from .generate import DemoModel, generate, load_autoencoder, load_denoiser, load_text_encoder
-from .scenes import Scene, caption, random_scene
-from .scorer import ATTRIBUTES, add_scores, score
+from .scenes import Scene, caption, draw_scene, random_scene
+from .scorer import ATTRIBUTES, add_scores, count_confusions, score
+from .sharpness import measure_sharpness
 from .text import load_tokenizer
 from .train import DENOISER_FILE, TEXT_FILE, VAE_FILE
 
@@ -67,6 +70,38 @@ def make_table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def make_confusion_table(pictures: list[np.ndarray], scenes: list[Scene]) -> str:
+    """A Markdown table: of each shape, how often it is seen as which."""
+    seen = count_confusions(pictures, scenes)
+    columns = [*seen, "nothing"]
+    lines = ["| shape, seen as | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    lines += [
+        f"| {shape} | " + " | ".join(str(times[name]) for name in columns) + " |" for shape, times in seen.items()
+    ]
+    return "\n".join(lines)
+
+
+def describe_sharpness(pictures: list[np.ndarray]) -> str:
+    """How far pictures are on average from what is seen in them, drawn well."""
+    errors, distances = zip(*map(measure_sharpness, pictures), strict=True)
+    outlines = [distance for distance in distances if distance is not None]
+    outline = f"{np.mean(outlines):.2f} px" if outlines else "none"
+    return (
+        f"Against what is seen in them, drawn well: outlines {outline} off, mean absolute error {np.mean(errors):.4f}"
+    )
+
+
+def reconstruct(autoencoder: Autoencoder, scenes: list[Scene], height_px: int, width_px: int) -> list[np.ndarray]:
+    """The scenes, drawn and sent through the autoencoder: what it loses is not the denoiser's to mend."""
+    restored = []
+    for start in range(0, len(scenes), 25):
+        drawn = to_tensor([draw_scene(scene, height_px, width_px) for scene in scenes[start : start + 25]])
+        with torch.no_grad():
+            pictures = autoencoder.decode(autoencoder.encode(drawn))
+        restored += list((pictures * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    return restored
+
+
 def add_options(parser: argparse.ArgumentParser, count: int) -> None:
     """What every evaluation asks for. count: how many scenes, by default."""
     parser.add_argument("--count", type=int, default=count)
@@ -88,6 +123,7 @@ def sampling_of(options: argparse.Namespace) -> dict:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo.evaluate", description=__doc__)
     add_options(parser, count=200)
+    parser.add_argument("--autoencoder", action="store_true", help="score drawn scenes through the autoencoder alone")
     return parser.parse_args()
 
 
@@ -97,10 +133,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     height_px, width_px = map(int, options.size.split("x"))
     scenes = held_out_scenes(options.count, height_px, width_px, options.seed)
-    pictures = make_pictures(load_model(options.tokenizer), scenes, height_px, width_px, **sampling_of(options))
+    if options.autoencoder:
+        pictures = reconstruct(load_autoencoder(VAE_FILE), scenes, height_px, width_px)
+    else:
+        pictures = make_pictures(load_model(options.tokenizer), scenes, height_px, width_px, **sampling_of(options))
     scores = [score(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     rows = {"one shape": scores[::2], "two shapes": scores[1::2], "all": scores}
     logger.info("%s", make_table({label: add_scores(part) for label, part in rows.items() if part}))
+    logger.info("\n%s\n\n%s", make_confusion_table(pictures, scenes), describe_sharpness(pictures))
     if options.sheet:
         contact_sheet(pictures).save(options.sheet)
 

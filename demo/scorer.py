@@ -114,6 +114,16 @@ def mean_overlap(found: list[np.ndarray], drawn: list[np.ndarray]) -> float:
     return float(pairs.reshape(len(drawn), len(found))[chosen].sum() / max(len(found), len(drawn)))
 
 
+def pair_up(found: list[Found], scene: Scene) -> list[tuple[int, int]]:
+    """(item, found) of the scene's items and the things found, so that most attributes agree; some may be left over."""
+    names = ATTRIBUTES[1:]
+    agree = np.array(
+        [[sum(getattr(thing, n) == getattr(item, n) for n in names) for thing in found] for item in scene.items]
+    )
+    chosen = linear_sum_assignment(-agree.reshape(len(scene.items), len(found)))
+    return [(int(item), int(thing)) for item, thing in zip(*chosen, strict=True)]
+
+
 def score(picture: np.ndarray, scene: Scene, shapes: Iterable[str] = TRAINED_SHAPES) -> dict[str, tuple[int, int]]:
     """Count what a picture (h, w, 3) uint8 has right: {attribute: (right, all)}, also "count" for no more, no fewer.
 
@@ -121,18 +131,26 @@ def score(picture: np.ndarray, scene: Scene, shapes: Iterable[str] = TRAINED_SHA
     """
     background = find_background(picture)
     found = find_items(picture, background, shapes)
-    names = ATTRIBUTES[1:]
-    agree = np.array(
-        [[[getattr(thing, n) == getattr(item, n) for n in names] for thing in found] for item in scene.items], dtype=int
-    ).reshape(len(scene.items), len(found), len(names))
-    pairs = linear_sum_assignment(-agree.sum(-1))
-    right = agree[pairs].sum(0)
+    pairs = [(scene.items[item], found[thing]) for item, thing in pair_up(found, scene)]
     total = len(scene.items)
     return {
         "background": (int(background == scene.background), 1),
-        **{name: (int(right[k]), total) for k, name in enumerate(names)},
+        **{n: (sum(getattr(item, n) == getattr(thing, n) for item, thing in pairs), total) for n in ATTRIBUTES[1:]},
         "count": (int(len(found) == total), 1),
     }
+
+
+def count_confusions(
+    pictures: Iterable[np.ndarray], scenes: Iterable[Scene], shapes: Iterable[str] = TRAINED_SHAPES
+) -> dict[str, Counter]:
+    """What each shape of the scenes is seen as in their pictures: {shape: {seen: times}}, "nothing" where it lacks."""
+    seen = {shape: Counter() for shape in shapes}
+    for picture, scene in zip(pictures, scenes, strict=True):
+        found = find_items(picture, find_background(picture), tuple(seen))
+        partners = dict(pair_up(found, scene))
+        for index, item in enumerate(scene.items):
+            seen[item.shape][found[partners[index]].shape if index in partners else "nothing"] += 1
+    return seen
 
 
 def add_scores(scores: Iterable[dict[str, tuple[int, int]]]) -> dict[str, float]:

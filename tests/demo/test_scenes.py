@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixart_pack.demo.evaluate import held_out_scenes, make_table
+from pixart_pack.demo.evaluate import describe_sharpness, held_out_scenes, make_confusion_table, make_table
 from pixart_pack.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -23,7 +23,8 @@ from pixart_pack.demo.scenes import (
     item_box,
     random_scene,
 )
-from pixart_pack.demo.scorer import ATTRIBUTES, add_scores, find_background, find_items, score
+from pixart_pack.demo.scorer import ATTRIBUTES, add_scores, count_confusions, find_background, find_items, score
+from pixart_pack.demo.sharpness import measure_sharpness
 
 SIZES_PX = [(128, 128), (96, 160), (160, 96), (104, 152), (64, 64)]
 seeds = st.integers(0, 2**32 - 1)
@@ -61,6 +62,35 @@ def test_wrong_pictures_score_nothing():
         "shape": (0, 2),
         "count": (0, 1),
     }
+
+
+def test_drawn_pictures_are_as_sharp_as_can_be():
+    scenes = held_out_scenes(6, 128, 128) + held_out_scenes(6, 96, 160)
+    pictures = [draw_scene(scene) for scene in scenes[:6]] + [draw_scene(scene, 96, 160) for scene in scenes[6:]]
+    for picture in pictures:
+        error, outline_px = measure_sharpness(picture)
+        assert error < 0.002 and outline_px < 0.3
+    assert "outlines 0." in describe_sharpness(pictures)
+    table = make_confusion_table(pictures, scenes)
+    assert len(table.splitlines()) == 2 + len(TRAINED_SHAPES) and table.endswith("| 0 |")
+
+
+def test_a_bent_shape_is_less_sharp():
+    picture = draw_scene(Scene("gray", (Item("circle", "red", "center", "large"),)))
+    bent = np.roll(picture, 6, axis=1)
+    bent[64:] = picture[64:]
+    straight, crooked = measure_sharpness(picture), measure_sharpness(bent)
+    assert crooked[0] > 3 * straight[0] and crooked[1] > straight[1] + 0.5
+    assert measure_sharpness(np.full((64, 64, 3), 128, np.uint8)) == (0.0, None)
+
+
+def test_confusions_are_counted_by_shape():
+    drawn = Scene("gray", (Item("circle", "red", "center", "small"), Item("cross", "blue", "top left", "small")))
+    told = Scene("gray", (Item("square", "red", "center", "small"), Item("cross", "blue", "top left", "small")))
+    lone = Scene("gray", (Item("circle", "red", "center", "small"),))
+    seen = count_confusions([draw_scene(drawn), draw_scene(lone)], [told, told])
+    assert seen["square"] == {"circle": 2} and seen["cross"] == {"cross": 1, "nothing": 1}
+    assert not seen["circle"] and not seen["triangle"]
 
 
 def test_scorer_bears_noise_and_flat_nonsense():
