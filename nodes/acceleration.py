@@ -1,10 +1,12 @@
 """Acceleration nodes: less time for a picture that is nearly the same."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from .host.denoiser.acceleration import cache_blocks, compress_attention, limit_guidance
+from .host.denoiser.compilation import MODES, SIZES, compile_model
 from .host.denoiser.kv_compression import BLOCKS, EVERY_OTHER
-from .host.schema import node_input, schema
+from .host.schema import choice_input, node_input, schema
+from .host.text.captions import show_text
 
 CATEGORY = "PixArt/acceleration"
 
@@ -149,4 +151,45 @@ class KVCompression(io.ComfyNode):
         return io.NodeOutput(compress_attention(model, factor, blocks, start_percent, end_percent))
 
 
-NODES: list[type[io.ComfyNode]] = [BlockCache, GuidanceInterval, KVCompression]
+class Compile(io.ComfyNode):
+    """Compile one block, and use it for all."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtCompile",
+            display_name="PixArt Compile",
+            category=CATEGORY,
+            description="Compiles one block of the model with PyTorch's compiler and uses it for all: a wait at the "
+            "first step, then less time for each. Works with ControlNet, LoRA, the other acceleration nodes and "
+            "every sampler. Where nothing can be compiled the node says why, and the model runs as it is.",
+            search_aliases=["torch compile", "torchcompile", "inductor", "triton", "cuda graphs", "speed"],
+            inputs=[
+                node_input(io.Model, "model", tooltip="The PixArt model."),
+                choice_input(
+                    "mode",
+                    MODES,
+                    tooltip="tuned tries several kernels and takes the best, which makes the first wait longer. CUDA "
+                    "graphs start all kernels of a block at once, for small pictures on a fast GPU.",
+                ),
+                choice_input(
+                    "sizes",
+                    SIZES,
+                    advanced=True,
+                    tooltip="learn what changes compiles for the first size, and at the second for all. any size at "
+                    "once spares the second wait. each size for itself is fastest and waits at every new one.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with compiled blocks.")],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(cls, model, mode=MODES[0], sizes=SIZES[0]):
+        compiled, trouble = compile_model(model, mode, sizes)
+        show_text(cls.hidden, trouble)
+        return io.NodeOutput(compiled, ui=ui.PreviewText(trouble) if trouble else None)
+
+
+NODES: list[type[io.ComfyNode]] = [BlockCache, GuidanceInterval, KVCompression, Compile]

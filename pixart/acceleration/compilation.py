@@ -135,6 +135,20 @@ def _bounds() -> dict:
     }
 
 
+@functools.cache
+def try_compiler(device_type: str) -> str:
+    """Compiles a sum on this kind of device: "" where that works, otherwise `explain_failure` of what it ends with."""
+    try:
+        torch.compile(_add_one, fullgraph=True)(torch.zeros(8, device=device_type))
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError, ImportError) as error:
+        return explain_failure(error)
+    return ""
+
+
+def _add_one(x):
+    return x + 1
+
+
 def explain_failure(error: Exception) -> str:
     """Says in the log, and returns, why blocks run uncompiled and what would help."""
     message = (

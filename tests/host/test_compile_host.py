@@ -208,3 +208,65 @@ def test_the_hosts_own_node(comfy, patcher, acceleration, backend, caplog):
             torch.testing.assert_close(sample(comfy, compiled, **given), sample(comfy, model, **given), **FLOAT_NOISE)
             assert skips(caplog)[0] == skips(caplog)[1]
             caplog.clear()
+
+
+@pytest.fixture
+def compile_node(pack):
+    return next(node for node in pack if node.__name__ == "Compile")
+
+
+@pytest.fixture
+def compilation(pack):
+    return importlib.import_module("pixart_pack.nodes.host.denoiser.compilation")
+
+
+@pytest.fixture
+def no_compiler(compilation):
+    """As on a machine without one: PyTorch finds none, and nothing that was compiled before."""
+    inductor = importlib.import_module("torch._inductor.config")
+    compilation.try_compiler.cache_clear()
+    with inductor.patch({"cpp.cxx": ("/no/compiler/here",), "force_disable_caches": True}):
+        yield
+    compilation.try_compiler.cache_clear()
+
+
+def test_the_node_says_what_is_missing_and_goes_on(compile_node, patcher, no_compiler, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = compile_node.execute(patcher)
+    said = found.ui.as_dict()["text"][0]
+    assert said.startswith("PixArt runs uncompiled: got ") and "install a C++ compiler" in said
+    assert said in caplog.text
+    assert found.args[0] is patcher
+
+
+def test_a_block_that_cannot_be_compiled_runs_all_the_same(comfy, patcher, compilation, monkeypatch):
+    """Found out in the first step: the picture is made, and the next model tries again."""
+
+    def broken(*_):
+        raise RuntimeError("no kernel for this")
+
+    settings = {"backend": broken, "on_failure": compilation.explain_failure}
+    model, blocks = patcher.clone(), compilation.blocks_for(settings)
+    model.model_options["transformer_options"][compilation.COMPILED] = blocks
+    assert compilation.blocks_for(settings) is blocks
+    assert torch.equal(sample(comfy, model, **PROMPTS), sample(comfy, patcher, **PROMPTS))
+    assert blocks.failed and compilation.blocks_for(settings) is not blocks
+
+
+@pytest.mark.slow
+def test_the_node_compiles(comfy, compile_node, patcher, acceleration, caplog):
+    """With a LoRA behind it and one before it, dials, and a second size; nothing is compiled for other weights."""
+    if not importlib.import_module("shutil").which("g++"):
+        pytest.skip("needs a C compiler: torch.compile's inductor makes C++ on the CPU")
+    counters = importlib.import_module("torch._dynamo.utils").counters
+    graphs = []
+    for strength in (0.0, 1.0):
+        model = dials(acceleration, weighted(patcher, strength), window=2)
+        compiled = compile_node.execute(model)
+        assert compiled.ui is None
+        for size in ((9, 13), (12, 6)):
+            given = {**PROMPTS, "size": size, "steps": 4}
+            expected = sample(comfy, model, **given)
+            torch.testing.assert_close(sample(comfy, compiled.args[0], **given), expected, **FLOAT_NOISE)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] and "runs uncompiled" not in caplog.text

@@ -3,11 +3,34 @@
 import functools
 from typing import Any
 
-from ....pixart.acceleration.compilation import CompiledBlocks
+from ....pixart.acceleration.compilation import CompiledBlocks, explain_failure, try_compiler
+from ..text.captions import pixart_config
 
 COMPILED = "pixart_compiled"  # transformer option: the CompiledBlocks of a MODEL
 HOST_SETTINGS = "torch_compile_kwargs"  # model option: what the host's own node gives torch.compile
 KEPT = 8  # settings whose compiled blocks are kept
+DEFAULT, TUNED, GRAPHS = MODES = ("default", "tuned", "CUDA graphs")
+TORCH_MODES = {DEFAULT: None, TUNED: "max-autotune-no-cudagraphs", GRAPHS: "reduce-overhead"}
+LEARN, ANY, EACH = SIZES = ("learn what changes", "any size at once", "each size for itself")
+DYNAMIC = {LEARN: None, ANY: True, EACH: False}
+
+
+def compile_model(model, mode: str = DEFAULT, sizes: str = LEARN) -> tuple[Any, str]:
+    """A clone of the MODEL whose blocks run compiled, and "": or the MODEL, and why its blocks cannot be compiled.
+
+    mode: of MODES. sizes: of SIZES. Weights that the host moves in during a step stay where they are for this clone, as
+    with its own node. Where a block turns out not to be one for the compiler, it runs uncompiled, and the log says so.
+    Raises ValueError for another model.
+    """
+    pixart_config(model)
+    trouble = try_compiler(model.load_device.type)
+    if trouble:
+        return model, trouble
+    dynamic = getattr(model, "is_dynamic", None)
+    patched = model.clone(**({"disable_dynamic": True} if dynamic is not None and dynamic() else {}))
+    blocks = blocks_for({"mode": TORCH_MODES[mode], "dynamic": DYNAMIC[sizes], "on_failure": explain_failure})
+    patched.model_options["transformer_options"][COMPILED] = blocks
+    return patched, ""
 
 
 def compiled_blocks(net, patcher, options: dict) -> CompiledBlocks | None:
@@ -27,7 +50,12 @@ def blocks_for(settings: dict[str, Any]) -> CompiledBlocks:
     options = settings.get("options") or {}
     options = {name: value for name, value in options.items() if name != "guard_filter_fn"}
     rest = {name: value for name, value in settings.items() if name != "options"}
-    return _blocks_for(tuple(sorted(rest.items(), key=_name)), tuple(sorted(options.items(), key=_name)))
+    key = tuple(sorted(rest.items(), key=_name)), tuple(sorted(options.items(), key=_name))
+    blocks = _blocks_for(*key)
+    if not blocks.failed:
+        return blocks
+    _blocks_for.cache_clear()  # another model, or another day, may have more luck
+    return _blocks_for(*key)
 
 
 def _name(item):
