@@ -2,7 +2,7 @@
 
 `python dev.py run -m pixart_pack.editor.help_pages` writes the lists of inputs and outputs anew into
 `web/docs/<node_id>.md` and `web/docs/<node_id>/zh.md`, and `locales/en/nodeDefs.json` whole. The rest of the pages, and
-`locales/zh/nodeDefs.json`, are written by hand.
+`locales/<language>/nodeDefs.json`, are written by hand; what is missing there is listed.
 """
 
 import argparse
@@ -59,6 +59,7 @@ CHINESE = Words(
     no_outputs="此节点没有输出。",
 )
 LANGUAGES = {"en": ENGLISH, "zh": CHINESE}
+NAMES_ONLY = ("ja", "ko", "ru", "fr", "es")  # languages that have names and tooltips, and no pages
 
 
 def page_path(node_id: str, language: str) -> Path:
@@ -157,7 +158,24 @@ def write_pages(object_info: dict) -> list[str]:
             page.write_text(
                 with_lists(page.read_text(encoding="utf-8"), info, definitions[name], words), encoding="utf-8"
             )
-    return missing
+    return missing + [f"{name} in locales/{language}" for language in NAMES_ONLY for name in untranslated(language)]
+
+
+def untranslated(language: str) -> list[str]:
+    """What of the English names and texts a language lacks: nodes, or inputs and outputs as `node.inputs.name`."""
+    english, given, missing = read_definitions("en"), read_definitions(language), []
+    for name, expected in english.items():
+        found = given.get(name, {})
+        if not (found.get("display_name") and found.get("description")):
+            missing.append(name)
+        for kind in ("inputs", "outputs"):
+            parts = found.get(kind, {})
+            missing += [
+                f"{name}.{kind}.{part}"
+                for part in expected[kind].keys() | parts.keys()
+                if part not in expected[kind] or not (parts.get(part, {}).get("name") and parts[part].get("tooltip"))
+            ]
+    return sorted([*missing, *(given.keys() - english.keys())])
 
 
 def main(arguments: list[str]) -> int:

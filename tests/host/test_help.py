@@ -1,4 +1,4 @@
-"""Every node, input and output has its help and its names, in English and Chinese, and they say what the code says."""
+"""Every node, input and output has its help and its names, in every language, and they say what the code says."""
 
 import json
 import re
@@ -10,10 +10,12 @@ from pixart_pack.editor.help_pages import (
     ENGLISH,
     LANGUAGES,
     LOCALES,
+    NAMES_ONLY,
     english_definition,
     our_nodes,
     page_path,
     read_definitions,
+    untranslated,
     with_lists,
 )
 
@@ -22,7 +24,15 @@ CATEGORIES = set(
     "acceleration loaders info conditioning latent image sampling compare controlnet lora training".split()
 )
 ERROR = re.compile(r"\*\*([^*]+)\*\*")
-CHINESE = re.compile("[\u4e00-\u9fff]")
+# A sign of the language in a text of it; of languages in Latin letters, letters and words that English has not.
+SIGNS = {
+    "zh": "[\u4e00-\u9fff]",
+    "ja": "[\u3040-\u30ff\u4e00-\u9fff]",
+    "ko": "[\uac00-\ud7a3]",
+    "ru": "[\u0400-\u04ff]",
+    "fr": r"(?i)\b(de|du|des|le|la|les|un|une|et|à|pour|d|l)\b",
+    "es": r"(?i)\b(de|del|el|la|los|las|un|una|y|para|con|en|por)\b",
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +57,20 @@ def test_every_input_and_output_has_a_name_and_a_text(nodes, language):
             assert all(each["name"] and each["tooltip"] for each in given[kind].values()), name
 
 
-def test_chinese_is_chinese(nodes):
-    for name, definition in read_definitions("zh").items():
+@pytest.mark.parametrize("language", NAMES_ONLY)
+def test_nothing_lacks_a_translation(language):
+    assert untranslated(language) == []
+
+
+@pytest.mark.parametrize("language", SIGNS)
+def test_a_translation_is_in_its_language(language):
+    english = read_definitions("en")
+    for name, definition in read_definitions(language).items():
         texts = [definition["description"], *(each["tooltip"] for each in definition["inputs"].values())]
-        assert all(CHINESE.search(text) for text in texts), name
+        known = {"ControlNet.", "VAE.", "CLIP.", "LoRA."}  # the same everywhere
+        odd = [text for text in texts if not re.search(SIGNS[language], text) and text not in known]
+        assert all(len(text) < 60 and language in ("fr", "es") for text in odd), (name, odd)
+        assert definition["description"] != english[name]["description"], name
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -89,8 +109,9 @@ def test_categories_and_aliases_lead_to_the_nodes(nodes):
             assert all(alias == alias.lower() for alias in aliases), name
 
 
-def test_categories_have_chinese_names():
-    main = json.loads((LOCALES / "zh" / "main.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("language", ["zh", *NAMES_ONLY])
+def test_categories_have_names_in_other_languages(language):
+    main = json.loads((LOCALES / language / "main.json").read_text(encoding="utf-8"))
     assert main["nodeCategories"].keys() == CATEGORIES | {"PixArt"}
 
 
@@ -100,4 +121,5 @@ def test_the_server_gives_pages_and_translations(start_host):
     assert ENGLISH.inputs in page
     translations = host.get_json("/i18n")
     assert translations["zh"]["nodeDefs"]["PixArtTextEncode"]["display_name"] == "PixArt 文本编码"
-    assert translations["zh"]["nodeCategories"]["sampling"]
+    assert all(translations[language]["nodeCategories"]["sampling"] for language in ("zh", *NAMES_ONLY))
+    assert translations["ko"]["nodeDefs"]["PixArtTextEncode"]["display_name"] == "PixArt 텍스트 인코딩"
