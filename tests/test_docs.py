@@ -1,7 +1,10 @@
 """The documentation: a short front, no dead link, no command that does not exist, no node or workflow left out."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +120,14 @@ def test_the_picture_of_the_rooms_is_what_the_import_test_reads():
 def test_every_page_is_in_the_navigation():
     navigation = read(ROOT / "mkdocs.yml")
     assert [path.name for path in ROOT.glob("docs/*.md") if f" {path.name}\n" not in navigation] == []
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    variables = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} <= pages
