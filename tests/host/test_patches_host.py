@@ -228,6 +228,21 @@ def test_discrete_noise_levels_suit(core_nodes, patcher, sampling):
     assert sample(model, steps=1).isfinite().all()
 
 
+@pytest.mark.parametrize("node", ["NAGuidance", "TomePatchModel"])
+def test_patches_act_in_compiled_models(core_nodes, patcher, node):
+    """Blocks that are patched run uncompiled among the compiled ones."""
+    given = {"NAGuidance": (5.0, 0.5, 1.5), "TomePatchModel": (0.3,)}[node]
+    compilation = importlib.import_module("pixart_pack.nodes.host.denoiser.compilation")
+    compiled = patcher.clone()
+    blocks = compilation.CompiledBlocks(backend="eager")
+    compiled.model_options["transformer_options"][compilation.COMPILED] = blocks
+    torch.manual_seed(0)  # token merging picks at random
+    expected = sample(run(core_nodes[node], patcher, *given))
+    torch.manual_seed(0)
+    torch.testing.assert_close(sample(run(core_nodes[node], compiled, *given)), expected, **NOISE)
+    assert changed(expected, sample(compiled)) and not blocks.failed
+
+
 def test_without_patches_nothing_is_run_for_them(patcher, monkeypatch):
     """The same kernels in the same order as the plain model, which knows of no patches."""
     patches = importlib.import_module("pixart_pack.nodes.host.denoiser.patches")
