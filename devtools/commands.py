@@ -16,7 +16,7 @@ from .browser import browser_offered
 from .checks import lint_commands
 from .environment import DEFAULT_HOST, HOSTS, Environment, choose_environment, name_hash, prepare
 from .process import LAUNCH, ROOT, DevError, child_environment, foreground, say, stop_on_signals, tail
-from .server import PACK, Server, device_flags, link_pack, prepare_base
+from .server import PACK, Server, device_flags, find_kept, link_pack, note_kept, prepare_base
 from .tiers import TIERS, Run, closing_lines, exit_code, plan, run_all, table
 
 OUTPUT = ROOT / "output"
@@ -57,27 +57,43 @@ def demo(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     environment = ready(options)
     set_up_s = time.perf_counter() - began
-    with Server(
-        environment.python,
-        environment.host,
-        prepare_base(environment.base(), environment.own_host),
-        port=options.port,
-        flags=[*device_flags(environment.python), "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK],
-        output=OUTPUT if options.keep_running else None,
-        keep=options.keep_running,
-    ) as server:
-        say(f"Starting ComfyUI at {server.url} ...")
+    base = prepare_base(environment.base(), environment.own_host)
+
+    def server(keep: bool) -> Server:
+        flags = [*device_flags(environment.python), "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK]
+        output = OUTPUT if keep else None
+        return Server(
+            environment.python, environment.host, base, port=options.port, flags=flags, output=output, keep=keep
+        )
+
+    if not options.port and (kept := find_kept(base, server(keep=True))):
+        url = f"http://127.0.0.1:{kept['port']}"
+        say(f"Taking the ComfyUI that runs at {url}. {how_to_stop(kept['pid'])}")
+        command, variables = client_of(url, environment, options)
+        return foreground(command, env=variables)
+    with server(options.keep_running) as started:
+        say(f"Starting ComfyUI at {started.url} ...")
         began = time.perf_counter()
-        server.start()
+        started.start()
         say(f"Set-up {set_up_s:.1f} s, server start {time.perf_counter() - began:.1f} s")
-        client = [environment.python, LAUNCH, "-m", f"{PACK}.demo.pictures", "--url", server.url, "--output", OUTPUT]
-        if foreground([*client, *client_arguments(options)], env=python_path(environment)):
-            server.check()
-            raise DevError("", server.log)  # it has said what is wrong
+        command, variables = client_of(started.url, environment, options)
+        if foreground(command, env=variables):
+            started.check()
+            raise DevError("", started.log)  # it has said what is wrong
     if options.keep_running:
-        stop = "taskkill /T /F /PID" if os.name == "nt" else "kill"
-        say(f"The server keeps running at {server.url}. Stop it with: {stop} {server.process.pid}")
+        note_kept(base, started)
+        say(f"The server keeps running at {started.url}; the next demo takes it. {how_to_stop(started.process.pid)}")
     return 0
+
+
+def how_to_stop(pid: int) -> str:
+    return f"Stop it with: {'taskkill /T /F /PID' if os.name == 'nt' else 'kill'} {pid}"
+
+
+def client_of(url: str, environment: Environment, options: argparse.Namespace) -> tuple[list, dict[str, str]]:
+    """The program that makes the pictures on the server at `url`, and its variables."""
+    command = [environment.python, LAUNCH, "-m", f"{PACK}.demo.pictures", "--url", url, "--output", OUTPUT]
+    return [*command, *client_arguments(options)], python_path(environment)
 
 
 def client_arguments(options: argparse.Namespace) -> list[str]:
@@ -187,7 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--size", type=size, metavar="WIDTHxHEIGHT", help="in pixels, such as 128x128")
     command.add_argument("--port", type=int, default=0, help="the server's port (default: any free one)")
     command.add_argument("--open", action="store_true", help="show the contact sheet when it is made")
-    command.add_argument("--keep-running", action="store_true", help="leave the server running")
+    command.add_argument("--keep-running", action="store_true", help="leave the server running, for the next demo")
     command = add(serve, "start ComfyUI with this pack and its editor; Ctrl-C stops it")
     command.add_argument("--port", type=int, default=8188, help="the server's port (default: 8188)")
     command = add(test, "run the tests", f"[{' | '.join(f'--{tier}' for tier in TIERS)}] [PYTEST ARGUMENTS]")

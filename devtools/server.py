@@ -19,6 +19,7 @@ PACK = "pixart_pack"  # the pack's folder in custom_nodes, and the name under wh
 READY_TIMEOUT_S = 600
 KEEP_LOGS_S = 24 * 3600
 MODEL_PATHS = "model_paths.yaml"
+KEPT = "kept.json"  # in the base directory: the server that goes on running after its command
 
 
 def link_pack(custom_nodes: Path, root: Path = ROOT) -> None:
@@ -55,6 +56,43 @@ def prepare_base(base: Path, own_host: Path | None = None) -> Path:
     }
     (base / MODEL_PATHS).write_text(json.dumps(lists, indent=2), encoding="utf-8")  # JSON is YAML too
     return base
+
+
+def note_kept(base: Path, server: "Server") -> None:
+    """Remember a server that outlives us, for `find_kept`."""
+    note = {
+        "port": server.port,
+        "pid": server.process.pid,
+        "began": time.time(),
+        "command": list(map(str, server.command)),
+    }
+    (base / KEPT).write_text(json.dumps(note), encoding="utf-8")
+
+
+def find_kept(base: Path, server: "Server", root: Path = ROOT) -> dict | None:
+    """The port and pid of a server that an earlier run left running, if it is as good as `server` would be.
+
+    It must answer, have been started by the same command but for the port, and since then no program of the pack may
+    have changed.
+    """
+    try:
+        note = json.loads((base / KEPT).read_text(encoding="utf-8"))
+        port, pid, began, command = (note[name] for name in ("port", "pid", "began", "command"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    told = [str(part).replace(str(port), "PORT") for part in command]
+    wanted = [str(part).replace(str(server.port), "PORT") for part in server.command]
+    changed = max(path.stat().st_mtime for path in root.rglob("*.py"))
+    return {"port": port, "pid": pid} if told == wanted and changed < began and answers(port) else None
+
+
+def answers(port: int) -> bool:
+    """Whether a ComfyUI answers at this port of 127.0.0.1."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def remove_leftovers(base: Path) -> None:
@@ -153,11 +191,7 @@ class Server:
             raise DevError(f"ComfyUI could not load the pack: {failure[0]}", self.log)
 
     def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/system_stats", timeout=5):
-                return True
-        except OSError:
-            return False
+        return answers(self.port)
 
     def check(self) -> None:
         """Raise DevError if the server has died."""

@@ -372,6 +372,27 @@ def test_a_kept_server_outlives_its_context_but_not_an_error(tmp_path):
 
 
 @posix
+def test_the_next_demo_finds_a_kept_server_unless_the_pack_has_changed(tmp_path):
+    pack = tmp_path / "pack"
+    pack.mkdir()
+    (pack / "node.py").touch()
+    os.utime(pack / "node.py", (1, 1))
+    with fake_server(tmp_path, ANSWERING, keep=True) as running:
+        other = server.Server(Path(sys.executable), tmp_path, tmp_path, keep=True)
+        assert server.find_kept(tmp_path, other, pack) is None
+        running.start()
+        server.note_kept(tmp_path, running)
+        assert server.find_kept(tmp_path, other, pack) == {"port": running.port, "pid": running.process.pid}
+        flagged = server.Server(Path(sys.executable), tmp_path, tmp_path, keep=True, flags=["--cpu"])
+        assert server.find_kept(tmp_path, flagged, pack) is None
+        (pack / "node.py").touch()
+        assert server.find_kept(tmp_path, other, pack) is None
+        os.utime(pack / "node.py", (1, 1))
+        running.stop()
+    assert server.find_kept(tmp_path, other, pack) is None
+
+
+@posix
 def test_a_server_ends_with_a_killed_starter(tmp_path):
     (tmp_path / "main.py").write_text(textwrap.dedent(ANSWERING))
     starter = f"""
