@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from .host.decoder import list_consistency_decoders, load_consistency_vae
-from .host.export import LAYOUTS, save_model
+from .host.export import LAYOUTS, losses_of, save_model
 from .host.folders import show_path
 from .host.loading import (
     DTYPES,
@@ -148,8 +148,8 @@ class LoadVAE(io.ComfyNode):
             node_id="PixArtLoadVAE",
             display_name="Load PixArt VAE",
             category=CATEGORY,
-            description="Load the autoencoder of PixArt from a file or a diffusers folder. With the model connected, "
-            "one of the other family is refused: alpha needs SD 1.5's, Sigma SDXL's.",
+            description="Load the autoencoder of PixArt from a file or a diffusers folder, also a tiny one (TAESD). "
+            "With the model connected, one of the other family is refused: alpha needs SD 1.5's, Sigma SDXL's.",
             search_aliases=["pixart vae", "autoencoder", "sd-vae-ft-ema", "sdxl vae"],
             inputs=[
                 node_input(
@@ -166,11 +166,14 @@ class LoadVAE(io.ComfyNode):
                 ),
             ],
             outputs=[io.Vae.Output(display_name="vae", tooltip="The autoencoder, for any VAE node.")],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
     def execute(cls, vae, model=None):
-        return io.NodeOutput(load_vae(vae, model))
+        loaded, remark = load_vae(vae, model)
+        return io.NodeOutput(loaded, ui=_show(cls.hidden, remark))
 
 
 class ModelInfo(io.ComfyNode):
@@ -285,8 +288,7 @@ class SaveCheckpoint(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename_prefix, layout, dtype=AS_IT_IS):
         path = show_path(save_model(model, filename_prefix, layout, dtype))
-        show_text(cls.hidden, path)
-        return io.NodeOutput(path, ui=ui.PreviewText(path))
+        return io.NodeOutput(path, ui=_show(cls.hidden, "\n".join((path, *losses_of(model, layout)))))
 
 
 NODES: list[type[io.ComfyNode]] = [

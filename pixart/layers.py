@@ -44,6 +44,16 @@ def gather_heads(x):
     return x.contiguous() if torch.compiler.is_compiling() or x.shape[2] >= LONG_SEQUENCE else x
 
 
+def blank_hidden(caption, caption_mask):
+    """Captions (B, L, D) with zeros where the mask (B, L) hides them: what is not finite there would reach the sum of
+    an attention in spite of its weight 0. A mask of fewer rows is repeated; of one with more, what all of them hide.
+    """
+    hidden = caption_mask.flatten(1) == 0
+    if hidden.shape[0] > caption.shape[0]:
+        hidden = hidden.all(dim=0, keepdim=True)
+    return caption.masked_fill(tile_rows(hidden, caption.shape[0])[..., None], 0.0)
+
+
 def tile_rows(x, batch):
     """Repeats the rows of x, as a whole, until there are `batch` of them: [a, b] -> [a, b, a, b].
 
@@ -247,6 +257,10 @@ class SelfAttention(nn.Module):
         Source: PixArt-Sigma, arXiv 2403.04692, section 3.3.
         """
         x = x.transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
+        ratio = self.sr.kernel_size[0]
+        missing = [max(0, ratio - side) for side in grid]
+        if any(missing):  # a picture of fewer tokens than one window has: its last row or column fills it
+            x = F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
         return self.norm(self.sr(x).flatten(2).transpose(1, 2))
 
 

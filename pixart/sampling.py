@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .config import LATENT_DOWNSCALE
+from .layers import blank_hidden
 from .quoting import shorten
 from .solvers import SAMPLERS, Asked, SampleNoise, noise_seeds, schedule_sigmas, timesteps_from_sigmas, traits_of
 from .text import batch_captions
@@ -71,6 +72,7 @@ class GuidedModel:
         longest = max(len(row) for row in rows)
         self.states = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
         self.mask = torch.stack([torch.nn.functional.pad(mask, (0, longest - len(mask))) for mask in masks])
+        self.states = blank_hidden(self.states, self.mask)
         self.variance_channels = None
         self.caption = self.states
         if keep:

@@ -18,6 +18,7 @@ from .layers import (
     ScalarEmbedder,
     SelfAttention,
     attend,
+    blank_hidden,
     common_row,
     make_table,
     modulate,
@@ -286,6 +287,8 @@ class PixArt(nn.Module):
     def prepare_blocks(self, x, grid, condition, caption, caption_mask, attention) -> BlockInputs:
         """Everything that the blocks share, from the condition (B or 1, D) and the caption, see `forward`."""
         if not isinstance(caption, ProjectedCaption):
+            if caption_mask is not None and caption_mask.shape[-1] == caption.shape[1]:
+                caption = blank_hidden(caption, caption_mask)
             caption = self.project_caption(caption.to(x.dtype), keep_keys=False)
         batch, length = x.shape[0], caption.states.shape[1]
         bias = None

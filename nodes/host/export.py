@@ -7,7 +7,7 @@ import comfy.utils
 import torch
 
 from ...pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
-from ...pixart.weights.saving import save_checkpoint
+from ...pixart.weights.saving import lost_in_diffusers, save_checkpoint
 from .folders import next_output
 from .lora import PREFIX, SAVED_DTYPES, host_key, patched_weight
 from .text.captions import pixart_config
@@ -38,6 +38,11 @@ def save_model(model, prefix: str, layout: str, dtype: str) -> Path:
         bar.update(1)
     save_checkpoint(path, weights, config, name)
     return path
+
+
+def losses_of(model, layout: str) -> tuple[str, ...]:
+    """What another program would drop of a MODEL that is saved in a layout, of LAYOUTS, in words."""
+    return lost_in_diffusers(pixart_config(model)) if LAYOUTS[layout][1] == "diffusers" else ()
 
 
 def _stored_dtype(weight) -> torch.dtype:

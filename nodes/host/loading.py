@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...pixart.config import ALPHA_VAE_SCALE, CONFIGS, SIGMA_VAE_SCALE, PixArtConfig
+from ...pixart.encoders.autoencoder import LATENT_CHANNELS, TINY_CLASS, tiny_weights
 from ...pixart.quoting import list_names, plain, shorten
 from ...pixart.weights.folders import read_json
 from ...pixart.weights.reading import Checkpoint, read_checkpoint, read_tensors
@@ -31,7 +32,7 @@ DTYPES = {
 _SCALE_SLACK = 1e-4
 # Words of a file's name that tell an autoencoder's family, where nothing else does.
 _SIGMA_VAE_NAMES = ("sdxl", "xl_vae", "xl-vae", "sigma")
-_ALPHA_VAE_NAMES = ("ft-ema", "ft_ema", "ft-mse", "ft_mse", "sd-vae", "sd_vae", "sd15", "kl-f8")
+_ALPHA_VAE_NAMES = ("ft-ema", "ft_ema", "ft-mse", "ft_mse", "sd-vae", "sd_vae", "sd15", "kl-f8", "taesd")
 
 
 def list_checkpoints() -> list[str]:
@@ -67,11 +68,11 @@ def load_pipeline(name: str, variant: str, dtype: str):
     if vae_folder.is_dir():
         check_vae(vae_folder, config)
     clip = load_t5(text_folder, _tokenizer_of(root)) if text_folder.is_dir() else None
-    return patcher, clip, read_vae(vae_folder) if vae_folder.is_dir() else None
+    return patcher, clip, read_vae(vae_folder, config) if vae_folder.is_dir() else None
 
 
 def load_vae(name: str, model=None):
-    """The VAE of one of list_vaes. model: a MODEL whose family it must suit, or None."""
+    """The VAE of one of list_vaes, and what to know about it, in words. model: a MODEL that it must suit, or None."""
     if name.endswith("/"):
         path = find_folder(("diffusers", "vae"), _is_vae_folder, name)
     else:
@@ -79,7 +80,10 @@ def load_vae(name: str, model=None):
     config = None if model is None else getattr(model.model, "pixart_config", None)
     if config is not None:
         check_vae(path, config)
-    return read_vae(path)
+    vae = read_vae(path, config)
+    if config is not None or vae.latent_channels == LATENT_CHANNELS:
+        return vae, ""
+    return vae, f"This VAE has {vae.latent_channels} latent channels; every released PixArt has {LATENT_CHANNELS}."
 
 
 def load_patcher(path, variant=AUTO, dtype="default", weights=WEIGHTS[0], disable_dynamic=False):
@@ -110,13 +114,21 @@ def make_model(checkpoint: Checkpoint, dtype: str, disable_dynamic=False):
     return patcher
 
 
-def read_vae(path: Path):
-    """A VAE from a file, or from a diffusers folder. Raises ValueError naming what is no autoencoder."""
+def read_vae(path: Path, config: PixArtConfig | None = None):
+    """A VAE from a file, or from a diffusers folder. config: of the model that it is for, where that is known.
+
+    Raises ValueError naming what is no autoencoder, or one of another number of latent channels than the model's.
+    """
     state_dict, metadata = read_tensors(path)
+    if config is not None:
+        _check_channels(path, state_dict, config.in_channels)
+    if path.is_dir() and class_name(path) == TINY_CLASS:
+        state_dict = tiny_weights(state_dict)
+        state_dict |= {"vae_scale": torch.tensor(_scale_of_tiny(path, config)), "vae_shift": torch.tensor(0.0)}
     try:
         vae = comfy.sd.VAE(sd=state_dict, metadata=metadata or None)
         vae.throw_exception_if_invalid()
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:  # also GroupNorm's of an odd width
         raise ValueError(
             f"Not an autoencoder: got {shorten(path.name)}, expected a VAE of 4 latent channels. Choose the VAE of "
             f"PixArt: sd-vae-ft-ema for alpha, the SDXL VAE for Sigma."
@@ -138,17 +150,52 @@ def check_vae(path: Path, config: PixArtConfig) -> None:
 
 def _scale_of_vae(path: Path) -> tuple[float, str] | None:
     """(latent scale, the sign that shows it), or None."""
+    if path.is_dir() and class_name(path) == TINY_CLASS:
+        by_name = _scale_by_name(path.absolute().parts[-4:])
+        return None if by_name is None else (by_name, "name")
     if path.is_dir():
         scale = read_json(path / "config.json").get("scaling_factor")
         return None if scale is None else (float(scale), "config.json")
     stored = _stored_scale(path)
     if stored is not None:
         return stored, "stored scale"
-    name = path.stem.lower()
-    if any(word in name for word in _SIGMA_VAE_NAMES):
-        return SIGMA_VAE_SCALE, "name"
-    if any(word in name for word in _ALPHA_VAE_NAMES):
-        return ALPHA_VAE_SCALE, "name"
+    by_name = _scale_by_name([path.stem])
+    return None if by_name is None else (by_name, "name")
+
+
+def _check_channels(path: Path, state_dict: dict, expected: int) -> None:
+    """Raises ValueError for an autoencoder of other latent channels, before any network of it is made."""
+    ends = (".decoder.conv_in.weight", ".taesd_decoder.1.weight", ".decoder.layers.0.weight")
+    shapes = [tuple(tensor.shape) for name, tensor in state_dict.items() if f".{name}".endswith(ends)]
+    got = next((shape[1] for shape in shapes if len(shape) > 1), expected)
+    if got != expected:
+        raise ValueError(
+            f"VAE of another kind of model: got {got} latent channels in {shorten(path.name)}, expected {expected}. "
+            f"Choose the VAE of PixArt: sd-vae-ft-ema for alpha, the SDXL VAE for Sigma."
+        )
+
+
+def _scale_of_tiny(path: Path, config: PixArtConfig | None) -> float:
+    """The latent scale of an AutoencoderTiny, whose config.json does not tell the family: by its name, or the model's.
+
+    Raises ValueError where neither tells it.
+    """
+    by_name = _scale_by_name(path.absolute().parts[-4:])
+    if by_name is None and config is None:
+        raise ValueError(
+            f"Family of a tiny autoencoder unknown: got {shorten(path.name)}, which is taesd's or taesdxl's, expected "
+            f"a name that says which. Connect the model."
+        )
+    return by_name or config.vae_scale
+
+
+def _scale_by_name(names) -> float | None:
+    """The scale that words of a file's or of folders' names tell, the innermost first."""
+    for name in reversed([name.lower() for name in names]):
+        if any(word in name for word in _SIGMA_VAE_NAMES):
+            return SIGMA_VAE_SCALE
+        if any(word in name for word in _ALPHA_VAE_NAMES):
+            return ALPHA_VAE_SCALE
     return None
 
 

@@ -28,7 +28,7 @@ from ..weights.controlnets import read_controlnet, save_controlnet
 from ..weights.layouts import CONTROL, CONTROLNET, LORA, T5
 from ..weights.precision import DTYPES
 from ..weights.reading import naming, open_weights, read_checkpoint
-from ..weights.saving import names_file, save_checkpoint
+from ..weights.saving import lost_in_diffusers, names_file, save_checkpoint
 from ..weights.t5 import is_t5_folder, read_encoder
 from ..weights.wrappers import identify
 from .console import add_weights, make_parser, tell
@@ -54,6 +54,8 @@ def _convert_checkpoint(options, layout, dtype):
     save_checkpoint(
         options.target, checkpoint.state_dict, checkpoint.config, layout, dtype, checkpoint.metadata, shard_bytes
     )
+    if layout == "diffusers":
+        tell(options.target.name, lost_in_diffusers(checkpoint.config))
     return f"PixArt-{checkpoint.detection.family} trained at {checkpoint.config.base_px} px"
 
 

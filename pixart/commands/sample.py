@@ -142,7 +142,7 @@ def parse() -> argparse.ArgumentParser:
     texts.add_argument("--prompt", action="append", help="may be given several times")
     texts.add_argument("--prompts", type=Path, help="a text file with one prompt on each line")
     parser.add_argument("--negative", default="", help="what to avoid; default: the empty caption")
-    parser.add_argument("--clean", action="store_true", help="clean prompts as PixArt-alpha's captions were")
+    parser.add_argument("--clean", action="store_true", help="clean all prompts as PixArt-alpha's captions were")
     parser.add_argument("--size", help="WIDTHxHEIGHT in pixels; default: the trained size, or --ar in the prompt")
     parser.add_argument("--batch", type=int, default=1, help="prompts at a time")
     parser.add_argument("--output", type=Path, default=Path("output"), help="the folder for the pictures")
@@ -197,16 +197,17 @@ def main(options: argparse.Namespace) -> None:
         raise FileExistsError(f"Picture exists: got {there[0]}, expected a new file. Use --force, or another --output.")
     pipeline = load_pipeline(options)
     options.output.mkdir(parents=True, exist_ok=True)
+    negative = clean_prompt(options.negative) if options.clean else options.negative
     base_px = min((256, 512, 1024, 2048), key=lambda side: abs(side - pipeline.model.config.base_px))
     with tqdm(total=len(prompts) * settings.steps, unit="step") as bar:
         for (height, width), batch in plan(prompts, options, base_px):
             texts = [text for _, text in batch]
             seeds = [options.seed + number for number, _ in batch]
             on_step = partial(_advance, bar, len(texts))
-            pictures = pipeline.generate(texts, options.negative, height, width, seeds, settings, on_step)
+            pictures = pipeline.generate(texts, negative, height, width, seeds, settings, on_step)
             for (number, text), seed, picture in zip(batch, seeds, to_pictures(pictures), strict=True):
                 notes = PngInfo()
-                notes.add_itxt("parameters", f"{text}\nNegative prompt: {options.negative}\n{settings}, seed: {seed}")
+                notes.add_itxt("parameters", f"{text}\nNegative prompt: {negative}\n{settings}, seed: {seed}")
                 write_atomically(paths[number], partial(picture.save, format="PNG", pnginfo=notes))
 
 

@@ -17,8 +17,10 @@ from ..weights.reading import read_tensors
 from ..weights.wrappers import detect_layout
 
 LATENT_CHANNELS = 4
+TINY_CLASS = "AutoencoderTiny"
 TINY_DECODER, TINY_ENCODER = "taesd_decoder.", "taesd_encoder."
 TINY_SCALE, TINY_SHIFT = "vae_scale", "vae_shift"  # what ComfyUI's files of this layout hold beside the weights
+MOST_UNITS = 2**14  # channels, layers or pixels that a config.json declares
 # The autoencoder of SD 1.5 and SDXL alike. Source: diffusers, AutoencoderKL's published configurations.
 KL_CONFIG = {
     "_class_name": "AutoencoderKL",
@@ -78,16 +80,30 @@ def _import_diffusers():
 
 
 def _from_folder(kind, folder: Path):
-    """By diffusers where it finds safetensors; other weights are read here first, so that it reads no pickles."""
+    """By diffusers where it finds safetensors; other weights are read here first, so that it reads no pickles, and
+    needs no word of a variant.
+    """
     check_folder(folder)
     files, _ = find_weights(folder, TRANSFORMER_STEMS)
-    if all(file.suffix == ".safetensors" for file in files):
+    _require_measured(read_json(folder / "config.json"), folder.name)
+    if all(file.name == f"{TRANSFORMER_STEMS[0]}.safetensors" for file in files):
         return _whole(kind, folder, folder.name)
     with tempfile.TemporaryDirectory() as place:
         weights = {name: tensor.contiguous() for name, tensor in read_tensors(folder)[0].items()}
         save_file(weights, Path(place, f"{TRANSFORMER_STEMS[0]}.safetensors"), {"format": "pt"})
         Path(place, "config.json").write_text(json.dumps(read_json(folder / "config.json")), encoding="utf-8")
         return _whole(kind, Path(place), folder.name)
+
+
+def _require_measured(config: dict, name: str) -> None:
+    """Raises ValueError for numbers of a config.json that no autoencoder has, before a network of them is made."""
+    for key, value in config.items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, int) and abs(each) > MOST_UNITS or isinstance(value, list) and len(value) > 64:
+                raise ValueError(
+                    f"Oversized autoencoder: got {shorten(key)} {shorten(value)} in the config.json of '{name}', "
+                    f"expected at most {MOST_UNITS} of anything. Download it again."
+                )
 
 
 def _whole(kind, folder: Path, name: str):
@@ -137,6 +153,17 @@ def _tiny(diffusers, weights: dict, path: Path):
             f"and decoder. Choose another autoencoder."
         ) from error
     return network
+
+
+def tiny_weights(state_dict: dict) -> dict:
+    """The weights of diffusers' AutoencoderTiny under TAESD's own names, as ComfyUI reads them."""
+    renamed = {}
+    for name, tensor in state_dict.items():
+        part, _, inner = name.partition(".layers.")
+        number, _, rest = inner.partition(".")
+        prefix, shift = {"encoder": (TINY_ENCODER, 0), "decoder": (TINY_DECODER, 1)}.get(part, ("", 0))
+        renamed[f"{prefix}{int(number) + shift}.{rest}" if prefix and number.isdecimal() else name] = tensor
+    return renamed
 
 
 def _encoder(network, scale: float, shift: float) -> Callable:

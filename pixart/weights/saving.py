@@ -106,6 +106,18 @@ def diffusers_config(config: PixArtConfig) -> dict:
     }
 
 
+def lost_in_diffusers(config: PixArtConfig) -> tuple[str, ...]:
+    """What diffusers' PixArtTransformer2DModel would drop of such a model, or refuse, in words."""
+    facts = {
+        "it has no qk norm, and would leave its weights out: other pictures": config.qk_norm,
+        "it has no key and value compression, and would leave its weights out: other pictures": (
+            config.kv_compress_ratio > 1 and bool(config.kv_compress_layers)
+        ),
+        f"it takes an MLP ratio of 4 alone, and would refuse {config.mlp_ratio:g}": config.mlp_ratio != 4,
+    }
+    return tuple(f"diffusers' own class cannot run this model: {text}" for text, is_so in facts.items() if is_so)
+
+
 def _ready_to_write(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, whole: bool) -> dict:
     """Contiguous CPU tensors of `dtype`, none of them the same memory as another.
 

@@ -209,3 +209,20 @@ def test_a_real_process_with_help():
     assert code == 0 and "python -m pixart convert peft-folder/" in shown
     code, _, errors = convert_in_a_process("only-one")
     assert code == 2 and "the following arguments are required: target" in errors
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"qk_norm": True}, "no qk norm"),
+        ({"kv_compress_ratio": 2, "kv_compress_layers": (1,)}, "no key and value compression"),
+        ({"mlp_ratio": 2.0}, "would refuse 2"),
+        ({}, None),
+    ],
+)
+def test_what_diffusers_would_lose_is_said(tmp_path, capsys, fields, message):
+    config = tiny_config(**fields)
+    save_file({**make_weights(config), "pixart_config": config_to_tensor(config)}, tmp_path / "model.safetensors")
+    assert run(tmp_path / "model.safetensors", tmp_path / "folder") == 0
+    told = capsys.readouterr().err
+    assert message in told if message else not told

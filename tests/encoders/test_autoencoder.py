@@ -1,5 +1,7 @@
 """Autoencoders of strangers: the same from safetensors and from pickles, of which no program is run."""
 
+import json
+
 import pytest
 import torch
 
@@ -70,3 +72,21 @@ def test_a_tokenizer_has_no_links_out(tmp_path, name):
         file.truncate(200 * 10**6)
     with pytest.raises(ValueError, match="File too large: got 200.0 MB"):
         load_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize("shard", ["10GB", "20KB"])
+def test_files_of_a_variant_are_read(folder, shard):
+    latent = torch.randn(1, 4, 4, 4)
+    expected = load_autoencoder(folder).decode(latent)
+    network = diffusers.AutoencoderKL.from_pretrained(folder)
+    (folder / f"{NAME}.safetensors").unlink()
+    network.save_pretrained(folder, variant="fp16", max_shard_size=shard)
+    assert torch.equal(load_autoencoder(folder).decode(latent), expected)
+
+
+@pytest.mark.parametrize("changes", [{"block_out_channels": [8, 10**9]}, {"layers_per_block": 10**9}])
+def test_sizes_without_measure_are_refused_before_anything_is_made(folder, changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match="Oversized autoencoder: got"):
+        load_autoencoder(folder)

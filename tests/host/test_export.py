@@ -59,3 +59,52 @@ def test_a_name_never_leads_out_of_the_output_folder(folder, run_node):
     model = load(run_node, folder / "models" / "save.safetensors")
     with pytest.raises(ValueError, match=r"Unusable file name: got '\.\./x'"):
         run_node("PixArtSaveCheckpoint", model=model, filename_prefix="../x", layout="original (.pth)")
+
+
+@pytest.fixture
+def vaes(comfy, tmp_path, monkeypatch):
+    """The host's folder of autoencoders, empty."""
+    import folder_paths
+
+    path = tmp_path / "vae"
+    path.mkdir()
+    old = folder_paths.folder_names_and_paths["vae"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "vae", ([str(path)], old[1]))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return path
+
+
+def test_a_vae_of_other_channels_is_refused_with_the_model_and_told_without(folder, vaes, run_node):
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    AutoencoderKL(latent_channels=16, norm_num_groups=32, scaling_factor=0.18215).save_pretrained(vaes / "flux")
+    AutoencoderTiny(latent_channels=16).save_pretrained(vaes / "taesd")
+    model = load(run_node, folder / "models" / "save.safetensors")
+    for name in ("flux", "taesd"):
+        with pytest.raises(ValueError, match=f"got 16 latent channels in '{name}', expected 4"):
+            run_node("PixArtLoadVAE", vae=f"{name}/", model=model)
+    from pixart_pack.nodes.host.loading import load_vae
+
+    assert "16 latent channels" in load_vae("taesd/")[1]
+
+
+def test_a_tiny_autoencoder_of_diffusers_draws_as_diffusers_does(folder, vaes, run_node):
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    network = AutoencoderTiny().eval()
+    for name in ("taesd", "taesdxl", "mine"):
+        network.save_pretrained(vaes / name)
+    model = load(run_node, folder / "models" / "save.safetensors")
+    latent = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        expected = (network.decode(latent).sample / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+    for name, given in (("taesd/", {}), ("taesd/", {"model": model}), ("mine/", {"model": model})):
+        vae = run_node("PixArtLoadVAE", vae=name, **given)[0]
+        with torch.inference_mode():
+            picture = vae.decode(latent / 0.18215)
+        torch.testing.assert_close(picture, expected, atol=2e-2, rtol=0)  # the host's bf16
+    with pytest.raises(ValueError, match="latent scale 0.13025"):
+        run_node("PixArtLoadVAE", vae="taesdxl/", model=model)
+    with pytest.raises(ValueError, match="Connect the model"):
+        run_node("PixArtLoadVAE", vae="mine/")

@@ -419,3 +419,35 @@ def test_a_compiled_model_is_compiled_once():
         found = [compiled(*given) for _ in range(3)]
         torch.testing.assert_close(found[2], model(*given))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("ratio", [2, 4])
+@pytest.mark.parametrize("side", [(1, 1), (2, 2), (1, 9), (3, 5)])
+def test_compressed_keys_of_a_picture_smaller_than_their_window(ratio, side):
+    config = PixArtConfig(
+        depth=1, hidden_size=48, num_heads=4, caption_channels=8, base_size=16, micro_condition=False,
+        kv_compress_ratio=ratio, kv_compress_layers=(0,),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = PixArt(config).eval()
+    initialize_weights(model)
+    latent = torch.randn(1, 4, *side)
+    with torch.no_grad():
+        assert model(latent, torch.tensor([5.0]), torch.randn(1, 3, 8)).shape == (1, 8, *side)
+        tokens = torch.randn(1, 1, 48)
+        alone = model.blocks[0].attn.compress_tokens(tokens, (1, 1))  # the average of one token is the token
+        torch.testing.assert_close(alone, model.blocks[0].attn.norm(tokens), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mask_rows", [1, 2])
+def test_what_is_not_finite_behind_a_mask_is_hidden(value, mask_rows):
+    torch.manual_seed(0)
+    model = PixArt(TINY).eval()
+    latent, caption = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
+    mask = torch.tensor([[True, True, True, False, False]]).expand(mask_rows, -1)
+    broken = caption.clone()
+    broken[:, 3:] = value
+    with torch.no_grad():
+        outputs = [model(latent, torch.full((2,), 5.0), states, mask) for states in (caption, broken)]
+    assert torch.equal(*outputs) and outputs[0].isfinite().all()

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ....pixart.checkpoint import CONFIG_KEY, config_to_tensor
 from ....pixart.config import PixArtConfig
-from ....pixart.layers import common_row
+from ....pixart.layers import blank_hidden, common_row
 from ....pixart.quoting import shorten
 from ....pixart.transformer import PixArt, ProjectedCaption, add_control
 from .attention import block_attention
@@ -247,7 +247,8 @@ class PixArtModel(comfy.model_base.PixArt):
             keep = keep[:, : caption.shape[1]]
         used = keep.any(dim=0).nonzero()
         longest = int(used[-1]) + 1 if len(used) else 1
-        return caption[:, :longest], keep[:, :longest]
+        caption, keep = caption[:, :longest], keep[:, :longest]
+        return (caption if mask is None else blank_hidden(caption, keep)), keep
 
     def _null_caption(self, batch, length, like):
         """The learned "no caption", cut to `length` tokens, in the dtype of `like`: (B, L, channels)."""
