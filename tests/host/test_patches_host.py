@@ -74,6 +74,15 @@ def test_negative_guidance_without_cfg(core_nodes, patcher, size, batch):
     torch.testing.assert_close(same, expected, **NOISE)
 
 
+@pytest.mark.parametrize(("solver", "steps"), [("pixart_lcm", 4), ("pixart_dmd", 1)])
+def test_negative_guidance_of_distilled_models(core_nodes, patcher, solver, steps):
+    importlib.import_module("pixart_pack.nodes.host.denoiser.sampling").register_samplers()
+    guided, other = run(core_nodes["NAGuidance"], patcher, 5.0, 0.5, 1.5), caption(9, 3)
+    draw = {"cfg": 1.0, "sampler_name": solver, "scheduler": solver, "steps": steps, "batch": 2}
+    found = [sample(guided, negative=each, **draw) for each in (PROMPTS[1], other)]
+    assert changed(*found) and changed(found[0], sample(patcher, **draw))
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["attn1", "attn2"])
 def test_patches_around_attention_see_what_they_expect(patcher, kind, size):
