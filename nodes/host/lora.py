@@ -89,8 +89,11 @@ def add_lora(model, factors: Mapping[Target, Factor], strength: float = 1.0):
     clone = model.clone()
     if not strength:
         return clone
-    shapes, patches = expected_shapes(pixart_config(model)), {}
+    shapes, patches, bases = expected_shapes(pixart_config(model)), {}, {}
     for target, factor in factors.items():
+        if factor.needs is not None:
+            bases = bases or model.get_key_patches(PREFIX)
+            factor = factor.bound(_unpatched(bases, factor.needs))
         rows = target.rows(shapes[target.name][0])
         key = host_key(target.name)
         place = key if target.parts == 1 else (key, (0, rows.start, rows.stop - rows.start))
@@ -198,6 +201,13 @@ def patched_weight(patches: Mapping[str, list], key: str, device: torch.device) 
     (weight, convert), *changes = patches[key]
     exact = comfy.model_management.cast_to_device(weight, device, torch.float32, copy=True)
     return comfy.lora.calculate_weight(changes, convert(exact, inplace=True), key)
+
+
+def _unpatched(patches: Mapping[str, list], target: Target) -> torch.Tensor:
+    """Rows of a weight of the MODEL without what is on it, in float32 on the CPU."""
+    key = host_key(target.name)
+    weight = patched_weight({key: patches[key][:1]}, key, torch.device("cpu"))
+    return weight[target.rows(weight.shape[0])]
 
 
 def _reporter(total: int) -> Callable[[int, int], None]:

@@ -52,6 +52,9 @@ def merge(state_dict: Mapping[str, torch.Tensor], lora: LoRA, strength: float = 
                 f"LoRA does not fit at {shorten(target.name)}: got {got}, expected one for {shape}. Choose a LoRA that "
                 f"was trained on this PixArt model."
             )
+        if factor.needs is not None:
+            other = state_dict[factor.needs.name]
+            factor = factor.bound(other[factor.needs.rows(other.shape[0])])
         exact = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
         changed = exact.clone()
         rows = target.rows(weight.shape[0])

@@ -68,13 +68,14 @@ def matches(pattern: str, module: str) -> bool:
     if module == pattern or module.endswith(f".{pattern}"):
         return True
     try:
-        return re.match(rf"(.*\.)?({_checked_pattern(pattern)})$", module) is not None
+        return re.match(rf"(.*\.)?({check_pattern(pattern)})$", module) is not None
     except re.error:
         return False
 
 
 @lru_cache(maxsize=1024)
-def _checked_pattern(pattern: str) -> str:
+def check_pattern(pattern: str) -> str:
+    """A pattern as it is. Raises ValueError for one that could go on for hours, re.error for what is none."""
     try:
         if len(pattern) <= LENGTH_LIMIT:  # a longer one is refused below: to compile it takes seconds
             re.compile(pattern)

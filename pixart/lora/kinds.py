@@ -6,6 +6,8 @@ from typing import ClassVar
 
 import torch
 
+from .names import Target
+
 _TUCKER = "i j k l, j r, i p -> p r k l"  # LyCORIS' core tensor with its two factors
 
 
@@ -60,6 +62,11 @@ class Factor:
     def delta(self, like: torch.Tensor) -> torch.Tensor:
         """What is added to a weight: of the shape, dtype and device of `like`."""
         return (self.to(like.device, like.dtype).product() * self.scale).reshape(like.shape)
+
+    @property
+    def needs(self) -> Target | None:
+        """Another parameter that the change is made of; see `Relative.bound`."""
+        return None
 
     @property
     def is_relative(self) -> bool:

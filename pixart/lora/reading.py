@@ -16,6 +16,7 @@ from ..weights.folders import read_json
 from ..weights.reading import read_tensors
 from .alphas import LARGEST, PEFT_CONFIG, Settings, stored_config
 from .building import Module, build
+from .by_peft import is_for_peft, merge_with_peft
 from .kinds import Difference, Factor
 from .names import TEXT_ENCODER_PREFIXES, Target, describe_prefix, parse_key, resolve_name
 from .relative import Shared
@@ -113,9 +114,13 @@ def load_lora(
     """
     settings = Settings(adapter_config or stored_config(metadata), alpha)
     shapes = None if config is None else expected_shapes(config)
-    groups, shared, unmatched, text_encoder = _group_keys(state_dict)
-    factors: dict[Target, Factor] = {}
-    used, layouts, sources = set(), Counter(), Counter()
+    factors, used, layouts, sources = {}, set(), Counter(), Counter()
+    if is_for_peft(settings.peft, state_dict):
+        factors, used = merge_with_peft(state_dict, settings.peft, shapes)
+        layouts["PEFT"] += 1
+    groups, shared, unmatched, text_encoder = _group_keys(
+        {key: tensor for key, tensor in state_dict.items() if key not in used}
+    )
     for name, tensors in groups.items():
         target, prefix = resolve_name(name) or (None, "")
         own = name.removeprefix(prefix)

@@ -31,6 +31,10 @@ class Relative(Factor):
     def product_shape(self):
         return None
 
+    def bound(self, weight: torch.Tensor) -> "Relative":
+        """The change for a model whose parameter `needs` is `weight`, without LoRAs."""
+        return self
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether this can change a weight of `shape`."""
         try:

@@ -69,6 +69,29 @@ PEFT_CASES = {
     "vera of several widths": ("VeraConfig", {"r": 16, "target_modules": LINEAR}),
     "fourierft": ("FourierFTConfig", {"n_frequency": 60, "scaling": 20.0, "target_modules": LINEAR}),
 }
+# Kinds that the package itself has to merge.
+PACKAGE_CASES = {
+    "beft": ("BeftConfig", {"target_modules": LINEAR}),
+    "c3a": ("C3AConfig", {"block_size": 8, "target_modules": SOME}),
+    "deft": ("DeftConfig", {"r": 4, "target_modules": SOME}),
+    "delora": ("DeloraConfig", {"r": 4, "target_modules": SOME}),
+    "glora": ("GloraConfig", {"r": 4, "target_modules": LINEAR}),
+    "gralora": ("GraloraConfig", {"r": 8, "target_modules": SOME}),
+    "hira": ("HiraConfig", {"r": 4, "target_modules": SOME}),
+    "miss": ("MissConfig", {"r": 8, "target_modules": SOME}),
+    "peanut": ("PeanutConfig", {"r": 4, "target_modules": SOME}),
+    "pvera": ("PveraConfig", {"r": 8, "target_modules": ["to_q"]}),
+    "randlora": ("RandLoraConfig", {"r": 8, "target_modules": LINEAR}),
+    "road": ("RoadConfig", {"group_size": 8, "target_modules": SOME}),
+    "shira": ("ShiraConfig", {"r": 4, "target_modules": SOME}),
+    "supertuning": ("SupertuningConfig", {"target_modules": SOME}),
+    "tinylora": ("TinyLoraConfig", {"target_modules": SOME}),
+    "unilora": ("UniLoraConfig", {"target_modules": ["to_q", "adaln_single.linear"]}),
+    "vblora": ("VBLoRAConfig", {"vector_length": 8, "num_vectors": 16, "target_modules": LINEAR}),
+    "vera without its projections": ("VeraConfig", {"r": 16, "save_projection": False, "target_modules": LINEAR}),
+    "waveft": ("WaveFTConfig", {"n_frequency": 40, "target_modules": SOME}),
+}
+PEFT_CASES |= PACKAGE_CASES
 
 
 @pytest.mark.parametrize("case", PEFT_CASES)
