@@ -48,8 +48,9 @@ class LoadLoRA(io.ComfyNode):
             node_id="PixArtLoadLoRA",
             display_name="Load PixArt LoRA",
             category=CATEGORY,
-            description="Put a LoRA, DoRA, LoHa or LoKr onto a PixArt model, as saved by PEFT, diffusers, the "
-            "original's scripts, kohya, OneTrainer, SimpleTuner or ComfyUI. info names every key that did not fit.",
+            description="Put a LoRA, or another adapter that changes weights, onto a PixArt model, as saved by PEFT, "
+            "LyCORIS, diffusers, the original's scripts, kohya, OneTrainer, SimpleTuner or ComfyUI. info names every "
+            "key that did not fit.",
             search_aliases=["pixart lora", "lora loader", "dora", "lycoris", "loha", "lokr", "peft", "adapter"],
             inputs=[
                 node_input(io.Model, "model", tooltip="The PixArt model; LoRAs that it has already stay on it."),
@@ -75,6 +76,15 @@ class LoadLoRA(io.ComfyNode):
                     tooltip="Scale of the LoRA times its rank, where the file holds none or a wrong one. 0 takes it "
                     "from the file or the adapter_config.json beside it; info says from where.",
                 ),
+                node_input(
+                    io.Boolean,
+                    "strict",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Stop when a key of the file does not fit this model. Off: what fits is used, and info "
+                    "says what is missing.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA, for any node."),
@@ -87,8 +97,8 @@ class LoadLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, lora, strength=1.0, alpha=0.0):
-        patched, text = load_lora(model, lora, strength, alpha)
+    def execute(cls, model, lora, strength=1.0, alpha=0.0, strict=False):
+        patched, text = load_lora(model, lora, strength, alpha, strict)
         show_text(cls.hidden, text)
         return io.NodeOutput(patched, text, ui=ui.PreviewText(text))
 

@@ -74,13 +74,13 @@ def list_loras() -> list[str]:
     return [*find_folders(KINDS, _is_peft), *list_files(KINDS)]
 
 
-def load_lora(model, name: str, strength: float, alpha: float = 0.0):
+def load_lora(model, name: str, strength: float, alpha: float = 0.0, strict: bool = False):
     """(MODEL with one of list_loras on it, what the LoRA is in lines of text). The given MODEL stays as it is.
 
-    alpha: in place of the file's, 0 takes the file's.
+    alpha: in place of the file's, 0 takes the file's. strict: refuse a file that fits only in part.
     Raises ValueError when the model is no PixArt, or the LoRA is not for it.
     """
-    lora = read_lora(_find(name), pixart_config(model), alpha or None)
+    lora = read_lora(_find(name), pixart_config(model), alpha or None, strict)
     return add_lora(model, lora.factors, strength), f"file: {name}, strength {strength:g}\n{describe_lora(lora)}"
 
 

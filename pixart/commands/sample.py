@@ -19,10 +19,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..acceleration.compilation import compile_blocks, explain_failure
-from ..config import LATENT_DOWNSCALE
+from ..config import LATENT_DOWNSCALE, PixArtConfig
 from ..encoders.autoencoder import load_autoencoder
 from ..encoders.t5 import load_text_encoder
 from ..files.atomic import write_atomically
+from ..lora import describe_lora, merge, read_lora
+from ..quoting import shorten
 from ..resolution import parse_prompt_flags
 from ..sampling import Settings
 from ..solvers import PRESETS, SAMPLERS, SCHEDULES, Asked, read_scheduler
@@ -44,6 +46,10 @@ def add_models(parser: argparse.ArgumentParser, required: bool = True) -> None:
     models.add_argument("--t5", type=Path, help="the text encoder's file or folder; default: the diffusers folder's")
     models.add_argument("--tokenizer", type=Path, help="its folder; default: beside the text encoder")
     models.add_argument("--vae", type=Path, help="the autoencoder's file or folder; default: the diffusers folder's")
+    models.add_argument(
+        "--lora", action="append", default=[], metavar="PATH[:STRENGTH]", help="may be given several times"
+    )
+    models.add_argument("--strict", action="store_true", help="refuse a LoRA that fits the model only in part")
     models.add_argument("--variant", help="which released model it is, such as alpha-512, where the file does not say")
     add_weights(models)
     add_device(models)
@@ -69,7 +75,8 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
     tell(options.model.name, checkpoint.remarks)
     with torch.device("meta"):
         model = PixArt(checkpoint.config)
-    weights = {name: tensor.to(options.device, dtype) for name, tensor in checkpoint.state_dict.items()}
+    weights = add_loras(checkpoint.state_dict, checkpoint.config, options.lora, options.strict)
+    weights = {name: tensor.to(options.device, dtype) for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
     # The networks that read texts and draw pictures overflow in fp16.
     safe = torch.float32 if dtype == torch.float16 else dtype
@@ -79,6 +86,25 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
     if options.compile:
         compile_blocks(model, on_failure=explain_failure)
     return Pipeline(model, text_encoder, autoencoder)
+
+
+def add_loras(weights: dict, config: PixArtConfig, texts: list[str], strict: bool) -> dict:
+    """The weights (original layout) with LoRAs in them, one after another. texts: PATH or PATH:STRENGTH.
+
+    Says what each is, and what of it did not fit. Raises FileNotFoundError and ValueError naming the LoRA.
+    """
+    for text in texts:
+        match = re.fullmatch(r"(.+):(-?\d+(?:\.\d+)?)", text)
+        path, strength = (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"No LoRA: got {shorten(text)}, expected a file or folder, or one with a strength such as "
+                f"lora.safetensors:0.8. Correct the path."
+            )
+        lora = read_lora(path, config, strict=strict)
+        tell(path.name, describe_lora(lora).splitlines())
+        weights = merge(weights, lora, strength)
+    return weights
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

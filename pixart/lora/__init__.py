@@ -77,6 +77,8 @@ def describe_lora(lora: LoRA) -> str:
         f"alpha: {_span(alphas)}" + (f" ({sources})" if sources else ""),
         f"keys: {lora.matched} of {total} matched, on {len({target.name for target in lora.factors})} weights",
     ]
+    lines += [f"loaded in part: {lora.shortfall}"] if lora.shortfall else []
+    lines += [f"assumed: {each}" for each in lora.assumed]
     lines += [f"text encoder, not loaded here: {key}" for key in lora.text_encoder]
     lines += [f"not matched: {key}" for key in lora.unmatched]
     return "\n".join(lines)

@@ -25,7 +25,6 @@ class Settings:
     def __init__(self, peft: Mapping, chosen: float | None):
         self.peft = peft
         self.chosen = chosen
-        self.use_dora = peft.get("use_dora") is True
 
     def with_alpha(self, factor: Factor, prefix: str, module: str) -> tuple[Factor, str]:
         """The factor with its alpha, and where that is from, in words. module: its name without `prefix`."""

@@ -10,7 +10,7 @@ from ..quoting import shorten
 from .alphas import LARGEST, PEFT_CONFIG, Settings, matches
 from .kinds import Adaptive, Difference, Factor, Hadamard, Kronecker, LowRank
 from .names import BARE_WEIGHT, WHOLE, WHOLE_BIAS, Target
-from .relative import Butterfly, Frequencies, Generalized, Reflected, Replacement, Rotated, Scaled, Shared
+from .relative import Butterfly, Frequencies, Generalized, Reflected, Replacement, Rotated, Scaled, Shared, Started
 
 Made = dict[Target, tuple[Factor, set[str]]]  # rows of a parameter -> their change, and the roles that went into it
 
@@ -70,16 +70,20 @@ def _low_rank(module: Module):
     taken = module.take("down", "up")
     if taken is None:
         return None
-    down, up = taken
-    roles = {"down", "up", "mid", "alpha", "magnitude", "dora_scale"}
-    if "values" not in module.tensors:
-        return LowRank(down, up, module.tensors.get("mid"), alpha=_alpha(module)), roles
-    values = module.tensors["values"]
+    return LowRank(*taken, module.tensors.get("mid"), alpha=_alpha(module)), {"down", "up", "mid"} | _COMMON
+
+
+def _adaptive(module: Module):
+    roles = ("adaptive_down", "adaptive_up", "values")
+    taken = module.take(*roles)
+    if taken is None:
+        return None
+    down, up, values = taken
     if not values.numel():  # all of its singular values were pruned
         down, up, values = down.new_zeros(1, down.shape[1]), up.new_zeros(up.shape[0], 1), values.new_ones(1, 1)
     if values.shape != (down.shape[0], 1):
         return None
-    return Adaptive(down.float() * values.float(), up, alpha=_alpha(module)), roles | {"values"}
+    return Adaptive(down.float() * values.float(), up, alpha=_alpha(module)), {*roles, "alpha"}
 
 
 def _hadamard(module: Module):
@@ -216,6 +220,15 @@ def _fourier(module: Module):
     }
 
 
+def _tlora(module: Module):
+    roles = ("q_layer", "p_layer", "lambda_layer")
+    taken = module.take(*roles)
+    if taken is None:
+        return None
+    down, up, values = taken
+    return Started(down, up, values.flatten(), module.target, alpha=_alpha(module)), {*roles, "alpha"}
+
+
 def _glora(module: Module):
     taken = module.take("a1", "a2", "b1", "b2")
     return None if taken is None else (Generalized(*taken, alpha=_alpha(module)), {"a1", "a2", "b1", "b2", "alpha"})
@@ -223,8 +236,20 @@ def _glora(module: Module):
 
 _COMMON = {"alpha", "magnitude", "dora_scale"}
 _BUILDERS: tuple[Callable[[Module], tuple[Factor, set[str]] | None], ...] = (
-    *(_low_rank, _hadamard, _kronecker, _ia3, _lycoris_ia3, _lycoris_oft, _peft_oft, _peft_boft, _hra, _vera),
-    *(_fourier, _glora, _difference),
+    *(
+        _low_rank,
+        _adaptive,
+        _hadamard,
+        _kronecker,
+        _ia3,
+        _lycoris_ia3,
+        _lycoris_oft,
+        _peft_oft,
+        _peft_boft,
+        _hra,
+        _vera,
+    ),
+    *(_fourier, _tlora, _glora, _difference),
 )
 
 

@@ -43,6 +43,7 @@ ROLES = {
     "fourierft_spectrum": "fourierft_spectrum",
     # LyCORIS' other kinds
     **{name: name for name in ("oft_blocks", "rescale", "w_norm", "b_norm", "on_input", "a1", "a2", "b1", "b2")},
+    **{name: name for name in ("q_layer", "p_layer", "lambda_layer")},
 }
 WHOLE, WHOLE_BIAS, BARE_WEIGHT = "whole", "whole_bias", "bare_weight"
 # Behind the role PEFT may put an adapter's name.
@@ -112,7 +113,10 @@ def parse_key(key: str) -> tuple[str, str] | None:
     """
     match = _KEY.fullmatch(key)
     if match is not None and not (match[3] and ROLES[match[2]] != "up"):
-        return match[1], "up_bias" if match[3] else ROLES[match[2]]
+        role = "up_bias" if match[3] else ROLES[match[2]]
+        # PEFT's AdaLoRA has bare factors, its LoRA layers with weights: one without singular values is no LoRA.
+        is_bare = match[2] in ("lora_A", "lora_B") and "base_model.model." in key and not key.endswith("weight")
+        return match[1], f"adaptive_{role}" if is_bare and not match[3] else role
     if match := _BARE_KEY.fullmatch(key):
         return match[1], BARE_WEIGHT
     match = _WHOLE_KEY.fullmatch(key)

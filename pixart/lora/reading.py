@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from .by_peft import is_for_peft, merge_with_peft
 from .kinds import Difference, Factor
 from .names import TEXT_ENCODER_PREFIXES, Target, describe_prefix, parse_key, resolve_name
 from .relative import Shared
+from .remarks import find_assumptions, find_missing, name_kind, require_complete, require_readable
 
 # Of a PEFT folder, best first; the last ones are the diffusers form that the original's script puts beside it.
 PEFT_WEIGHTS = (
@@ -29,8 +30,6 @@ PEFT_WEIGHTS = (
     "pytorch_lora_weights.bin",
 )
 SHARED_KEYS = ("base_model.vera_A", "base_model.vera_B")
-# PEFT's initialisations that take the adapter's first product out of the base, which is then another model.
-_BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +39,8 @@ class LoRA:
     factors: rows of a weight -> their change. matched: how many of the file's keys went into them.
     unmatched, text_encoder: keys that mean nothing in this model, and those of a text encoder.
     layouts: whose names the file has; alpha_sources: where its alphas are from; both in words.
-    metadata: the texts of the file's header.
+    metadata: the texts of the file's header. missing: what the configuration names and the file has not, in words.
+    assumed: what the file does not say, in words.
     """
 
     factors: dict[Target, Factor]
@@ -50,10 +50,24 @@ class LoRA:
     layouts: tuple[str, ...] = ()
     alpha_sources: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def shortfall(self) -> str:
+        """In words, why this changes a model in another way than the file does; "" where it is all in."""
+        left = len(self.unmatched) + len(self.text_encoder)
+        parts = [f"{self.matched} of {self.matched + left} keys"] if left else []
+        parts += [f"without {each}" for each in self.missing]
+        return f"{', '.join(parts)}; what is missing changes the result" if parts else ""
 
 
-def read_lora(path: str | os.PathLike, config: PixArtConfig | None = None, alpha: float | None = None) -> LoRA:
+def read_lora(
+    path: str | os.PathLike, config: PixArtConfig | None = None, alpha: float | None = None, strict: bool = False
+) -> LoRA:
     """Read a LoRA from a file or a PEFT folder; see `load_lora`, also for what is raised.
+
+    strict: refuse, as a ValueError, a file that goes in only in part.
 
     A folder may hold one named adapter in a folder of its own, as PEFT saves it.
     A file that lies in a PEFT folder under one of its names is read with the folder's adapter_config.json.
@@ -67,7 +81,14 @@ def read_lora(path: str | os.PathLike, config: PixArtConfig | None = None, alpha
     adapter_config = read_json(beside) if file.name in PEFT_WEIGHTS and beside.is_file() else None
     tensors, metadata = read_tensors(file)
     try:
-        return load_lora(tensors, adapter_config, config=config, metadata=metadata, alpha=alpha)
+        lora = load_lora(tensors, adapter_config, config=config, metadata=metadata, alpha=alpha)
+        if strict and lora.shortfall:
+            left = list_names((*lora.unmatched, *lora.text_encoder)) or "none left over"
+            raise ValueError(
+                f"LoRA that fits only in part: got {lora.shortfall} (keys: {left}), expected all of it, since strict "
+                f"is on. Switch strict off to use what fits."
+            )
+        return lora
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
@@ -114,6 +135,7 @@ def load_lora(
     """
     settings = Settings(adapter_config or stored_config(metadata), alpha)
     shapes = None if config is None else expected_shapes(config)
+    require_readable(settings.peft)
     factors, used, layouts, sources = {}, set(), Counter(), Counter()
     if is_for_peft(settings.peft, state_dict):
         factors, used = merge_with_peft(state_dict, settings.peft, shapes)
@@ -143,11 +165,14 @@ def load_lora(
         layouts.update([describe_prefix(prefix)] if made else [])
     unmatched += [key for tensors in groups.values() for key, _ in tensors.values() if key not in used]
     unmatched = tuple(key for key in unmatched if key not in used)
-    texts = dict(metadata or {})
-    lora = LoRA(factors, len(used), unmatched, tuple(text_encoder), tuple(layouts), tuple(sources), texts)
+    lora = LoRA(
+        factors, len(used), unmatched, tuple(text_encoder), tuple(layouts), tuple(sources), dict(metadata or {})
+    )
     _require_match(lora, state_dict)
-    _check_factors(lora, shapes, settings)
-    return lora
+    _check_factors(lora, shapes)
+    require_complete(settings.peft, factors)
+    missing, assumed = find_missing(settings.peft, state_dict), find_assumptions(settings, sources, factors)
+    return replace(lora, missing=tuple(missing), assumed=tuple(assumed))
 
 
 def _group_keys(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict, dict, list[str], list[str]]:
@@ -187,6 +212,12 @@ def _require_match(lora: LoRA, state_dict: Mapping) -> None:
             f"LoRA of a text encoder alone: got {_some(lora.text_encoder)}, expected keys of a PixArt transformer. "
             f"Load it onto the CLIP with ComfyUI's own LoRA loader."
         )
+    kind = name_kind(lora.unmatched)
+    if kind is not None:
+        raise ValueError(
+            f"Adapter that its tensors alone do not tell: got {kind} without its {PEFT_CONFIG}, expected it beside the "
+            f"file. Put the file back into the folder that PEFT saved, or merge it into the model with PEFT."
+        )
     raise ValueError(
         f"No key of this LoRA is a PixArt's: got {len(state_dict)} keys such as {_some(lora.unmatched) or 'none'}, "
         f"expected names like 'transformer_blocks.0.attn1.to_q.lora_A.weight'. Choose a LoRA that was trained on "
@@ -194,7 +225,7 @@ def _require_match(lora: LoRA, state_dict: Mapping) -> None:
     )
 
 
-def _check_factors(lora: LoRA, shapes: Mapping[str, tuple[int, ...]] | None, settings: Settings) -> None:
+def _check_factors(lora: LoRA, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
     for target, factor in lora.factors.items():
         wanted = None if shapes is None else target.shape(shapes[target.name])
         if not factor.is_whole or wanted is not None and not factor.fits(wanted):
@@ -211,17 +242,6 @@ def _check_factors(lora: LoRA, shapes: Mapping[str, tuple[int, ...]] | None, set
                 f"Broken LoRA at {shorten(target.name)}: got infinite values or no numbers, expected finite ones. Its "
                 f"training went wrong: choose an earlier checkpoint of it."
             )
-    start = settings.peft.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_BASE_CHANGING):
-        raise ValueError(
-            f"LoRA of a changed base: got init_lora_weights {shorten(start)} in {PEFT_CONFIG}, expected an adapter for "
-            f"the model as it is. Save it with PEFT's path_initial_model_for_weight_conversion."
-        )
-    if settings.use_dora and not any(factor.magnitude is not None for factor in lora.factors.values()):
-        raise ValueError(
-            f"DoRA without its magnitudes: got use_dora in {PEFT_CONFIG} and no 'lora_magnitude_vector', expected one "
-            f"for each weight. Choose the complete file."
-        )
 
 
 def _some(names: tuple[str, ...], limit: int = 3) -> str:

@@ -6,7 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from .kinds import Factor
+from ..quoting import shorten
+from .kinds import Factor, LowRank
+from .names import Target
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -220,6 +222,54 @@ class Frequencies(Relative):
 
     def fits(self, shape):
         return len(shape) == 2 and 0 < self.spectrum.numel() <= shape[0] * shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Started(Relative):
+    """T-LoRA at full rank: a low-rank product less the one that its training began with, singular vectors of the base.
+
+    down: (rank, columns), up: (rows, rank), values: (rank,). weight_target: the weight, whose vectors are no part of
+    the file. Source: T-LoRA, arXiv 2507.05964, section 4; LyCORIS.
+    """
+
+    kind: ClassVar[str] = "T-LoRA"
+    down: torch.Tensor
+    up: torch.Tensor
+    values: torch.Tensor
+    weight_target: Target
+
+    @property
+    def rank(self):
+        return self.down.shape[0]
+
+    @property
+    def needs(self):
+        return self.weight_target
+
+    def bound(self, weight):
+        """The difference as a LoRA of twice the rank. Raises ValueError for another base than that of the training."""
+        down, up, values = (each.to(weight.device, torch.float32) for each in (self.down, self.up, self.values))
+        left, sizes, right = torch.linalg.svd(weight.float(), full_matrices=False)
+        product, count, middle = (up * values) @ down, self.rank, (len(sizes) - self.rank) // 2
+        starts = [slice(0, count), slice(len(sizes) - count, None), slice(middle, middle + count)]
+        # The file does not say where it began: at the product that is nearest to what became of it.
+        parts = [(left[:, part] * sizes[part], right[part]) for part in starts]
+        distance, old_up, old_down = min(
+            (((product - a @ b).norm() / (a @ b).norm(), a, b) for a, b in parts), key=lambda found: float(found[0])
+        )
+        if not distance < 1:
+            raise ValueError(
+                f"T-LoRA of another base: got a product {distance:.2g} times as far from the singular vectors of "
+                f"{shorten(self.weight_target.name)} as these are long, expected less than 1. Choose the model that it "
+                f"was trained on."
+            )
+        ends = torch.cat([down, old_down]), torch.cat([up * values, -old_up], dim=1)
+        return LowRank(*ends, alpha=self.scale * 2 * count)
+
+    def fits(self, shape):
+        rows, columns = shape[0], math.prod(shape[1:])
+        fitting = self.down.shape == (self.rank, columns) and self.up.shape == (rows, self.rank)
+        return len(shape) == 2 and fitting and self.values.shape == (self.rank,) and self.rank <= min(shape)
 
 
 def _columns_times(blocks: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from pixart_pack.pixart.commands.sample import add_loras
+from pixart_pack.pixart.lora import LowRank, merge, read_lora, save_lora
 from pixart_pack.pixart.sampling import Captions, GuidedModel, Settings, sample_latents
-from pixart_pack.tests.tiny_pixart import make_model, tiny_config
+from pixart_pack.tests.tiny_pixart import make_model, make_weights, tiny_config
 
 CONFIG = tiny_config("alpha-1024")
 
@@ -51,3 +54,22 @@ def test_the_model_is_told_the_size_in_pixels():
         (latent, time, *_), found = seen[0]
         size, ratio = torch.tensor([[72.0, 104.0]]), torch.tensor([[72 / 104]])
         assert torch.equal(model(latent, time, caption.states, caption.mask, size, ratio), found)
+
+
+def test_loras_are_merged_one_after_another(tmp_path, capsys):
+    weights, factor = make_weights(CONFIG), LowRank(torch.ones(2, 48), torch.ones(48, 2))
+    save_lora(tmp_path / "one.safetensors", {"blocks.0.attn.proj": factor})
+    path = str(tmp_path / "one.safetensors")
+    found = add_loras(weights, CONFIG, [path, f"{path}:-0.5"], strict=True)
+    expected = merge(weights, read_lora(path), 0.5)
+    name = "blocks.0.attn.proj.weight"
+    torch.testing.assert_close(found[name], expected[name])
+    assert not torch.equal(found[name], weights[name])
+    assert "note: one.safetensors: kind: LoRA" in capsys.readouterr().err
+    save_file({**load_file(path), "transformer.nothing.lora_A.weight": torch.ones(2, 2)}, path)
+    add_loras(weights, CONFIG, [path], strict=False)
+    assert "loaded in part: 3 of 4 keys; what is missing changes the result" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="fits only in part"):
+        add_loras(weights, CONFIG, [path], strict=True)
+    with pytest.raises(FileNotFoundError, match="No LoRA: got .*nowhere"):
+        add_loras(weights, CONFIG, ["nowhere.safetensors:1"], strict=True)

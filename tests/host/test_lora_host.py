@@ -203,6 +203,9 @@ def test_nodes_load_a_peft_folder_and_name_what_does_not_fit(run_node, make_patc
     same_weights(weights_of(model), expected, **NOISE)
     for line in ("kind: LoRA", "names: PEFT", "adapter_config.json", *(f": {key}" for key in strange)):
         assert line in info
+    assert f"loaded in part: {len(tensors)} of {len(tensors) + 2} keys; what is missing changes the result" in info
+    with pytest.raises(ValueError, match="fits only in part.*nothing"):
+        run_node("PixArtLoadLoRA", model=make_patcher(), lora="style/peft/", strength=1.0, strict=True)
     override = run_node("PixArtLoadLoRA", model=make_patcher(), lora="style/peft/", strength=1.0, alpha=1.0)[1]
     assert "alpha: 1 (chosen by you)" in override
 

@@ -130,6 +130,9 @@ LYCORIS_CASES = {
     "boft": ("boft", {"linear_dim": 36, "conv_dim": 36}),
     "boft with lengths, bounded": ("boft", {"linear_dim": 36, "conv_dim": 36, "rescaled": True, "constraint": 0.01}),
     "glora": ("glora", {}),
+    "t-lora": ("tlora", {}),
+    "t-lora of the last vectors": ("tlora", {"sig_type": "last"}),
+    "t-lora of the middle vectors": ("tlora", {"sig_type": "middle"}),
 }
 # LyCORIS' merge has the scale of these twice, its forward once: they are compared at a scale of one, and below.
 TWICE = ("loha", "lokr")
@@ -141,7 +144,8 @@ def save_with_lycoris(path, algorithm, options, scale=0.2):
     model = make_transformer()
     sizes = {"linear_dim": 4, "conv_dim": 4, "linear_alpha": 2, "conv_alpha": 2}
     sizes |= dict.fromkeys(("linear_alpha", "conv_alpha"), 0) if algorithm in TWICE else {}  # 0 is the rank
-    lycoris.LycorisNetwork.apply_preset({"target_module": ["Linear", "Conv2d"], "target_name": []})
+    kinds = ["Linear"] if algorithm == "tlora" else ["Linear", "Conv2d"]  # its convolutions touch one corner alone
+    lycoris.LycorisNetwork.apply_preset({"target_module": kinds, "target_name": []})
     network = lycoris.create_lycoris(model, 1.0, algo=algorithm, **{**sizes, **options})
     network.apply_to()
     randomize(network, scale)
@@ -156,7 +160,7 @@ def save_with_lycoris(path, algorithm, options, scale=0.2):
 @pytest.mark.parametrize("case", LYCORIS_CASES)
 def test_merges_as_lycoris_does(case, tmp_path):
     path = tmp_path / "some.safetensors"
-    expected = save_with_lycoris(path, *LYCORIS_CASES[case])
+    expected = save_with_lycoris(path, *LYCORIS_CASES[case], scale=0.01 if "t-lora" in case else 0.2)
     lora = read_lora(path, CONFIG)
     assert not lora.unmatched, lora.unmatched
     assert len(lora.factors) > 20

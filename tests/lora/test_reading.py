@@ -497,6 +497,82 @@ def test_a_named_adapter_lies_in_a_folder_of_its_own(tmp_path):
     assert next(iter(read_lora(tmp_path / "other").factors.values())).scale == 3 / 4
 
 
+def test_what_fits_in_part_says_so_and_strict_refuses_it(tmp_path):
+    strange = {"transformer.nothing.lora_A.weight": torch.ones(2, 2), "lora_te_x.alpha": torch.ones(1)}
+    save_file({**one_lora("transformer."), **strange}, tmp_path / "part.safetensors")
+    text = describe_lora(read_lora(tmp_path / "part.safetensors"))
+    assert "loaded in part: 2 of 4 keys; what is missing changes the result" in text
+    message = r"part\.safetensors: LoRA that fits only in part: got 2 of 4 keys.*transformer\.nothing.*strict off"
+    with pytest.raises(ValueError, match=message):
+        read_lora(tmp_path / "part.safetensors", strict=True)
+    save_file(one_lora("transformer."), tmp_path / "whole.safetensors")
+    lora = read_lora(tmp_path / "whole.safetensors", strict=True)
+    assert "in part" not in describe_lora(lora)
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        ({"modules_to_save": ["proj_out"]}, "the whole module 'proj_out'"),
+        ({"bias": "all"}, "the trained biases ('all')"),
+    ],
+)
+def test_what_the_configuration_names_and_the_file_has_not(config, missing):
+    text = describe_lora(load_lora(one_lora(), config))
+    assert f"loaded in part: without {missing}; what is missing changes the result" in text
+
+
+@pytest.mark.parametrize(
+    ("tensors", "given", "assumed"),
+    [
+        (one_lora(), {}, ["alpha is PEFT's default", "no rsLoRA: without adapter_config.json it cannot be told"]),
+        (one_lora("transformer."), {}, ["alpha is the rank"]),
+        (one_lora(), {"adapter_config": {"lora_alpha": 8}}, []),
+        (one_lora(), {"alpha": 4.0}, []),
+        (one_lora("transformer.", alpha=torch.tensor(4.0)), {}, []),
+        (
+            {f"base_model.model.blocks.0.attn.proj.lokr_w{n}": torch.ones(s, s) for n, s in ((1, 4), (2, 12))},
+            {},
+            ["alpha is PEFT's default", "LoKr's scale, which without adapter_config.json cannot be told"],
+        ),
+    ],
+)
+def test_what_was_assumed_is_told(tensors, given, assumed):
+    lines = [line for line in describe_lora(load_lora(tensors, **given)).splitlines() if line.startswith("assumed")]
+    assert lines == [f"assumed: {each}" for each in assumed]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "POLY"}, "no change of weights: got 'POLY'.*Use it in diffusers with PEFT itself"),
+        ({"peft_type": "PSOFT"}, "its base's own weights: got 'PSOFT'.*merge_and_unload"),
+        ({"peft_type": "LORA", "use_bdlora": {"nblocks": 2}}, "another construction: got use_bdlora"),
+        ({"peft_type": 3}, "no change of weights: got 3"),
+        ({"lora_bias": True}, r"without its biases: got lora_bias .* 'blocks\.0\.mlp\.fc2\.weight'"),
+    ],
+)
+def test_configurations_of_another_kind_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        load_lora(one_lora(), config, config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("attn1.to_q.oft_R.weight", (4, 66), "OFT without its configuration: got no adapter_config.json"),
+        ("attn1.to_q.oft_r", (4, 12, 12), "got OFT of PEFT before 0.16 without its adapter_config"),
+        ("attn1.to_q.hira_A", (4, 48), "got HIRA without its adapter_config.json.*Put the file back into the folder"),
+        ("attn1.to_q.hra_u", (48, 4), "HRA without its configuration"),
+        ("attn1.to_q.vera_lambda_d", (4,), "got VERA without its adapter_config"),
+        ("attn1.to_q.lora_A", (4, 48), "No key"),
+    ],
+)
+def test_kinds_that_need_their_configuration_are_named(key, shape, message):
+    with pytest.raises(ValueError, match=message):
+        load_lora({f"base_model.model.transformer_blocks.0.{key}": torch.ones(shape)}, config=CONFIG)
+
+
 @pytest.mark.parametrize("pattern", ["(.+)+!", "(?:a|a)*b", ".*.*.*.*.*!", "x" * 10**6 + "*"])
 def test_patterns_that_take_hours_are_refused(pattern):
     with pytest.raises(ValueError, match="Pattern of a LoRA is refused: got '") as caught:
