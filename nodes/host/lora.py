@@ -12,7 +12,7 @@ import torch
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
 
 from ...pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
-from ...pixart.lora import PEFT_CONFIG, Target, describe_lora, read_lora, save_lora
+from ...pixart.lora import PEFT_CONFIG, Target, describe_lora, export_notes, read_lora, save_lora
 from ...pixart.lora.extracting import extract_lora as extract_factors
 from ...pixart.lora.kinds import Difference, Factor, Hadamard, LowRank
 from ...pixart.quoting import list_names, shorten
@@ -24,10 +24,6 @@ from .text.captions import pixart_config
 KINDS = ("loras",)
 SAVED_DTYPES = {"as it is": None, **{name: DTYPES[name] for name in ("fp32", "fp16", "bf16")}}
 PREFIX = "diffusion_model."
-DORA_NOTE = (
-    "note: ComfyUI's own loaders set the lengths of DoRA's rows by those before the change; load this file with Load "
-    "PixArt LoRA."
-)
 
 
 class FactorAdapter(WeightAdapterBase):
@@ -114,9 +110,12 @@ def convert_lora(name: str, layout: str, prefix: str, dtype: str) -> str:
     """
     lora = read_lora(_find(name))
     path = _save(lora.factors, layout, prefix, dtype, {**lora.metadata, "pixart_converted_from": name})
-    has_magnitudes = any(factor.magnitude is not None for factor in lora.factors.values())
-    note = f"\n{DORA_NOTE}" if has_magnitudes and layout != "peft" else ""
-    return f"saved: {show_path(path)}\n{describe_lora(lora)}{note}"
+    lines = [
+        f"saved: {show_path(path)}",
+        describe_lora(lora),
+        *(f"note: {each}" for each in export_notes(lora, layout)),
+    ]
+    return "\n".join(lines)
 
 
 def extract_lora(model, base, rank: int, energy: float, keep_small: bool, prefix: str, dtype: str):

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from ..files.atomic import write_atomically, write_folder_atomically
 from ..lora import LAYOUTS as LORA_LAYOUTS
-from ..lora import PEFT_CONFIG, read_lora, save_lora
+from ..lora import PEFT_CONFIG, export_notes, read_lora, save_lora
 from ..quoting import shorten
 from ..weights.controlnets import read_controlnet, save_controlnet
 from ..weights.layouts import CONTROL, CONTROLNET, LORA, T5
@@ -71,6 +71,7 @@ def _convert_controlnet(options, layout, dtype):
 def _convert_lora(options, layout, dtype):
     lora = read_lora(options.source)
     save_lora(options.target, lora.factors, layout=layout, metadata=lora.metadata, dtype=dtype)
+    tell(options.source.name, export_notes(lora, layout))
     return f"a LoRA of {len(lora.factors)} layers"
 
 

@@ -12,7 +12,7 @@ from .alphas import PEFT_CONFIG
 from .kinds import Difference, Factor, Hadamard, Kronecker, LowRank
 from .names import Target
 from .reading import LoRA, load_lora, read_lora
-from .saving import LAYOUTS, export_lora, save_lora, split_factor
+from .saving import LAYOUTS, export_lora, export_notes, save_lora, split_factor
 
 __all__ = [
     "LAYOUTS",
@@ -26,6 +26,7 @@ __all__ = [
     "Target",
     "describe_lora",
     "export_lora",
+    "export_notes",
     "load_lora",
     "merge",
     "read_lora",

@@ -163,10 +163,10 @@ def _peft_oft(module: Module):
     skew[:, rows, columns] = packed
     skew = skew - skew.mT
     if config.get("coft") is True:
-        largest = float(config.get("eps", 6e-5)) / math.sqrt(packed.shape[0])
+        largest = _bounded(config.get("eps", 6e-5)) / math.sqrt(packed.shape[0])
         skew = skew * (largest / skew.norm(dim=(1, 2), keepdim=True).clamp_min(largest))
     if config.get("use_cayley_neumann", True):
-        matrices = _neumann(skew, int(_bounded(config.get("num_cayley_neumann_terms", 5))))
+        matrices = _neumann(skew, int(_bounded(config.get("num_cayley_neumann_terms", 5), 100)))
     else:
         matrices = _cayley(skew)
     return Rotated(matrices), {"oft_R"}
@@ -261,12 +261,12 @@ def _alpha(module: Module) -> float | None:
     return float(module.tensors["alpha"]) if "alpha" in module.tensors else None
 
 
-def _bounded(value: object) -> float:
+def _bounded(value: object, most: float = LARGEST) -> float:
     """A number of a configuration. Raises ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < most:
         raise ValueError(
-            f"Unusable number in {PEFT_CONFIG}: got {shorten(value)}, expected one below 1e9. Take the file as PEFT "
-            f"saved it."
+            f"Unusable number in {PEFT_CONFIG}: got {shorten(value)}, expected one below {most:g}. Take the file as "
+            f"PEFT saved it."
         )
     return float(value)
 
@@ -294,7 +294,7 @@ def _neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
     """(I + S) / (I - S) as PEFT sums it: I + 2 S + 2 S^2 + ... + S^(terms - 1), its last term once."""
     total = torch.eye(skew.shape[-1], device=skew.device).repeat(skew.shape[0], 1, 1)
     power = skew
-    for exponent in range(1, min(terms, 64)):
+    for exponent in range(1, terms):
         # Two terms are PEFT's shortest sum beyond the identity, and count S twice.
         total = total + power * (1 if exponent == terms - 1 and terms > 2 else 2)
         power = power @ skew

@@ -102,6 +102,10 @@ def merge_with_peft(
             f"Adapter without its model: got {kind}, whose layers PEFT makes for a model, expected one. Put it onto "
             f"the model with Load PixArt LoRA."
         )
+    # PEFT casts what it is given: numbers where none belong would be rounded without a word.
+    state_dict = {
+        key: tensor for key, tensor in state_dict.items() if tensor.is_floating_point() or key.endswith("indices")
+    }
     model = _inject(_skeleton(shapes), config, state_dict)
     unused, incomplete = _load(model, state_dict, kind)
     # What all layers share is missing in each of them, and there once.

@@ -156,6 +156,11 @@ class Reflected(Relative):
             flat = flat - 2 * torch.outer(flat @ normal, normal)
         return flat.reshape(weight.shape) - weight
 
+    def fits(self, shape):
+        columns = math.prod(shape[1:])
+        few = self.normals.ndim == 2 and self.normals.shape[1] <= 4 * columns  # each takes a pass over the weight
+        return len(shape) > 1 and few and self.normals.shape[0] == columns
+
 
 @dataclass(frozen=True, eq=False)
 class Generalized(Relative):

@@ -28,7 +28,7 @@ _SIGNS = {
 
 def require_readable(config: Mapping) -> None:
     """Raises ValueError, with the remedy that fits, for kinds of PEFT's that are no change of weights in the file."""
-    kind = config.get("peft_type", READ_HERE[0])
+    kind = config.get("peft_type") or READ_HERE[0]
     if kind in _OF_THE_BASE:
         raise ValueError(
             f"Adapter made of its base's own weights: got {shorten(kind)}, expected a change that the file holds. "

@@ -15,7 +15,7 @@ from ..quoting import shorten
 from .alphas import HEADER_KEY, PEFT_CONFIG
 from .kinds import Difference, Factor, Hadamard, Kronecker, LowRank
 from .names import Target
-from .reading import PEFT_WEIGHTS
+from .reading import PEFT_WEIGHTS, LoRA
 from .relative import Relative
 
 HOST, PEFT, KOHYA = "host", "peft", "kohya"
@@ -85,6 +85,18 @@ def export_lora(
             name = f"{'diffusion_model' if target.parts == 1 else 'transformer'}.{name}"
         tensors |= _named_tensors(name, target, factor)
     return tensors, None
+
+
+def export_notes(lora: LoRA, layout: str) -> list[str]:
+    """What whoever uses the file should know, in words: what was not in it before, and who reads it otherwise."""
+    notes = [f"converted in part: {lora.shortfall}"] if lora.shortfall else []
+    notes += [f"assumed: {each}" for each in lora.assumed]
+    if layout != PEFT and any(factor.magnitude is not None for factor in lora.factors.values()):
+        notes.append(
+            "ComfyUI's own loaders set the lengths of DoRA's rows by those before the change; load this file with Load "
+            "PixArt LoRA."
+        )
+    return notes
 
 
 def split_factor(target: Target, factor: Factor) -> dict[Target, Factor]:

@@ -1,5 +1,8 @@
 """Adapters of every kind that PEFT and LyCORIS merge: the same weights as the package itself gives."""
 
+import json
+import random
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -181,3 +184,92 @@ def test_runs_as_lycoris_does_at_another_scale(algorithm):
     module.apply_to()
     found = torch.nn.functional.linear(torch.eye(48), changed["blocks.0.mlp.fc1.weight"], layer.bias)
     torch.testing.assert_close(found, module.eval()(torch.eye(48)), **WIDE)
+
+
+# -- parts of real files, under other names ---------------------------------------------------------------------------
+
+FUZZED_WITH_PEFT = ("adalora", "biases of all", "whole modules", "ia3", "oft", "vera", "hira", "randlora")
+FUZZED_WITH_LYCORIS = (
+    "locon",
+    "dora",
+    "loha",
+    "lokr, both in factors",
+    "diag-oft with lengths",
+    "glora",
+    "ia3 by rows",
+)
+# Roles without which a module is another adapter, as valid as before.
+OPTIONAL = ("alpha", "dora_scale", "rescale", "lora_mid", "magnitude")
+PREFIXES = ("", "transformer.", "diffusion_model.", "lora_unet_", "base_model.model.", "unet.base_model.model.")
+
+
+@pytest.fixture(scope="module")
+def real_files(tmp_path_factory):
+    """case -> (tensors, PEFT's configuration or None, the weights with all of it in them)."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            folder = tmp_path_factory.mktemp("real")
+            if case in PEFT_CASES:
+                weights = save_with_peft(folder, *PEFT_CASES[case])
+                tensors = load_file(folder / "adapter_model.safetensors")
+                config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+                made[case] = tensors, config, weights
+            else:
+                weights = save_with_lycoris(folder / "some.safetensors", *LYCORIS_CASES[case])
+                made[case] = load_file(folder / "some.safetensors"), None, weights
+        return made[case]
+
+    return get
+
+
+def mutate(tensors, draw):
+    """Some of a file's tensors, some of them under other names. Of OPTIONAL all stay."""
+    share, renamed = draw.choice([0, 0.1, 0.5]), {}
+    for key, value in tensors.items():
+        chance = draw.random()
+        if is_optional(key):
+            chance = 1
+        elif draw.random() < share:
+            continue
+        if chance < 0.05:
+            place = draw.randrange(len(key))
+            key = key[:place] + draw.choice("x._") + key[place + 1 :]
+        elif chance < 0.1:
+            key = key.replace("base_model.model.", draw.choice(PREFIXES))
+        elif chance < 0.13:
+            value = value.to(torch.int32) if value.ndim else value
+        elif chance < 0.16:
+            renamed[f"{draw.choice(PREFIXES)}{key}"] = value
+        renamed[key] = value
+    return renamed
+
+
+def is_optional(key):
+    return any(role in key for role in OPTIONAL)
+
+
+@pytest.mark.parametrize("case", [*FUZZED_WITH_PEFT, *FUZZED_WITH_LYCORIS])
+def test_parts_of_a_file_change_what_it_changes_or_nothing(real_files, case):
+    """Rows are as the whole file makes them or as they were, or the file is refused; what is left out is named."""
+    tensors, config, whole = real_files(case)
+    draw, refused = random.Random(case), 0
+    for _ in range(12):
+        given = mutate(tensors, draw)
+        try:
+            lora = load_lora(given, config, config=CONFIG)
+        except ValueError as error:
+            assert ": got " in str(error) and len(str(error)) < 700
+            refused += 1
+            continue
+        assert lora.matched + len(lora.unmatched) + len(lora.text_encoder) == len(given)
+        assert bool(lora.shortfall) >= (lora.matched < len(given))
+        if any(map(is_optional, lora.unmatched)):
+            continue
+        merged = merge(WEIGHTS, lora)
+        for name, weight in merged.items():
+            rows = weight.flatten(1) if weight.ndim > 1 else weight[:, None]
+            same = [(rows - other[name].reshape(rows.shape)).abs().amax(1) < 1e-4 for other in (whole, WEIGHTS)]
+            assert bool((same[0] | same[1]).all()), name
+    assert refused < 12

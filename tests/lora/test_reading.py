@@ -573,6 +573,16 @@ def test_kinds_that_need_their_configuration_are_named(key, shape, message):
         load_lora({f"base_model.model.transformer_blocks.0.{key}": torch.ones(shape)}, config=CONFIG)
 
 
+def test_tensors_that_share_their_bytes_are_refused(tmp_path):
+    ones = torch.ones(1)
+    wide = {"down": ones.expand(10**6, 192), "up": ones.expand(48, 10**6)}
+    module = "base_model.model.transformer_blocks.0.ff.net.2"
+    tensors = {f"{module}.lora_{side}.weight": value for side, value in zip("AB", wide.values(), strict=True)}
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="Repeated tensor .* got .1000000, 192. of 1 stored numbers"):
+        read_lora(tmp_path, CONFIG)
+
+
 @pytest.mark.parametrize("pattern", ["(.+)+!", "(?:a|a)*b", ".*.*.*.*.*!", "x" * 10**6 + "*"])
 def test_patterns_that_take_hours_are_refused(pattern):
     with pytest.raises(ValueError, match="Pattern of a LoRA is refused: got '") as caught:

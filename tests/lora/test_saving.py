@@ -17,11 +17,13 @@ from pixart_pack.pixart.lora import (
     LowRank,
     Target,
     export_lora,
+    export_notes,
     load_lora,
     merge,
     read_lora,
     save_lora,
 )
+from pixart_pack.pixart.lora.relative import Scaled
 from pixart_pack.tests.lora.test_reading import CONFIG, NOISE, diffusers_model, same_weights
 from pixart_pack.tests.tiny_pixart import make_weights
 
@@ -97,6 +99,45 @@ def test_a_peft_file_keeps_its_alphas_without_its_folder(tmp_path):
     save_lora(tmp_path / "adapter", packed(), layout="peft")
     alone = (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "alone.safetensors")
     same_weights(merge(make_weights(CONFIG), reread(alone)), merged(packed()), **NOISE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        ({"lora_alpha": 6, "use_rslora": True}, "rslora"),
+        ({"lora_alpha": 6, "alpha_pattern": {"attn1.to_q": 3}}, "patterns"),
+        ({"peft_type": "ADALORA", "lora_alpha": 6}, "adalora"),
+        (None, "no configuration"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_converted_adapter_means_the_same(tmp_path, layout, config, given):
+    module, generator = "base_model.model.transformer_blocks.0.attn1.to_q", torch.Generator().manual_seed(0)
+    ending = "" if given == "adalora" else ".weight"
+    tensors = {
+        f"{module}.lora_A{ending}": torch.randn(4, WIDTH, generator=generator),
+        f"{module}.lora_B{ending}": torch.randn(WIDTH, 4, generator=generator),
+    }
+    if given == "adalora":
+        tensors[f"{module}.lora_E"] = torch.randn(4, 1, generator=generator)
+    lora = load_lora(tensors, config, config=CONFIG)
+    path = tmp_path / ("folder" if layout == "peft" else "some.safetensors")
+    save_lora(path, lora.factors, layout=layout)
+    same_weights(merge(make_weights(CONFIG), reread(path)), merge(make_weights(CONFIG), lora), **NOISE)
+    assert export_notes(lora, layout) == ([f"assumed: {each}" for each in lora.assumed])
+    assert bool(lora.assumed) == (config is None)
+
+
+def test_a_change_that_depends_on_its_weight_is_not_converted(tmp_path):
+    scaled = {"blocks.0.attn.proj": Scaled(torch.rand(1, WIDTH))}
+    for layout, message in (
+        ("host", "depends on its weight: got IA3"),
+        ("kohya", "IA3"),
+        ("peft", "Not for PEFT: got IA3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_lora(tmp_path / "some", scaled, layout=layout)
 
 
 def test_packed_rows_are_split_exactly():
