@@ -1,7 +1,7 @@
 """The parts of the documentation that are read off the pack: tables of nodes and workflows, and the allowed imports.
 
-`python dev.py run -m pixart_pack.editor.reference` writes `docs/nodes.md`, `docs/core-nodes.md` and
-`docs/architecture.svg`.
+`python dev.py run -m pixart_pack.editor.reference` writes `docs/nodes.md`, `docs/core-nodes.md`,
+`docs/architecture.svg` and `node_list.json`.
 """
 
 import json
@@ -13,6 +13,8 @@ from ..devtools.process import ROOT
 
 NODES_PAGE = ROOT / "docs" / "nodes.md"
 CORE_PAGE, CORE_TABLE = ROOT / "docs" / "core-nodes.md", ROOT / "tests" / "host" / "core_nodes.json"
+# ComfyUI-Manager reads here which nodes a pack has: it runs no code, and cannot find ours in it.
+NODE_LIST = ROOT / "node_list.json"
 PICTURE = ROOT / "docs" / "architecture.svg"
 BOX_PX, GAP_PX = (180, 66), (14, 34)
 LETTERS_A_LINE = 25
@@ -40,9 +42,18 @@ CORE_PARTS = {
 }
 
 
+def node_list() -> str:
+    """The nodes' ids and names, as JSON."""
+    return json.dumps({node_id: entry["display_name"] for node_id, entry in _definitions().items()}, indent=2) + "\n"
+
+
+def _definitions() -> dict:
+    return json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
 def nodes_page() -> str:
     """The page with all nodes and all workflows."""
-    definitions = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    definitions = _definitions()
     nodes = sorted((entry["display_name"], node_id, entry["description"]) for node_id, entry in definitions.items())
     rows = [f"| [{name}](../web/docs/{node_id}.md) | {_cell(text)} |" for name, node_id, text in nodes]
     workflows = [f"| `{path.stem}` | {_cell(_note_of(path))} |" for path in sorted((ROOT / "workflows").glob("*.json"))]
@@ -182,6 +193,7 @@ def _boxes(rooms: dict, places: dict) -> list[str]:
 def main() -> int:
     NODES_PAGE.write_text(nodes_page(), encoding="utf-8")
     CORE_PAGE.write_text(core_page(), encoding="utf-8")
+    NODE_LIST.write_text(node_list(), encoding="utf-8")
     PICTURE.write_text(architecture_picture(), encoding="utf-8")
     return 0
 

@@ -1,6 +1,7 @@
 """The documentation: a short front, no dead link, no command that does not exist, no node or workflow left out."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -110,6 +111,12 @@ def test_the_tables_of_nodes_and_workflows_are_what_the_pack_has():
     # Mend with: python dev.py run -m pixart_pack.editor.reference
     assert read(reference.NODES_PAGE) == reference.nodes_page()
     assert read(reference.CORE_PAGE) == reference.core_page()
+
+
+def test_the_managers_list_of_nodes_is_what_the_pack_has():
+    """ComfyUI-Manager takes its names for the ids of the pack's nodes, and offers the pack where one is missing."""
+    assert read(reference.NODE_LIST) == reference.node_list()
+    assert all(name.startswith("PixArt") for name in json.loads(reference.node_list()))
 
 
 def test_the_picture_of_the_rooms_is_what_the_import_test_reads():

@@ -1,8 +1,10 @@
 """Writes a workflow as the editor saves it: nodes in the columns of titled groups, which read from left to right."""
 
+import re
 import uuid
 from typing import Any
 
+from ...devtools.process import ROOT
 from .schema import Input, inputs_of
 
 # The editor's own palette: (title, body, group).
@@ -30,6 +32,17 @@ SHOWN_PX = {
 }
 NAMESPACE = uuid.UUID("6f2d1f0e-9a63-4a52-8f0c-3d5e7f1b2a90")
 FORMAT_VERSION = 0.4
+OWN_PREFIX = "PixArt"
+
+
+def _pack() -> dict[str, str]:
+    """The pack as ComfyUI's registry knows it."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    name, version = (re.search(rf'^{key} = "(.+)"$', text, re.MULTILINE)[1] for key in ("name", "version"))
+    return {"cnr_id": name, "ver": version}
+
+
+PACK = _pack()
 
 
 class Node:
@@ -214,4 +227,6 @@ class Workflow:
             return {}
         named = [value for value in node.values.values() if isinstance(value, str) and value in self.files]
         models = [{"name": name, **self.files[name]} for name in named]
-        return {"Node name for S&R": node.type, **({"models": models} if models else {})}
+        # By these the editor offers the pack to who opens the workflow without it.
+        pack = PACK if node.type.startswith(OWN_PREFIX) else {}
+        return {**pack, "Node name for S&R": node.type, **({"models": models} if models else {})}

@@ -12,6 +12,7 @@ from pixart_pack.editor.templates.__main__ import make
 from pixart_pack.editor.templates.api import to_api, widget_values
 from pixart_pack.editor.templates.collection import WORKFLOWS
 from pixart_pack.editor.templates.files import FILES
+from pixart_pack.editor.templates.graph import PACK
 from pixart_pack.editor.templates.rehearsal import NEEDS, prepare, rehearse
 
 FOLDER = Path(__file__).parent.parent.parent / "workflows"
@@ -47,6 +48,14 @@ def run(host, api: dict) -> tuple[list, list]:
     }
     texts = [text for output in entry["outputs"].values() for text in output.get("text", ())]
     return [Image.open(BytesIO(content)) for content in host.images(entry)], texts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_who_opens_one_without_the_pack_is_offered_it(name):
+    for node in read(FOLDER / f"{name}.json")["nodes"]:
+        known = {key: node["properties"][key] for key in ("cnr_id", "ver") if key in node["properties"]}
+        assert known == (PACK if node["type"].startswith("PixArt") else {})
+    assert PACK["cnr_id"] == "pixart-pack"
 
 
 def boxes(workflow: dict) -> dict:
