@@ -127,3 +127,21 @@ def test_decoding_runs_both_ways(comfy, tmp_path):
     with torch.inference_mode():  # the host clamps
         pictures = theirs.decode(latent).sample.add(1).div(2).clamp(0, 1).movedim(1, -1)
         torch.testing.assert_close(ours.decode(latent), pictures, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_graphs_of_a_series_of_pictures_are_counted(comfy, tmp_path):
+    """This pack needs three, without a break, and gives the same numbers; others are counted beside it."""
+    from pixart_pack.benchmarks import compile as benchmark
+
+    counts = benchmark.count_all(["this pack", "diffusers"], shrink=8)
+    ours = counts["this pack"]
+    assert [each.graphs for each in ours] == [1, 2, 2, 2, 2, 3, 3, 3, 3]
+    # float32 noise of the net, multiplied by sigma 157 and guidance 4.5
+    assert all(each.breaks == 0 and each.difference < 2e-3 for each in ours)
+    assert counts["diffusers"][-1].graphs >= 3
+    times = {"first_calls_s": [2.0, 1.0, 0.1], "later_call_s": 0.05}
+    refused = [benchmark.Counted(0, 0, "RuntimeError: odd")] * len(benchmark.SITUATIONS)
+    text = benchmark.describe({"counts": {**counts, "ComfyUI": refused}, "times": {"block": times}})
+    assert "| the first again | 3 and 0 | fails: RuntimeError: odd |" in text
+    assert "| block | 2.0 s | 1.0 s | 0.1 s | 50 ms |" in text
