@@ -73,6 +73,8 @@ OPTIONAL = {
     "pixart.text": {"transformers", "sentencepiece", "ftfy"},
     "pixart.resolution": {"PIL"},
     "pixart.commands.scores": {"torchmetrics", "transformers"},
+    "pixart.weights.quantised.gguf_file": {"gguf"},
+    "pixart.weights.quantised.gguf_saving": {"gguf"},
     "pixart.encoders.t5": {"transformers"},
     "pixart.encoders.autoencoder": {"diffusers"},
     "pixart.encoders.consistency_decoder": {"diffusers"},

@@ -11,10 +11,10 @@ VOCAB_SIZE = 32128
 SIZES = {"d_model": 24, "d_ff": 56, "d_kv": 8, "num_heads": 4, "num_layers": 3}
 
 
-def make_t5(vocab_size: int = VOCAB_SIZE, seed: int = 0) -> T5EncoderModel:
+def make_t5(vocab_size: int = VOCAB_SIZE, seed: int = 0, **sizes: int) -> T5EncoderModel:
     """transformers' encoder, float32, with weights large enough that every path counts."""
     torch.manual_seed(seed)
-    config = T5Config(**SIZES, vocab_size=vocab_size, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    config = T5Config(**{**SIZES, **sizes}, vocab_size=vocab_size, feed_forward_proj="gated-gelu", dropout_rate=0.0)
     model = T5EncoderModel(config).eval()
     for name, weight in model.named_parameters():
         if weight.ndim == 2:

@@ -20,6 +20,7 @@ from ...pixart.quoting import shorten
 log = logging.getLogger(__name__)
 
 FOLDERS_VARIABLE, FOLDERS_FILE = "PIXART_FOLDERS", "pixart_folders.txt"
+GGUF_KINDS = ("diffusion_models", "text_encoders")
 _DEPTH = 4  # as deep as a Hugging Face cache lies: models--x/snapshots/y/text_encoder
 
 
@@ -42,12 +43,25 @@ def _fits(wanted: Callable[[Path], bool], folder: Path) -> bool:
 
 
 def names_of(kind: str) -> list[str]:
-    """The host's list of files. It remembers folders, and fails for ever when one of them is removed."""
+    """The host's list of files, and GGUF files where it leaves them out.
+
+    The host remembers folders, and fails for ever when one of them is removed.
+    """
     try:
-        return folder_paths.get_filename_list(kind)
+        names = folder_paths.get_filename_list(kind)
     except FileNotFoundError:
         folder_paths.filename_list_cache.pop(folder_paths.map_legacy(kind), None)
-        return folder_paths.get_filename_list(kind)
+        names = folder_paths.get_filename_list(kind)
+    return sorted({*names, *_gguf_names(kind)}) if kind in GGUF_KINDS else names
+
+
+def _gguf_names(kind: str) -> list[str]:
+    """Names relative to the host's folders of this kind, as the host writes them."""
+    names = []
+    for folder in folder_paths.get_folder_paths(kind):
+        if os.path.isdir(folder):
+            names += folder_paths.recursive_search(folder, excluded_dir_names=[".git"])[0]
+    return [name for name in names if name.lower().endswith(".gguf")]
 
 
 def list_files(kinds: tuple[str, ...]) -> list[str]:

@@ -15,6 +15,7 @@ from ...samplers.from_diffusers import AS_THE_FOLDER_SAYS, read_scheduler
 from .denoiser.model import make_patcher
 from .folders import find_file, find_folder, find_folders, list_files
 from .text.t5 import load_t5
+from .weights.packed import count_numbers, describe_packing
 
 CHECKPOINT_KINDS = ("diffusion_models", "checkpoints")
 AUTO = "auto"
@@ -88,7 +89,8 @@ def load_vae(name: str, model=None):
 
 def load_patcher(path, variant=AUTO, dtype="default", weights=WEIGHTS[0], disable_dynamic=False):
     """The MODEL of a file or folder. Also what the host calls to load the same once more."""
-    patcher = make_model(read_checkpoint(path, weights=weights, **hints_of(variant)), dtype, disable_dynamic)
+    checkpoint = read_checkpoint(path, weights=weights, packed=DTYPES[dtype] is None, **hints_of(variant))
+    patcher = make_model(checkpoint, dtype, disable_dynamic)
     patcher.cached_patcher_init = (load_patcher, (path, variant, dtype, weights))
     return patcher
 
@@ -235,7 +237,7 @@ def describe_model(model) -> str:
         return f"Not a PixArt of this pack: {type(net).__name__}. Load it with Load PixArt Checkpoint."
     source = getattr(net, "pixart_source", None)
     family, vae = ("Sigma", "SDXL VAE") if config.is_sigma else ("alpha", "sd-vae-ft-ema (SD 1.5)")
-    parameters = sum(p.numel() for p in net.diffusion_model.parameters())
+    parameters, blocks = count_numbers(net.diffusion_model), describe_packing(net.diffusion_model)
     cast = net.manual_cast_dtype
     lines = [
         f"PixArt-{family}, trained at {config.base_px} x {config.base_px} px",
@@ -246,7 +248,8 @@ def describe_model(model) -> str:
         f"{parameters / 1e6:.1f} M parameters",
         f"size conditioning: {_yes(config.micro_condition)}, variance: {_yes(config.learn_sigma)}, "
         f"qk norm: {_yes(config.qk_norm)}, key-value compression: {_yes(config.kv_compress_ratio > 1)}",
-        f"weights: {_dtype(net.get_dtype())}" + (f", computed in {_dtype(cast)}" if cast else ""),
+        f"weights: {f'GGUF {blocks}' if blocks else _dtype(net.get_dtype())}"
+        + (f", computed in {_dtype(cast)}" if cast else ""),
         f"patched weights (LoRA, merges): {len(model.patches)}",
     ]
     if source:

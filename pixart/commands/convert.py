@@ -5,6 +5,7 @@
     python -m pixart convert diffusers-folder/ model.pth
     python -m pixart convert peft-folder/ lora.safetensors --to kohya
     python -m pixart convert text_encoder/ t5xxl_bf16.safetensors --dtype bf16
+    python -m pixart convert text_encoder/ t5xxl_q8_0.gguf --gguf-type Q8_0
 
 What the file is, is read from its content. A name without an ending is a folder in diffusers' or PEFT's layout.
 """
@@ -14,7 +15,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,16 +26,21 @@ from ..lora import LAYOUTS as LORA_LAYOUTS
 from ..lora import PEFT_CONFIG, export_notes, read_lora, save_lora
 from ..quoting import shorten
 from ..weights.controlnets import read_controlnet, save_controlnet
-from ..weights.layouts import CONTROL, CONTROLNET, LORA, T5
+from ..weights.layouts import CONFIG_KEY, CONTROL, CONTROLNET, LORA, T5
 from ..weights.precision import DTYPES
+from ..weights.quantised.gguf_saving import PIXART, t5_fields, write_gguf
+from ..weights.quantised.gguf_saving import SUFFIX as GGUF_SUFFIX
+from ..weights.quantised.gguf_saving import T5 as T5_ENCODER
+from ..weights.quantised.gguf_saving import TYPES as GGUF_TYPES
 from ..weights.reading import naming, open_weights, read_checkpoint
 from ..weights.saving import lost_in_diffusers, names_file, save_checkpoint
 from ..weights.t5 import is_t5_folder, read_encoder
-from ..weights.wrappers import identify
+from ..weights.wrappers import identify, to_diffusers
 from .console import add_weights, make_parser, tell
 
 MODEL_LAYOUTS = ("original", "diffusers")
 T5_LAYOUTS = ("single", "folder")
+GGUF_KINDS = ("checkpoint", "t5")
 KIND_OF_LAYOUT = {CONTROL: "controlnet", CONTROLNET: "controlnet", LORA: "lora", T5: "t5"}
 
 
@@ -50,13 +56,19 @@ def _convert_checkpoint(options, layout, dtype):
     hints = {"variant": options.variant} if options.variant else {}
     checkpoint = read_checkpoint(options.source, weights=options.weights, **hints)
     tell(options.source.name, checkpoint.remarks)
+    found = f"PixArt-{checkpoint.detection.family} trained at {checkpoint.config.base_px} px"
+    if options.target.suffix == GGUF_SUFFIX:
+        weights = checkpoint.state_dict if layout == "original" else to_diffusers(checkpoint.state_dict)
+        texts = {CONFIG_KEY: json.dumps(asdict(checkpoint.config))}
+        write_gguf(options.target, weights, PIXART, options.gguf_type, texts)
+        return found
     shard_bytes = int(options.shard_gb * 1e9) if options.shard_gb else None
     save_checkpoint(
         options.target, checkpoint.state_dict, checkpoint.config, layout, dtype, checkpoint.metadata, shard_bytes
     )
     if layout == "diffusers":
         tell(options.target.name, lost_in_diffusers(checkpoint.config))
-    return f"PixArt-{checkpoint.detection.family} trained at {checkpoint.config.base_px} px"
+    return found
 
 
 def _convert_controlnet(options, layout, dtype):
@@ -79,6 +91,10 @@ def _convert_t5(options, layout, dtype):
     source = options.source
     weights, sizes = read_encoder(source, dtype)
     config = {**sizes, "feed_forward_proj": "gated-gelu"}
+    found = f"a T5 encoder of {sizes['num_layers']} layers and width {sizes['d_model']}"
+    if options.target.suffix == GGUF_SUFFIX:
+        write_gguf(options.target, weights, T5_ENCODER, options.gguf_type, numbers=t5_fields(sizes))
+        return found
     weights = {name: tensor.to(dtype).contiguous() if dtype else tensor for name, tensor in weights.items()}
 
     def write(path: Path) -> None:
@@ -93,7 +109,7 @@ def _convert_t5(options, layout, dtype):
         write_atomically(options.target, write)
     else:
         write_folder_atomically(options.target, fill)
-    return f"a T5 encoder of {config['num_layers']} layers and width {config['d_model']}"
+    return found
 
 
 KINDS = {
@@ -126,7 +142,7 @@ def detect_kind(source: Path) -> str:
 def choose_layout(kind: Kind, options: argparse.Namespace) -> str:
     """What --to says; without it, what the target's name says. Raises ValueError for another kind's layout."""
     if options.to is None:
-        is_file = names_file(options.target)
+        is_file = names_file(options.target) or options.target.suffix == GGUF_SUFFIX
         return kind.layouts[0] if is_file else {"host": "peft"}.get(kind.layouts[0], kind.layouts[1])
     if options.to not in kind.layouts:
         raise ValueError(
@@ -141,6 +157,8 @@ def main(options: argparse.Namespace) -> None:
     name = options.kind or detect_kind(options.source)
     layout = choose_layout(KINDS[name], options)
     target = options.target
+    if target.suffix == GGUF_SUFFIX and name not in GGUF_KINDS:
+        raise ValueError(f"No GGUF of this kind: got {name}, expected {' or '.join(GGUF_KINDS)}. Write safetensors.")
     if target.exists() and not options.force and (target.is_file() or any(target.iterdir())):
         raise FileExistsError(
             f"Exists already: got {shorten(str(target), 300)}, expected a new name. Use --force to replace it."
@@ -172,13 +190,14 @@ def _require_model_folder(folder: Path) -> None:
 def parse() -> argparse.ArgumentParser:
     parser = make_parser("convert", __doc__)
     parser.add_argument("source", type=Path, help="a file or folder")
-    parser.add_argument("target", type=Path, help="a .safetensors or .pth file, or a folder")
+    parser.add_argument("target", type=Path, help="a .safetensors, .pth or .gguf file, or a folder")
     parser.add_argument("--kind", choices=list(KINDS), help="default: by the content")
     layouts = ", ".join(f"{name}: {' | '.join(kind.layouts)}" for name, kind in KINDS.items())
     parser.add_argument("--to", metavar="LAYOUT", help=layouts)
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: as it is")
     add_weights(parser)
     parser.add_argument("--variant", help="which released model it is, such as alpha-512, where the file does not say")
+    parser.add_argument("--gguf-type", choices=GGUF_TYPES, default="Q8_0", help="of a .gguf target; default: Q8_0")
     parser.add_argument("--shard-gb", type=float, help="largest file of a diffusers folder; default: one file")
     parser.add_argument("--force", action="store_true", help="replace a target that is there")
     return parser

@@ -8,6 +8,7 @@ import torch
 
 from ..quoting import shorten
 from ..text import TOKENIZER_FILES, load_tokenizer, tokenize
+from ..weights.quantised.modules import replace_packed
 from ..weights.t5 import read_encoder
 
 
@@ -35,17 +36,23 @@ def load_text_encoder(
 
     Raises FileNotFoundError when there is no file or tokenizer, ValueError for a file of another kind.
     """
+    path = Path(path)
+    network = read_network(path, dtype, device)
+    return TextEncoder(network, load_tokenizer(tokenizer or find_tokenizer(path)))
+
+
+def read_network(path: Path, dtype: torch.dtype = torch.float32, device="cpu"):
+    """The T5EncoderModel of a file or folder. GGUF's weights stay in their blocks. Raises as `load_text_encoder`."""
     from transformers import T5Config, T5EncoderModel
 
-    path = Path(path)
-    weights, sizes = read_encoder(path, dtype)
+    weights, sizes = read_encoder(path, dtype, packed=True)
     config = T5Config(**sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0)
     with torch.device("meta"):
         network = T5EncoderModel(config)
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
     weights = {name: weights[name] for name in network.state_dict()}
-    network.load_state_dict({name: tensor.to(device, dtype) for name, tensor in weights.items()}, assign=True)
-    return TextEncoder(network.eval().requires_grad_(False), load_tokenizer(tokenizer or find_tokenizer(path)))
+    network.load_state_dict(replace_packed(network, weights, device, dtype), assign=True)
+    return network.eval().requires_grad_(False)
 
 
 def find_tokenizer(path: Path) -> Path:

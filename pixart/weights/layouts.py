@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .quantised.forms import plain_name
+from .quantised.packed import Packed, join_rows
 
 ORIGINAL, DIFFUSERS, CONTROLNET, CONTROL, LORA = "original", "diffusers", "controlnet", "control", "lora"
 T5, UNKNOWN = "T5 text encoder", "unknown"
@@ -295,8 +296,10 @@ def _refuse_unknown(unknown: list[str]) -> None:
 
 def _concatenate(name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
     try:
+        if any(isinstance(tensor, Packed) for tensor in tensors):
+            return join_rows(tensors)
         return torch.cat(tensors)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, KeyError) as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise ValueError(
             f"Parts of {name} do not fit together: got shapes {shapes}, expected equal ones. Download the file again."

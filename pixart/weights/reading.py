@@ -19,6 +19,9 @@ from .folders import TRANSFORMER_STEMS, ModelFolder, find_weights, open_beside, 
 from .layouts import NULL_CAPTION_KEY, Weights, original_tensors, parts_to_merge
 from .pickles import ZIP_MAGIC, open_pickled
 from .quantised.forms import expand, is_quantised
+from .quantised.gguf_file import open_gguf
+from .quantised.gguf_header import MAGIC as GGUF_MAGIC
+from .quantised.packed import expand_all
 from .quantised.subclasses import refuse_subclasses
 from .wrappers import identify_pixart
 
@@ -34,7 +37,6 @@ _OTHER_FILES = {
         "Fetch the file itself with 'git lfs pull' or by its download link",
     ),
     b"<": ("a web page", "Download the file itself; a page that asks to log in was saved in its place"),
-    b"GGUF": ("a GGUF file", "Choose safetensors or .pth weights; this format is not supported"),
     b"\x1f\x8b": ("a gzip archive", "Unpack it first"),
     b"7z\xbc\xaf": ("a 7z archive", "Unpack it first"),
     b"Rar!": ("a rar archive", "Unpack it first"),
@@ -88,12 +90,14 @@ def read_checkpoint(
     *,
     weights: str = "ema",
     file_variant: str | None = None,
+    packed: bool = False,
     **hints,
 ) -> Checkpoint:
     """Read a PixArt from a file (.pth, .safetensors, .bin, ...) or a diffusers folder.
 
     weights: "ema", "model" or the name of a place, see `wrappers.identify`. file_variant: "fp16" and the
-    like, for folders. hints: `variant` and fields of PixArtConfig, see `detection.detect`.
+    like, for folders. packed: GGUF's weights as `quantised.packed.Packed`, not as numbers.
+    hints: `variant` and fields of PixArtConfig, see `detection.detect`.
     Tensors are mapped from the file as they are; those that diffusers has in parts are read and merged one by one.
     Raises FileNotFoundError for a missing file or shard and ValueError for everything else, naming the file.
     """
@@ -102,7 +106,7 @@ def read_checkpoint(
     with naming(path):
         opened = open_files(folder.files, folder.weight_map)
         settings = quantisation_settings(folder.model_config)
-        found = read_weights(opened, identify_pixart(opened.content, weights, opened.metadata), settings)
+        found = read_weights(opened, identify_pixart(opened.content, weights, opened.metadata), settings, packed=packed)
         detection = detect(
             found,
             model_config=folder.model_config,
@@ -133,7 +137,7 @@ def read_tensors(
     Raises as `open_weights`.
     """
     opened = open_weights(path, stems)
-    return opened.read(_top_level(opened)), opened.metadata
+    return expand_all(opened.read(top_level(opened))), opened.metadata
 
 
 class Opened(Protocol):
@@ -168,15 +172,15 @@ def open_files(files: Sequence[Path], weight_map: Mapping[str, str]) -> Opened:
     return _join_shards(opened, weight_map) if weight_map or len(opened) > 1 else opened[0]
 
 
-def read_weights(opened: Opened, weights: Weights, settings: Mapping | None = None) -> Weights:
+def read_weights(opened: Opened, weights: Weights, settings: Mapping | None = None, *, packed: bool = False) -> Weights:
     """The same with tensors in place of their descriptions; those that are to be merged are not mapped, and those that
-    are quantised become plain numbers. settings: see `quantisation_settings`.
+    are quantised become plain numbers. settings: see `quantisation_settings`. packed: leaves GGUF's blocks as they are.
     """
     refuse_subclasses(opened.content, opened.path.name)
     tensors = opened.read(weights.tensors, parts_to_merge(weights.tensors))
     if is_quantised(tensors):
         tensors = expand(tensors, opened.path.name, settings=settings, metadata=weights.metadata)
-    return replace(weights, tensors=tensors)
+    return replace(weights, tensors=tensors if packed else expand_all(tensors))
 
 
 def quantisation_settings(model_config: Mapping | None) -> Mapping:
@@ -210,7 +214,7 @@ def require_file(path: Path) -> None:
 
 
 def _recognise(path: Path) -> str:
-    """Tell "safetensors" from "torch" by content. Raises ValueError saying what the file is else."""
+    """The key of _OPENERS, by content. Raises ValueError saying what the file is else."""
     require_file(path)
     with path.open("rb") as file:
         head = file.read(512)
@@ -235,6 +239,8 @@ def _recognise(path: Path) -> str:
     for start, (kind, remedy) in _OTHER_FILES.items():
         if head.lstrip().startswith(start):
             raise ValueError(f"Not a checkpoint: got {kind} in {shorten(path.name)}, expected weights. {remedy}.")
+    if head.startswith(GGUF_MAGIC):
+        return "gguf"
     if head[257:262] == b"ustar":
         raise ValueError(
             f"Not a checkpoint: got a tar archive in {shorten(path.name)}, expected weights. Unpack it, or save a "
@@ -250,10 +256,10 @@ def _recognise(path: Path) -> str:
 
 def _open_file(path: Path) -> Opened:
     with naming(path):
-        return _open_safetensors(path) if _recognise(path) == "safetensors" else open_pickled(path)
+        return _OPENERS[_recognise(path)](path)
 
 
-def _top_level(opened: Opened) -> dict:
+def top_level(opened: Opened) -> dict:
     """Name -> description of the tensors of a bare or `state_dict`-wrapped file."""
     content = opened.content
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
@@ -324,6 +330,9 @@ def _read_unmapped(path: Path, wanted: Mapping[str, _NamedTensor]) -> dict[str, 
     return tensors
 
 
+_OPENERS = {"safetensors": _open_safetensors, "torch": open_pickled, "gguf": open_gguf}
+
+
 class _ShardedTensor(NamedTuple):
     """A tensor of one of several files before it is read."""
 
@@ -352,7 +361,7 @@ class _Shards:
 def _join_shards(files: Sequence[Opened], weight_map: Mapping[str, str]) -> _Shards:
     content, metadata = {}, {}
     for file in files:
-        for name, tensor in _top_level(file).items():
+        for name, tensor in top_level(file).items():
             if name in content:
                 raise ValueError(
                     f"Tensor twice in shards: got {shorten(name)} in {shorten(content[name].file.path.name)} and "

@@ -13,8 +13,9 @@ from ..quoting import list_names
 from .folders import TEXT_ENCODER_STEMS, read_json
 from .layouts import describe
 from .quantised.forms import COMFY_MARK, expand, is_quantised
+from .quantised.packed import expand_all
 from .quantised.subclasses import refuse_subclasses
-from .reading import naming, open_weights, quantisation_settings, read_tensors
+from .reading import naming, open_weights, quantisation_settings, top_level
 from .wrappers import detect_layout
 
 _MARKER_LAYER = "encoder.block.0.layer.0.SelfAttention.q."
@@ -79,23 +80,29 @@ def encoder_weights(state_dict: Mapping[str, torch.Tensor], name: str) -> dict[s
     return {key: value for key, value in weights.items() if not key.startswith(("decoder.", "lm_head."))}
 
 
-def read_encoder(path: Path, dtype: torch.dtype | None = None) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+def read_encoder(
+    path: Path, dtype: torch.dtype | None = None, *, packed: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """(weights under their Hugging Face names, CONFIG_FIELDS) of a file or folder; quantised ones as plain numbers.
 
-    dtype: of what was quantised; None takes that of the other weights.
+    dtype: of what was quantised; None takes that of the other weights, and fp16 for GGUF. packed: leaves GGUF's
+    weights as `quantised.packed.Packed`.
     Raises FileNotFoundError for missing files, ValueError naming the file for everything else.
     """
     path = Path(path)
     state_dict, metadata = read_encoder_tensors(path)
     weights = plain_weights(encoder_weights(state_dict, path.name), path, metadata, dtype=dtype)
+    if not packed:
+        weights = expand_all(weights, dtype or torch.float16)
     return weights, detect_t5_config(weights, path.name)
 
 
 def read_encoder_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, metadata) of a text encoder's file or folder as they are stored. Raises as `read_encoder`."""
     with naming(path):
-        refuse_subclasses(open_weights(path, TEXT_ENCODER_STEMS).content, path.name)
-    return read_tensors(path, TEXT_ENCODER_STEMS)
+        opened = open_weights(path, TEXT_ENCODER_STEMS)
+        refuse_subclasses(opened.content, path.name)
+    return opened.read(top_level(opened)), opened.metadata
 
 
 def plain_weights(

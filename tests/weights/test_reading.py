@@ -327,7 +327,7 @@ OTHER_FILES = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
         "got a Git LFS pointer",
     ),
-    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(64), "got a GGUF file"),
+    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(64), "No weights in this file"),
     "gzip": (b"\x1f\x8b\x08" + bytes(64), "got a gzip archive"),
     "tar": (tar_bytes(), "tar archive"),
     "zip": (zip_bytes("readme.txt"), "zip archive of other files"),

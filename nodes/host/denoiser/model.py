@@ -19,6 +19,8 @@ from ....pixart.config import PixArtConfig
 from ....pixart.layers import blank_hidden, common_row
 from ....pixart.quoting import shorten
 from ....pixart.transformer import PixArt, ProjectedCaption, add_control
+from ....pixart.weights.quantised.packed import Packed
+from ..weights.packed import PackedOperations, is_packed
 from .attention import block_attention
 from .block_cache import BLOCK_CACHE
 from .compilation import COMPILED, compiled_blocks
@@ -386,8 +388,11 @@ def make_patcher(state_dict, config, dtype=None, fp8_optimizations=False, disabl
     manual_cast = management.unet_manual_cast(dtype, load_device, supported)
     set_inference_dtype(model_config, dtype, manual_cast, load_device)
     model_config.optimizations["fp8"] = fp8_optimizations
+    packed = is_packed(state_dict)
+    if packed:
+        model_config.custom_operations = PackedOperations
     model = model_config.get_model(state_dict)
-    patcher = patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
+    patcher = patcher_class(disable_dynamic or packed)(model, load_device=load_device, offload_device=offload_device)
     for key in list(state_dict):  # one by one, so that the file's tensors go as ours come
         state_dict[key] = cast_weight(key, state_dict[key], dtype)
     model.load_model_weights(state_dict, assign=True)
@@ -409,7 +414,7 @@ def set_inference_dtype(model_config, dtype, manual_cast, device):
 
 def cast_weight(key, tensor, dtype):
     """A tensor of the file in the dtype that its parameter has in the host."""
-    if not tensor.is_floating_point():
+    if isinstance(tensor, Packed) or not tensor.is_floating_point():
         return tensor
     if dtype.itemsize == 1 and key.endswith(TABLES):
         dtype = torch.float16

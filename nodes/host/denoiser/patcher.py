@@ -9,6 +9,8 @@ import functools
 import comfy.model_patcher
 import comfy.utils
 
+from ..weights.packed import packed_layers
+
 PREFIX = "diffusion_model."
 PARTS = (".to_q.", ".to_k.", ".to_v.", ".to_out.0.")
 
@@ -27,6 +29,15 @@ class SplitNames:
         if filter_prefix is not None or self._wholes_alone:
             return weights
         return {**weights, **{name: weights[_whole(place)] for name, place in self._parts().items()}}
+
+    def state_dict_for_saving(self, *arguments, **options):
+        """What the host's own nodes save. Raises ValueError for weights in blocks, which are no numbers to them."""
+        if packed_layers(self.model):
+            raise ValueError(
+                "GGUF weights cannot be saved here: got weights that are packed in blocks, expected numbers. Save with "
+                "Save PixArt Checkpoint, or load the model with another weight_dtype than default."
+            )
+        return super().state_dict_for_saving(*arguments, **options)
 
     def get_key_patches(self, filter_prefix=None):
         """What merges and files read: every weight once."""

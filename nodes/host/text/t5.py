@@ -20,6 +20,7 @@ from ....pixart.quoting import plain, shorten
 from ....pixart.weights.folders import read_json
 from ....pixart.weights.t5 import detect_t5_config, encoder_weights, is_t5_folder, plain_weights, read_encoder_tensors
 from ..folders import find_folders, names_of
+from ..weights.packed import PackedOperations, is_packed
 
 AUTO, BUILT_IN = "auto", "built-in"
 DEVICES = ("default", "cpu")
@@ -102,6 +103,9 @@ def load_t5(
         params={}, clip=comfy.text_encoders.pixart_t5.pixart_te(**quantised), tokenizer=lambda **_: tokens
     )
     options = {f"{T5_NAME}_model_config": config}
+    packed = is_packed(weights)
+    if packed:
+        options["custom_operations"], options["initial_device"] = PackedOperations, torch.device("cpu")
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     try:
@@ -110,7 +114,7 @@ def load_t5(
             parameters=comfy.utils.calculate_parameters(weights),
             state_dict=[weights],
             model_options=options,
-            disable_dynamic=disable_dynamic,
+            disable_dynamic=disable_dynamic or packed,  # which casts layers by itself
         )
     except RuntimeError as error:
         if "size mismatch" not in str(error):
@@ -134,7 +138,8 @@ def take_t5(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
             f"No T5 in this CLIP: got {type(clip.cond_stage_model).__name__}, expected one with {T5_NAME}. "
             f"Load a T5 v1.1 XXL with Load T5 Text Encoder."
         )
-    rows, width = t5.transformer.get_input_embeddings().weight.shape
+    table = t5.transformer.get_input_embeddings()
+    rows, width = table.num_embeddings, table.embedding_dim
     alone = clip.clone()
     alone.tokenizer = _make_tokenizer(None, {"d_model": width, "vocab_size": rows}, "this CLIP")
     alone.cond_stage_model = comfy.sd1_clip.SD1ClipModel(clip_name=T5_NAME, name=T5_NAME, clip_model=lambda **_: t5)

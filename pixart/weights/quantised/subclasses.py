@@ -14,8 +14,8 @@ def refuse_subclasses(content: object, file: str) -> None:
     name = _foreign_weight(content, _MOST_DEPTH)
     if name is not None:
         raise ValueError(
-            f"Weights of another library's class: got an object for {shorten(name)} in {shorten(file)} (as torchao and "
-            f"optimum-quanto pickle their tensors), expected plain tensors. Load it with that library, and save "
+            f"Weights of another library's class: got {shorten(file)} with an object for {shorten(name)} (as torchao "
+            f"and optimum-quanto pickle their tensors), expected plain tensors. Load it with that library, and save "
             f"weight.dequantize() of each layer, or its safetensors form."
         )
 

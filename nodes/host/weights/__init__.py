@@ -1,0 +1,1 @@
+"""Weights in the host's memory in forms of their own."""

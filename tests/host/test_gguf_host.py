@@ -1,0 +1,177 @@
+"""GGUF in ComfyUI's own classes: packed in memory, the same numbers as the plain model, patched like any other."""
+
+import importlib
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+
+from pixart_pack.pixart.text import load_tokenizer, tokenize
+from pixart_pack.pixart.weights.quantised.gguf_file import llama_name
+from pixart_pack.pixart.weights.t5 import read_encoder
+from pixart_pack.tests.gguf_files import matrices, write_gguf
+from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
+from pixart_pack.tests.tiny_t5 import make_t5, weights_of
+
+NOISE = 1e-5  # float32 of two implementations
+CONFIG = tiny_config("sigma-1024", hidden_size=64, caption_channels=32)
+LAYER = "diffusion_model.blocks.1.attn.qkv.weight"
+TABLE = "diffusion_model.blocks.0.scale_shift_table.weight"
+
+
+def folder_of(kind):
+    folder = Path(importlib.import_module("folder_paths").get_folder_paths(kind)[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder_file(pack):
+    """(the file, transformers' T5 of its numbers)."""
+    model = make_t5(d_model=32, d_ff=64)
+    path = folder_of("text_encoders") / "t5_tiny_q8_0.gguf"
+    write_gguf(path, {llama_name(name): weight for name, weight in weights_of(model).items()}, matrices("Q8_0"))
+    model.load_state_dict(read_encoder(path, torch.float32)[0], strict=False)
+    yield path, model
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def expected(encoder_file, comfyui):
+    vocabulary = comfyui / "comfy" / "text_encoders" / "t5_tokenizer"
+    ids, mask = tokenize("a red ball", load_tokenizer(vocabulary), 40)
+    with torch.inference_mode():
+        return encoder_file[1](input_ids=ids[:, : int(mask.sum())]).last_hidden_state
+
+
+def encode(run_node, clip, text="a red ball"):
+    return run_node("PixArtTextEncode", clip=clip, text=text)[0][0][0]
+
+
+@pytest.mark.parametrize("device", ["default", "cpu"])
+def test_a_text_encoder(run_node, pack, encoder_file, expected, device):
+    options = importlib.import_module("pixart_pack.nodes.host.text.t5").list_text_encoders()
+    assert encoder_file[0].name in options
+    (clip,) = run_node("PixArtLoadT5", text_encoder=encoder_file[0].name, device=device)
+    torch.testing.assert_close(encode(run_node, clip), expected, atol=NOISE, rtol=0)
+    layers = clip.cond_stage_model.t5xxl.transformer
+    assert layers.shared.weight.dtype == layers.encoder.block[0].layer[0].SelfAttention.q.weight.dtype == torch.uint8
+    assert clip.patcher.model_size() < 1.1 * encoder_file[0].stat().st_size
+    taken = importlib.import_module("pixart_pack.nodes.host.text.t5").take_t5(clip)
+    torch.testing.assert_close(encode(run_node, taken), expected, atol=NOISE, rtol=0)
+
+
+@pytest.mark.parametrize("how", [{"full_load": True}, {"lowvram_model_memory": 1}])
+def test_a_lora_on_a_packed_encoder(run_node, encoder_file, expected, how):
+    (clip,) = run_node("PixArtLoadT5", text_encoder=encoder_file[0].name)
+    layer = "encoder.block.0.layer.1.DenseReluDense.wo"
+    down, up = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)), torch.full((32, 2), 0.1)
+    factors = {f"text_encoders.t5xxl.transformer.{layer}.lora_down.weight": down,
+               f"text_encoders.t5xxl.transformer.{layer}.lora_up.weight": up}  # fmt: skip
+    _, patched = importlib.import_module("comfy.sd").load_lora_for_models(None, clip, factors, 1.0, 1.0)
+    weight = clip.cond_stage_model.t5xxl.transformer.get_submodule(layer)
+    clip.patcher.unpatch_model()  # the host loads it at once where there is no other device
+    patched.patcher.load(torch.device("cpu"), **how)
+    assert weight.is_packed() == ("lowvram_model_memory" in how)
+    found = weight._numbers(torch.device("cpu"), torch.float32)
+    plain = encoder_file[1].get_submodule(layer).weight
+    torch.testing.assert_close(found, plain + up @ down, atol=2e-3, rtol=1e-3)  # fp16 while it is changed
+    patched.patcher.unpatch_model()
+    assert weight.is_packed()
+    torch.testing.assert_close(encode(run_node, clip), expected, atol=NOISE, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def model_file(pack):
+    path = folder_of("diffusion_models") / "pixart_sigma_1024_q8_0.gguf"
+    write_gguf(path, make_weights(CONFIG), matrices("Q8_0"), "pixart")
+    yield path
+    path.unlink()
+
+
+def predict(model):
+    generator = torch.Generator().manual_seed(1)
+    latent, caption = torch.randn(1, 4, 8, 6, generator=generator), torch.randn(1, 5, 32, generator=generator)
+    with torch.inference_mode():
+        return model.model.diffusion_model(latent, torch.tensor([500.0]), caption)
+
+
+def load(run_node, name, dtype="default"):
+    return run_node("PixArtLoadCheckpoint", checkpoint=name, weight_dtype=dtype)[0]
+
+
+def test_a_transformer(run_node, model_file):
+    packed, plain = load(run_node, model_file.name), load(run_node, model_file.name, "fp32")
+    assert packed.model.diffusion_model.blocks[0].attn.qkv.weight.dtype == torch.uint8
+    assert plain.model.diffusion_model.blocks[0].attn.qkv.weight.dtype == torch.float32
+    assert packed.model_size() < plain.model_size() / 2
+    # Tables and norms are fp16 beside packed weights, of values up to 0.3.
+    torch.testing.assert_close(predict(packed), predict(plain), atol=2e-3, rtol=0)
+    (text,) = run_node("PixArtModelInfo", model=packed)
+    assert "weights: GGUF Q8_0" in text, text
+    parameters = sum(weight.numel() for weight in make_weights(CONFIG).values())
+    assert f"{parameters / 1e6:.1f} M parameters" in text
+
+
+def test_patches_streamed_weights_and_saving(run_node, model_file):
+    patch = {LAYER: (torch.full((192, 64), 0.02),), TABLE: (torch.full((6, 64), 0.1),)}
+    predictions = []
+    for how in ({"full_load": True}, {"lowvram_model_memory": 1}):
+        model = load(run_node, model_file.name).clone()
+        model.add_patches(patch, 1.0)
+        model.load(torch.device("cpu"), **how)
+        predictions.append(predict(model))
+        model.unpatch_model()
+    plain = load(run_node, model_file.name, "fp32").clone()
+    plain.add_patches(patch, 1.0)
+    plain.load(torch.device("cpu"), full_load=True)
+    for found in predictions:
+        torch.testing.assert_close(found, predict(plain), atol=2e-3, rtol=0)
+    assert (predictions[0] - predict(load(run_node, model_file.name))).abs().max() > 0.01
+    with pytest.raises(ValueError, match="GGUF weights cannot be saved here"), torch.inference_mode():
+        load(run_node, model_file.name).state_dict_for_saving()
+    (path,) = run_node(
+        "PixArtSaveCheckpoint", model=load(run_node, model_file.name), filename_prefix="gguf", layout="original (.pth)"
+    )
+    saved = importlib.import_module("pixart_pack.pixart.weights.reading").read_tensors(
+        Path(importlib.import_module("folder_paths").get_output_directory()) / Path(path).name
+    )[0]
+    stored = next(tensor for tensor in gguf.GGUFReader(model_file).tensors if tensor.name == "blocks.0.mlp.fc1.weight")
+    numbers = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
+    torch.testing.assert_close(saved["blocks.0.mlp.fc1.weight"].float(), numbers, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="LoRA hooks on a GGUF model"):
+        layer = load(run_node, model_file.name).model.diffusion_model.blocks[0].attn.qkv
+        layer.set_weight(torch.zeros(192, 64), inplace_update=True)
+
+
+def test_a_sampler_runs(run_node, core_nodes, comfy, model_file):
+    model = load(run_node, model_file.name)
+    sampling = importlib.import_module("comfy.sample")
+    latent = torch.zeros(1, 4, 8, 8)
+    entry = [torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2)), {"pooled_output": None}]
+    noise = sampling.prepare_noise(latent, 5)
+    with torch.inference_mode():
+        found = [
+            sampling.sample(each, noise, 2, 4.5, "euler", "simple", [entry], [entry], latent)
+            for each in (model, load(run_node, model_file.name, "fp32"))
+        ]
+    # fp16 tables and biases, multiplied by the first sigma of 157 and guidance.
+    assert torch.nn.functional.cosine_similarity(found[0].flatten(), found[1].flatten(), dim=0) > 0.999
+
+
+def test_hostile_files_are_refused_by_the_nodes(run_node, model_file, encoder_file):
+    for kind, node, name in (
+        ("diffusion_models", "PixArtLoadCheckpoint", "checkpoint"),
+        ("text_encoders", "PixArtLoadT5", "text_encoder"),
+    ):
+        path = folder_of(kind) / "damaged.gguf"
+        path.write_bytes(model_file.read_bytes()[:700])
+        with pytest.raises(ValueError, match=r"damaged\.gguf"):
+            run_node(node, **{name: path.name})
+        path.unlink()
+    copy = folder_of("text_encoders") / "a_transformer.gguf"
+    copy.write_bytes(model_file.read_bytes())
+    with pytest.raises(ValueError, match="got .*PixArt.* in a_transformer.gguf, expected a T5"):
+        run_node("PixArtLoadT5", text_encoder=copy.name)
+    copy.unlink()
