@@ -127,6 +127,9 @@ class ControlFeatures:
     def identity(self) -> str:
         return identify_examples(self)
 
+    def name_of(self, index: int) -> str:
+        return f"scene {index + 1}"
+
     def __len__(self) -> int:
         return len(self.captions)
 

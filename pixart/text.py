@@ -298,6 +298,11 @@ def _encode(text: str, tokenizer: Any) -> list[int]:
     return ids[:-1] if ids[-1:] == [EOS_ID] else ids
 
 
+def count_tokens(text: str, tokenizer: Any) -> int:
+    """How many tokens a caption has before any is cut, the end token among them."""
+    return len(_encode(limit_text(text)[0], tokenizer)) + 1
+
+
 def tokenize(prompts: str | Sequence[str], tokenizer: Any, caption_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask of captions, cut or padded to caption_length; the last kept token is always the end token.
 

@@ -1,9 +1,9 @@
 """`python -m pixart encode`: encode a dataset outside ComfyUI, in one process or shared out among many."""
 
 import argparse
+import functools
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from ..encoders.edges import canny_edges, soft_edges
 from ..encoders.hed import detect_edges, make_hed
 from ..encoders.t5 import find_tokenizer, load_text_encoder
 from ..quoting import shorten
-from ..text import tokenizer_file
+from ..text import count_tokens, load_tokenizer, tokenizer_file
 from ..weights.folders import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS
 from ..weights.precision import DTYPES
 from ..weights.reading import read_tensors
@@ -149,7 +149,7 @@ def _encode(encoder: cache.DatasetEncoder, options: argparse.Namespace, make_hin
     if encoder.missing_captions:
         text_encoder = load_text_encoder(options.text_encoder, options.tokenizer, DTYPES[options.dtype], device)
         with _Bar("captions") as bar:
-            encoder.encode_captions(partial(text_encoder, caption_length=options.caption_length), bar)
+            encoder.encode_captions(functools.partial(text_encoder, caption_length=options.caption_length), bar)
         del text_encoder
     if encoder.missing_pictures:
         autoencoder = load_autoencoder(options.vae, DTYPES[options.vae_dtype], device)
@@ -163,14 +163,18 @@ def _encode(encoder: cache.DatasetEncoder, options: argparse.Namespace, make_hin
 
 
 def _finish(encoder, options: argparse.Namespace, settings: cache.EncodeSettings, is_alone: bool) -> None:
+    tokenizer = functools.cache(lambda: load_tokenizer(options.tokenizer or find_tokenizer(options.text_encoder)))
+    notes = encoder.describe_cut(lambda text: count_tokens(text, tokenizer()))
     try:
-        features = encoder.features(options.name)
+        features = encoder.features(options.name, notes)
     except FileNotFoundError as error:
         if is_alone:
             raise
         log.info("This process's share is encoded; others are not done yet. (%s)", error)
         return
     log.info("%d pictures are encoded in %s", len(features), options.output)
+    for note in notes:
+        log.warning("%s", note)
     if options.original_layout:
         write_original_features(
             features, options.original_layout, settings.base_px, settings.square, settings.caption_length
@@ -197,8 +201,10 @@ def _hints(options: argparse.Namespace) -> tuple[Callable | None, str]:
     """(what makes hints of pictures, its identity), or (None, "")."""
     if options.hed:
         network = make_hed(read_tensors(options.hed)[0], options.hed.name)
-        return partial(_draw, partial(detect_edges, network)), fingerprint(network.state_dict().items())
-    return (partial(_draw, EDGES[options.edges]), options.edges) if options.edges else (None, "")
+        return functools.partial(_draw, functools.partial(detect_edges, network)), fingerprint(
+            network.state_dict().items()
+        )
+    return (functools.partial(_draw, EDGES[options.edges]), options.edges) if options.edges else (None, "")
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ LANCZOS_FROM_PX = 2048  # PixArt-Sigma prepared its largest pictures so
 _LATENT_CHANNELS = 4
 _GRID_PX = 2 * LATENT_DOWNSCALE
 _CAPTIONS_AT_ONCE = 16
+_SHOWN_CUT = 5
 
 EncodeText = Callable[[list[str]], list[torch.Tensor]]  # captions -> (L, D) states each, without padding
 # (B, H, W, 3) in [0, 1] -> unscaled mean (B, 4, H / 8, W / 8), and the deviation of the same shape or None
@@ -185,9 +186,29 @@ class DatasetEncoder:
                 _report(progress, done, len(missing), pixels[-1])
         self.shards.scan()
 
-    def features(self, manifest: str = MANIFEST) -> "CachedFeatures":
+    def describe_cut(self, count_tokens: Callable[[str], int]) -> list[str]:
+        """Which captions are longer than they were encoded: how many, and the first of them; no lines for none.
+
+        count_tokens: how many a text has; asked of those alone that are as long as a caption may be.
+        """
+        longest, cut = self.settings.caption_length, {}
+        for item in self.items:
+            key = item["caption"]
+            if key not in cut and key in self.shards and self.shards.shape_of(key, "caption")[0] >= longest:
+                cut[key] = (item["name"], self._captions[key], count_tokens(self._captions[key]))
+        cut = {key: found for key, found in cut.items() if found[2] > longest}
+        if not cut:
+            return []
+        shown = list(cut.values())[:_SHOWN_CUT]
+        lines = [f"{shorten(name)}: {count} tokens, {shorten(text)}" for name, text, count in shown]
+        more = [f"... and {len(cut) - _SHOWN_CUT} more"] if len(cut) > _SHOWN_CUT else []
+        captions = len({item["caption"] for item in self.items})
+        return [f"cut at {longest} tokens, without their ends: {len(cut)} of {captions} captions", *lines, *more]
+
+    def features(self, manifest: str = MANIFEST, notes: Sequence[str] = ()) -> "CachedFeatures":
         """The encoded dataset; its list is written into the cache's folder under the name `manifest`.
 
+        notes: lines to keep with it, for those who open it.
         Raises FileNotFoundError while other processes have not encoded their share.
         """
         self.shards.scan()
@@ -195,6 +216,7 @@ class DatasetEncoder:
             "version": VERSION,
             "settings": asdict(self.settings),
             "null_caption": self.null_key,
+            "notes": list(notes),
             "items": self.items,
         }
         path = self.shards.folder / manifest
@@ -303,11 +325,13 @@ class CachedFeatures:
     """A FeatureSet over a cache: only what is asked for is read. It can be copied into other processes.
 
     path: the dataset's list, with which open_features gives the same again. settings: the fields of EncodeSettings.
+    notes: what was noticed when it was encoded, in lines.
     """
 
     def __init__(self, shards: ShardFolder, content: dict, path: Path):
         self.shards, self.items, self.settings, self.path = shards, content["items"], content["settings"], path
         self._null_key = content["null_caption"]
+        self.notes = [str(note) for note in content.get("notes", ())]
         wanted = {item[part] for item in self.items for part in ("caption", "picture", "hint") if item[part]}
         missing = sum(key not in shards for key in {*wanted, self._null_key})
         if missing:
@@ -327,6 +351,9 @@ class CachedFeatures:
     def identity(self) -> str:
         """Of what is encoded, wherever the cache lies: its keys are hashes of contents, models and settings."""
         return digest(self._null_key, *(repr([item[part] for part in _IDENTIFYING]) for item in self.items))
+
+    def name_of(self, index: int) -> str:
+        return self.items[index]["name"]
 
     def __len__(self) -> int:
         return len(self.items)

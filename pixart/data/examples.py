@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from ..quoting import shorten
 from ..text import batch_captions
 from .identity import digest, fingerprint
 
@@ -102,12 +103,25 @@ def _check_equal(what: str, found: set) -> None:
         )
 
 
+def check_finite(example: Example, name: str) -> Example:
+    """The example. Raises ValueError naming the picture when one of its tensors holds NaN or infinity."""
+    for part in ("latent", "deviation", "caption", "hint"):
+        tensor = getattr(example, part)
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"Damaged features: got NaN or infinity in the {part} of {shorten(name)} ({shorten(example.text)}), "
+                f"expected numbers. Encode it again in fp32 or bf16, or take it out of the dataset."
+            )
+    return example
+
+
 class FeatureSet(Protocol):
     """Encoded pictures by number.
 
     bins: (h_latent, w_latent) of each, without reading it. is_prior: of each, see Example. null_caption: (L, D) T5
     states of the empty caption, which stands in for dropped captions where a model has no learned one; None when
     nobody encoded it. identity: a hash of pictures and captions in their order, for a training to know them again.
+    name_of: what messages call a picture.
     """
 
     bins: list[tuple[int, int]]
@@ -116,6 +130,8 @@ class FeatureSet(Protocol):
 
     @property
     def identity(self) -> str: ...
+
+    def name_of(self, index: int) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -144,6 +160,9 @@ class ListFeatures:
     @property
     def identity(self) -> str:
         return identify_examples(self)
+
+    def name_of(self, index: int) -> str:
+        return f"picture {index + 1}"
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -65,13 +65,16 @@ class OriginalFeatures:
         sizes = (f"{tuple(entry.size_px)} {entry.aspect_ratio}" for entry in self.entries)
         return digest(*parts, *sizes)
 
+    def name_of(self, index: int) -> str:
+        return self.entries[index].latent.name
+
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Example:
         entry = self.entries[index]
         with _reading(entry.latent):
-            moments = torch.from_numpy(read_array(entry.latent)).float()
+            moments = torch.from_numpy(_floats(read_array(entry.latent))).float()
         mean, deviation = moments.chunk(2) if len(moments) == 8 else (moments, None)
         return Example(
             latent=mean,
@@ -97,9 +100,21 @@ def _read_caption(path: Path) -> torch.Tensor:
     """(L, D), the rows that the mask keeps; all of them without a mask."""
     with _reading(path):
         found = read_arrays(path, "caption_feature", "attention_mask")
-        states = torch.from_numpy(found["caption_feature"]).flatten(0, -2)
+        states = torch.from_numpy(_floats(found["caption_feature"])).flatten(0, -2)
         mask = torch.from_numpy(found["attention_mask"]).reshape(-1) if "attention_mask" in found else None
-    return states if mask is None else states[: int(mask.ne(0).sum())]
+    kept, length = len(states) if mask is None else int(mask.ne(0).sum()), len(states if mask is None else mask)
+    if not kept or length != len(states):
+        raise ValueError(
+            f"Wrong caption: got states of the shape {tuple(states.shape)} and a mask that keeps {kept} of {length} in "
+            f"{shorten(path.name)}, expected a mask for each that keeps some. Extract the features of it again."
+        )
+    return states[:kept]
+
+
+def _floats(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind != "f":
+        raise ValueError(f"numbers of the type {array.dtype}, which are no floating-point numbers")
+    return array
 
 
 def _latent_size(path: Path) -> tuple[int, int]:

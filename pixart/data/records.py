@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..files.names import is_blank
 from ..quoting import shorten
 from .identity import digest
 from .pictures import Picture, decode_picture, measure_picture
@@ -118,7 +119,8 @@ def check_records(
 
 
 def _settle(record: Record, fallback_caption: str, is_prior: bool) -> Record:
-    caption = _mend_text((record.caption or "").strip()) or fallback_caption.strip() or None
+    given = (_mend_text((text or "").strip()) for text in (record.caption, fallback_caption))
+    caption = next((text for text in given if not is_blank(text)), None)
     return replace(record, name=_mend_text(record.name), caption=caption, is_prior=record.is_prior or is_prior)
 
 

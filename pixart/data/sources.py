@@ -13,7 +13,7 @@ from pathlib import Path, PureWindowsPath
 from ..files.documents import TABLE_LIMIT, parse_json
 from ..files.inside import check_inside, is_inside
 from ..files.regular import MEGABYTE, TABLE_BYTES, read_bytes
-from ..quoting import plain, shorten
+from ..quoting import list_names, plain, shorten
 from .hugging_face import open_rows, parquet_files
 from .pictures import PICTURE_SUFFIXES, FilePicture, RowPicture
 from .records import Record, wrong_table
@@ -101,7 +101,16 @@ def detect_kind(path: Path) -> str:
     captions = {entry.stem for entry in path.iterdir() if entry.suffix in _CAPTION_SUFFIXES}
     if pictures & captions:  # then a table is about something else
         return FOLDER
-    return (CSV if tables[0].suffix.lower() != ".jsonl" else JSONL) if len(tables) == 1 else FOLDER
+    if len(tables) > 1:
+        raise _several_tables(tables, path, "table")
+    return (CSV if tables[0].suffix.lower() != ".jsonl" else JSONL) if tables else FOLDER
+
+
+def _several_tables(tables: list[Path], path: Path, wanted: str) -> ValueError:
+    return ValueError(
+        f"Which table is meant: got {list_names([table.name for table in tables]) or 'none'} in {shorten(path.name)}, "
+        f"expected one {wanted}. Enter its path, or choose the kind folder to pass them over."
+    )
 
 
 def _tables_in(folder: Path) -> list[Path]:
@@ -302,6 +311,8 @@ def _read_rows(rows, table: Path, place: _Place, columns: Columns, control, *bas
         name = str(row.get(picture) or "").strip()
         path, problem = place.find(name, *bases)
         hint_picture, problem = _find_control(row, hint, control, name, place, bases, problem)
+        if None in row:  # where the reader of tables puts them
+            problem = f"{len(row[None])} more cells than the table has columns; put texts with separators in quotes"
         yield Record(
             (name if place.shows_cells else path and path.name) or f"row {number}",
             None if path is None else FilePicture(path),
@@ -397,11 +408,7 @@ def _only_table(path: Path, suffixes: tuple[str, ...], place: _Place) -> Path:
         return path
     tables = [table for table in _tables_in(path) if table.suffix.lower() in suffixes]
     if len(tables) != 1:
-        names = ", ".join(table.name for table in tables) or "none"
-        raise ValueError(
-            f"Which table is meant: got {names} in {shorten(path.name)}, expected one {suffixes[0]} file. Enter its "
-            f"path."
-        )
+        raise _several_tables(tables, path, f"{suffixes[0]} file")
     place.check(tables[0])
     return tables[0]
 

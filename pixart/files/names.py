@@ -9,6 +9,7 @@ _FORBIDDEN = re.compile(r'[\\/:*?"<>|]')
 _DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL)
 # Control characters, halves of letters, line separators, and marks that are not seen or turn the direction of writing.
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # Hangul's fillers and Braille's empty cell
 _JOINERS = frozenset("\u200c\u200d")  # not seen either, but part of Persian words and of emoji
 
 
@@ -20,6 +21,11 @@ def is_device(name: str) -> bool:
 def has_hidden_letters(text: str) -> bool:
     """Whether a text holds control characters, NUL among them, or marks that are not seen or turn the writing."""
     return any(unicodedata.category(letter) in _HIDDEN and letter not in _JOINERS for letter in text)
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is seen: spaces, marks without width, and letters that are drawn as nothing."""
+    return all(letter.isspace() or letter in _BLANKS or unicodedata.category(letter) in _HIDDEN for letter in text)
 
 
 def fault_of(name: str) -> str | None:

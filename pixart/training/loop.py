@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data.buckets import BucketSampler
-from ..data.examples import Batch, FeatureSet, collate
+from ..data.examples import Batch, FeatureSet, check_finite, collate
 from ..quoting import plain
 from .adapters import tell_chances
 from .draws import Chances, draw_batch
@@ -224,7 +224,7 @@ class Trainer:
             raise TrainingDiverged(
                 f"Loss is not a number: got loss {self.loss:g} and gradients of norm {self.norm:g} in step "
                 f"{self.step + 1}, expected finite ones. {self._advice()} If that does not help, set dtype to bf16 or "
-                f"fp32, or look for a damaged picture in the dataset."
+                f"fp32."
             )
         if not self.sanity.follow(self.error):
             raise TrainingDiverged(
@@ -284,7 +284,8 @@ class Trainer:
         return batch.to(self.processes.device), draws.to(self.processes.device)
 
     def _load(self, number: int):
-        batch = collate([self.features[index] for index in next(self.sampler)])
+        chosen = next(self.sampler)
+        batch = collate([check_finite(self.features[index], self.features.name_of(index)) for index in chosen])
         shape = batch.latent.shape[1:]
         return batch, draw_batch(self.settings, number, self._positions(batch), shape, self.objective.grid)
 

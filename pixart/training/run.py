@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..config import LATENT_DOWNSCALE, PixArtConfig
 from ..data.examples import FeatureSet
 from ..data.sketches import sketch_model
 from ..files.atomic import sweep, write_atomically
@@ -82,7 +83,10 @@ def train(
     Raises ValueError for data and settings that do not fit, before the first step.
     """
     check_features(features, model, settings)
-    processes = processes or SingleProcess()
+    processes, sizes = processes or SingleProcess(), describe_sizes(features, model.config)
+    if processes.rank == 0:
+        for line in sizes:
+            logger.warning("PixArt training: %s", line)
     folder, base = Path(folder), sketch_model(model)
     objective = make_objective(model, settings, processes.device, features.null_caption)
     validation = None
@@ -93,7 +97,7 @@ def train(
     with _alone(folder, file) if processes.rank == 0 else contextlib.nullcontext():
         step = trainer.run(resume)
         weights = trainer.trained_weights()
-        curve, notes = trainer.report.curve(), trainer.notes
+        curve, notes = trainer.report.curve(), [*sizes, *trainer.notes]
         if processes.rank == 0:
             file, more = write_result(file, folder, objective, weights, settings)
             strip = validation.strip() if validation else None
@@ -186,6 +190,23 @@ def check_features(features: FeatureSet, model: PixArt, settings: TrainingSettin
             "Control pictures are missing: got a dataset without them, expected one for each picture. Encode the "
             "dataset with a control method."
         )
+
+
+_FAR = 1.25  # PixArt's bins of one size lie within a tenth of it
+
+
+def describe_sizes(features: FeatureSet, config: PixArtConfig) -> list[str]:
+    """A line where pictures were encoded at another size than the model was trained at; it may be meant so."""
+    own = config.base_px
+    sizes = [round((height * width) ** 0.5 * LATENT_DOWNSCALE) for height, width in features.bins]
+    others = [size for size in sizes if not own / _FAR < size < own * _FAR]
+    if not others:
+        return []
+    common = max(set(others), key=others.count)
+    return [
+        f"{len(others)} of {len(sizes)} pictures are of another size than the model's: about {common} px, and it was "
+        f"trained at {own}"
+    ]
 
 
 def choose_folder(root: Path, name: str, resume: bool, steps: int) -> Path:

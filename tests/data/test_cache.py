@@ -124,6 +124,26 @@ def test_settings_and_models_are_part_of_the_keys(tmp_path, change, texts, pictu
     assert (len(encoders.texts), encoders.pictures) == (texts, pictures)
 
 
+def test_captions_that_were_cut_are_counted_and_shown_also_when_they_are_in_the_cache(tmp_path):
+    folder, settings = make_folder(tmp_path / "set"), replace(SETTINGS, caption_length=9)
+    (folder / "3.txt").write_text("picture number 3", encoding="utf-8")
+
+    class Cutting(Encoders):
+        def text(self, captions):
+            return [states[:9] for states in super().text(captions)]
+
+    encode(folder, tmp_path / "cache", settings, Cutting())
+    encoder = DatasetEncoder(check_records(read_dataset(folder)).records, tmp_path / "cache", settings, "t5", "vae")
+    asked = []
+    notes = encoder.describe_cut(lambda text: asked.append(text) or len(text))
+    assert notes == [
+        "cut at 9 tokens, without their ends: 1 of 5 captions",
+        "'3.png': 16 tokens, 'picture number 3'",
+    ]
+    assert len(asked) == 5 and encoder.features(notes=notes).notes == open_features(tmp_path / "cache").notes == notes
+    assert encoder.describe_cut(lambda text: 9) == []
+
+
 def test_official_cleaning(tmp_path):
     record = Record("a", TensorPicture(torch.rand(64, 64, 3)), "A  <b>Cat</b> http://x.com")
     features, encoders = encode([record], tmp_path, replace(SETTINGS, clean=True))

@@ -1,6 +1,7 @@
 """Features in PixArt-alpha's own files, read and written."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -156,3 +157,40 @@ def test_names_do_not_lead_out(tmp_path):
     write_latent(root / "img_vae_features_64resolution" / "noflip" / "y.npy")
     write_list(root, [{"path": path, "prompt": ""} for path in ("../x.png", "y.png", "", "..", "a" * 300)])
     assert len(open_features(root)) == 1
+
+
+def _whole_numbers(caption, latent):
+    np.save(latent, np.ones((8, 8, 8), np.int64))
+
+
+def _texts(caption, latent):
+    np.savez(caption, caption_feature=np.array([["a", "b"]]))
+
+
+def _empty_mask(caption, latent):
+    np.savez(caption, caption_feature=np.ones((1, 5, 6), np.float32), attention_mask=np.zeros((1, 5)))
+
+
+def _short_mask(caption, latent):
+    np.savez(caption, caption_feature=np.ones((1, 5, 6), np.float32), attention_mask=np.ones((1, 3)))
+
+
+@pytest.mark.parametrize("damage", [_whole_numbers, _texts, _empty_mask, _short_mask])
+def test_arrays_of_another_kind_are_refused_by_name(tmp_path, damage):
+    caption = tmp_path / "caption_feature_wmask" / "x.npz"
+    latent = tmp_path / "img_vae_features_64resolution" / "noflip" / "x.npy"
+    write_caption(caption, 3)
+    write_latent(latent)
+    damage(caption, latent)
+    with pytest.raises(ValueError, match=r"(Wrong caption|cannot be read): got .*in '?x.np[yz]'?, expected"):
+        open_features(tmp_path)[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="This system has no named pipes")
+def test_a_pipe_in_place_of_features_is_refused_and_not_waited_for(tmp_path):
+    latent = tmp_path / "img_vae_features_64resolution" / "noflip" / "x.npy"
+    write_caption(tmp_path / "caption_feature_wmask" / "x.npz", 3)
+    latent.parent.mkdir(parents=True)
+    os.mkfifo(latent)
+    with pytest.raises((ValueError, FileNotFoundError), match="a pipe|none of"):
+        open_features(tmp_path)

@@ -483,3 +483,34 @@ def test_deep_tables_are_refused_in_words(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match="that is no JSON|no JSON"):
         read_dataset(tmp_path / name)
+
+
+def test_a_row_with_more_cells_than_columns_is_named_and_not_cut(tmp_path):
+    """As commas in texts without quotes make them."""
+    for name in ("1.png", "2.png"):
+        draw(tmp_path / name, seed=int(name[0]))
+    (tmp_path / "t.csv").write_text('dir,text\n1.png,a cat, sitting, grey\n2.png,"a dog, lying"\n', encoding="utf-8")
+    dataset = check_records(read_dataset(tmp_path))
+    assert [record.caption for record in dataset.records] == ["a dog, lying"]
+    assert "1.png" in dataset.report and "2 more cells than the table has columns; put texts with" in dataset.report
+
+
+def test_of_two_tables_none_is_passed_over_silently(tmp_path):
+    draw(tmp_path / "1.png")
+    for name in ("a.csv", "metadata.jsonl"):
+        (tmp_path / name).write_text("dir,text\n1.png,one\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="Which table is meant: got a.csv, metadata.jsonl in .*expected one table"):
+        read_dataset(tmp_path)
+    assert read_dataset(tmp_path / "a.csv")[0].caption == "one"
+    assert read_dataset(tmp_path, "csv")[0].caption == "one" and len(read_dataset(tmp_path, "folder")) == 1
+    (tmp_path / "1.txt").write_text("two", encoding="utf-8")  # then the tables are about something else
+    assert read_dataset(tmp_path)[0].caption == "two"
+
+
+def test_a_caption_of_nothing_that_is_seen_is_none(tmp_path):
+    for number, text in enumerate(["\u200b", "\ufeff\u200d \u2060", "\u2800\u3164", "\u200bx"]):
+        draw(tmp_path / f"{number}.png", seed=number)
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    dataset = check_records(read_dataset(tmp_path))
+    assert len(dataset.records) == 1 and dataset.report.count("no caption") == 4  # a line for each, and how many
+    assert [record.caption for record in check_records(read_dataset(tmp_path), fallback_caption="y").records][0] == "y"

@@ -110,6 +110,11 @@ def test_captions_of_a_dataset_do_not_drive_prompts_out_of_their_cache(run_node,
     assert not list(prompt_cache.folder().glob("*"))
 
 
+def test_captions_that_were_cut_are_in_the_report(run_node, encoders, folder):
+    _, report = encode(run_node, encoders, caption_length=2, name="cut")
+    assert "cut at 2 tokens, without their ends: " in report
+
+
 def test_t5_and_vae_leave_memory_and_others_stay(run_node, encoders, folder, comfy):
     management = importlib.import_module("comfy.model_management")
     patching = importlib.import_module("comfy.model_patcher")

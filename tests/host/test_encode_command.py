@@ -84,6 +84,9 @@ def test_prior_pictures_and_bad_input(arguments, scenes, tmp_path):
     run([*arguments, "--prior", str(scenes), "--prior-caption", "a shape"])
     features = open_features(tmp_path / "cache")
     assert [features[index].is_prior for index in range(10)] == [False] * 5 + [True] * 5
+    run([*arguments, "--caption-length", "3", "--name", "short.json"])
+    notes = open_features(tmp_path / "cache" / "short.json").notes
+    assert notes[0] == "cut at 3 tokens, without their ends: 5 of 5 captions" and len(notes) == 6
     with pytest.raises(ValueError, match="Batch size out of range: got 0"):
         run([*arguments, "--batch-size", "0"])
     with pytest.raises(FileNotFoundError, match="Model not found"):

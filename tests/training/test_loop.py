@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -454,6 +455,24 @@ def test_one_picture_fills_a_batch(tmp_path):
     batch, draws = trainer(tmp_path / "look", tiny_settings(batch_size=4), features=features)._load(0)
     assert len(batch) == 4 and torch.equal(batch.latent[0], batch.latent[3])
     assert not torch.equal(draws.noise[0], draws.noise[3])
+
+
+@pytest.mark.parametrize("part", ["latent", "deviation", "caption", "hint"])
+def test_damaged_features_name_their_picture(part, tmp_path):
+    features = make_features(hint=True)
+    example = features.examples[3]
+    features.examples[3] = replace(example, **{part: getattr(example, part) * float("nan")}, text="a cat")
+    made = trainer(tmp_path, tiny_settings(steps=20), features=features)
+    with pytest.raises(ValueError, match=f"got NaN or infinity in the {part} of 'picture 4' .'a cat'., .* Encode it"):
+        made.run()
+
+
+def test_pictures_of_another_size_than_the_models_are_told(tmp_path):
+    model = tiny_model(base_size=4)  # 64 px
+    assert not train(model, make_features(), tiny_settings(steps=1), tmp_path / "own").notes
+    large = make_features(count=3, sizes=((16, 16), (8, 8), (16, 16)))
+    notes = train(tiny_model(base_size=4), large, tiny_settings(steps=1), tmp_path / "large").notes
+    assert notes == ("2 of 3 pictures are of another size than the model's: about 128 px, and it was trained at 64",)
 
 
 def test_too_small_a_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):

@@ -85,6 +85,11 @@ def _tokenize(clip, caption: str) -> list[tuple]:
     return pairs
 
 
+def count_tokens(clip, caption: str) -> int:
+    """How many tokens a caption has before any is cut, the end token among them."""
+    return len(_tokenize(clip, caption))
+
+
 def _describe_cut(clip, kept: list, cut: list, caption_length: int, label: str) -> str:
     if not cut:
         return f"{label}{len(kept)} of {caption_length} tokens"

@@ -215,5 +215,6 @@ def describe_features(features: FeatureSet) -> str:
             f"{len(features)} encoded pictures, captions of width {first.caption.shape[-1]}"
             + (", with control pictures" if first.hint is not None else ""),
             *(f"{width} x {height}: {count}" for (width, height), count in sorted(counts.items())),
+            *getattr(features, "notes", ()),
         ]
     )

@@ -14,7 +14,7 @@ from ..edges import AUTO, METHODS, make_edges
 from ..folders import output_folder
 from ..progress import show_progress
 from ..server.users import own_output
-from ..text.captions import check_caption_width, encode_captions, pixart_config
+from ..text.captions import check_caption_width, count_tokens, encode_captions, pixart_config
 
 CACHE_FOLDER = "pixart_cache"  # below the output folder
 CONTROL_FILES = "control pictures"
@@ -76,7 +76,7 @@ def encode_dataset(
         encoder.encode_pictures(_picture_encoder(vae), batch_size, make_hint, show_progress(total, captions))
     finally:
         unload(clip.patcher, vae.patcher)
-    return encoder.features(MANIFEST)
+    return encoder.features(MANIFEST, encoder.describe_cut(lambda text: count_tokens(clip, text)))
 
 
 def unload(*patchers) -> None:
