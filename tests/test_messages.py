@@ -23,7 +23,6 @@ REVIEWED = {
     "', '.join(kinds)": "our own suffixes",
     "', '.join(choices)": "our own choices",
     "', '.join(sorted(known))": "the names of our own settings",
-    "', '.join(wrong) or 'settings'": "names of our own settings",
     "' or '.join(kind.layouts)": "our own layouts",
     "' and no '.join(missing)": "our own inputs",
     "' and '.join(missing)": "our own inputs",

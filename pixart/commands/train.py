@@ -7,21 +7,25 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ..config import LATENT_DOWNSCALE, PixArtConfig
 from ..data.examples import FeatureSet
 from ..data.features import open_features
 from ..data.sketches import differences, read_sketch, sketch_model
 from ..encoders.autoencoder import load_autoencoder
+from ..encoders.t5 import load_text_encoder
+from ..files.regular import read_text
 from ..quoting import plain, shorten
 from ..training.loop import Events, Progress
 from ..training.processes import AcceleratedProcesses, SingleProcess
 from ..training.run import choose_folder, train
 from ..training.settings import AUTO, WEIGHTS, RunConfig, read_config
-from ..training.validation import Decode, read_prompts
+from ..training.validation import Decode, ValidationPrompt, read_prompts
 from ..transformer import PixArt
 from ..weights.reading import read_checkpoint
 from .console import make_parser
@@ -35,13 +39,18 @@ EXAMPLES = """examples:
   python -m pixart train training.yaml
   python -m pixart train monday.yaml tuesday.yaml
   accelerate launch --multi_gpu --num_processes 8 -m pixart train training.yaml
+  accelerate launch --cpu --multi_cpu --num_processes 2 -m pixart train training.yaml
 
   # training.yaml; paths are relative to it
   model: PixArt-XL-2-512x512.pth
   features: features
   output: runs
   name: my_style
-  settings: {kind: lora, steps: 2000, batch_size: 4, learning_rate: 1e-4, rank: 16, dtype: bf16}"""
+  settings: {kind: lora, steps: 2000, batch_size: 4, learning_rate: 1e-4, rank: 16, dtype: bf16}
+  # for validation pictures: sample_every among the settings, and
+  prompts: [a small cactus, a lighthouse at night]
+  text_encoder: t5-v1_1-xxl
+  vae: sd-vae-ft-ema"""
 SAME_SIGNAL_S = 2.0  # the launchers pass on a Ctrl-C which the terminal has sent to their processes, too
 
 
@@ -49,13 +58,27 @@ def parse() -> argparse.ArgumentParser:
     parser = make_parser("train", DESCRIPTION, EXAMPLES)
     parser.add_argument("configs", nargs="+", help="YAML or JSON, as Export PixArt Training Config writes it")
     parser.add_argument("--device", help="of a training in one process; default: the GPU, or else the CPU")
+    add = parser.add_argument_group("validation pictures, in place of what the configurations say").add_argument
+    add(
+        "--prompts",
+        nargs="+",
+        metavar="TEXT",
+        help="texts to sample every sample_every steps, or one .txt file of lines",
+    )
+    add("--text-encoder", metavar="PATH", help="T5 file or folder for them")
+    add("--tokenizer", metavar="PATH", help="its folder (default: beside the text encoder, or in COMFYUI_PATH)")
+    add("--vae", metavar="PATH", help="autoencoder file or folder that decodes the pictures")
     return parser
 
 
 def main(options) -> None:
     """Train. Raises ValueError and FileNotFoundError for what is wrong with a configuration."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run_configs([read_config(each) for each in options.configs], options.device)
+    given = {name: getattr(options, name) for name in ("text_encoder", "tokenizer", "vae") if getattr(options, name)}
+    if options.prompts:
+        is_file = len(options.prompts) == 1 and options.prompts[0].endswith(".txt")
+        given["prompts"] = options.prompts[0] if is_file else tuple(options.prompts)
+    run_configs([replace(read_config(each), **given) for each in options.configs], options.device)
 
 
 def run_configs(configs: Sequence[RunConfig], device: str | None = None) -> None:
@@ -92,7 +115,7 @@ def run_config(config: RunConfig, device: str | None = None):
         _check_exported(read_sketch(Path(config.base)), model)
     features = open_features(config.features)
     _check_data(config, features)
-    prompts = read_prompts(Path(config.validation)) if config.validation else ()
+    prompts = _prompts(config, model.config, processes)
     if processes.world_size > 1 and processes.rank == 0:
         kind = "the weights are shared out (FSDP)" if processes.is_sharded else "each has all weights (DDP)"
         logger.info("%d processes: %s", processes.world_size, kind)
@@ -113,6 +136,26 @@ def run_config(config: RunConfig, device: str | None = None):
             logger.warning("%s", note)
         logger.info("%d steps are done: %s", result.step, result.file)
     return result
+
+
+def _prompts(config: RunConfig, model: PixArtConfig, processes: SingleProcess) -> list[ValidationPrompt]:
+    """What is to be sampled. Raises ValueError for texts without a text encoder."""
+    if not config.prompts:
+        return read_prompts(Path(config.validation)) if config.validation else []
+    if config.text_encoder is None:
+        raise ValueError(
+            "No text encoder for the validation prompts: got none, expected a T5 file or folder as 'text_encoder' in "
+            "the configuration, or --text-encoder. Name it, or remove the prompts."
+        )
+    if not config.settings.sample_every and processes.rank == 0:
+        logger.warning("no validation pictures: set sample_every")
+    texts = config.prompts
+    if isinstance(texts, str):
+        texts = [line.strip() for line in read_text(texts).splitlines() if line.strip()]
+    encode = load_text_encoder(config.text_encoder, config.tokenizer, device=processes.device)
+    side = model.base_px // LATENT_DOWNSCALE
+    states = encode(texts, model.caption_length)
+    return [ValidationPrompt(each.cpu(), (side, side), text=text) for each, text in zip(states, texts, strict=True)]
 
 
 class _Bar(Events):

@@ -38,7 +38,7 @@ class ShardFolder:
     def scan(self) -> None:
         """Take notice of the shards that have come since."""
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder.is_dir() else []:
-            if path.name not in self._known and not path.name.startswith("."):
+            if path.name not in self._known and not path.name.startswith(".") and path.is_file():  # and no pipe
                 self._note(path)
 
     def _note(self, path: Path) -> None:

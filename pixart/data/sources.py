@@ -67,6 +67,11 @@ def read_dataset(
         raise FileNotFoundError(
             f"Dataset not found: got {shorten(str(path), 300)}, expected a folder or file. Correct the path."
         )
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(
+            f"Not a dataset: got a pipe or device named {shorten(path.name)}, expected a folder or a regular file. "
+            f"Choose another path."
+        )
     kind = detect_kind(path) if kind == AUTO else kind
     place = _Place(path if path.is_dir() else path.parent, confined, shows_cells)
     control = None if control_folder is None else _Stems(Path(control_folder))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 from .lettering import load_font
+from .sheets import wrap
 
 _LABEL_PX, _FONT_PX = 16, 12
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
@@ -36,3 +37,15 @@ def join_column(images: Sequence[Image.Image]) -> Image.Image:
         column.paste(image, (0, top))
         top += image.height
     return column
+
+
+def label_columns(width_px: int, texts: Sequence[str]) -> Image.Image:
+    """Texts as the heading of a row of pictures, numbered from left to right, as high as they need."""
+    font = load_font(_FONT_PX, texts)
+    lines = [wrap(f"{number}: {text}", font, width_px - 6) for number, text in enumerate(texts, 1)]
+    heading = "\n".join(lines)
+    height = sum(line.count("\n") + 1 for line in lines) * _LABEL_PX
+    image = Image.new("RGB", (width_px, height), _PAPER)
+    for number, line in enumerate(heading.split("\n")):
+        ImageDraw.Draw(image).text((3, (number + 0.5) * _LABEL_PX), line, _INK, font, "lm")
+    return image

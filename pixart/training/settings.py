@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from ..config import CONFIGS
 from ..diffusion import TRAIN_STEPS
 from ..files.atomic import write_atomically
 from ..files.documents import load_json, parse_yaml
 from ..files.patterns import compile_pattern
-from ..quoting import list_names, shorten
+from ..quoting import list_names, plain, shorten
 from ..weights import precision
 
 AUTO, WEIGHTS = "auto", ("ema", "model")  # of a checkpoint: its variant, and which of its weights
@@ -329,7 +330,8 @@ class RunConfig:
     output: folder that gets the run.
     name: of the run, a plain file name. resume: go on from its last checkpoint.
     validation: safetensors file of encoded prompts to sample, or None; vae: file or folder to decode them with.
-    Relative paths are relative to the file.
+    prompts: texts to sample in place of those, or a .txt file with one a line; text_encoder, tokenizer: T5 for them.
+    Relative paths are relative to the file, and ~ is the user's own folder.
     """
 
     model: str
@@ -344,6 +346,9 @@ class RunConfig:
     weights: str = WEIGHTS[0]
     base: str | None = None
     data: str | None = None
+    prompts: tuple[str, ...] | str = ()
+    text_encoder: str | None = None
+    tokenizer: str | None = None
 
 
 def read_config(path: str | os.PathLike) -> RunConfig:
@@ -362,29 +367,45 @@ def read_config(path: str | os.PathLike) -> RunConfig:
             f"Configuration does not fit: got {shorten(path.name)} with unknown {shorten(unknown, 200)} and without "
             f"{missing}, expected the keys {', '.join(sorted(known))}. Correct it."
         )
-    wrong = [key for key in ("model", "features", "output", "name", *_PLACES) if not _is_text(values.get(key))]
     given = values.pop("settings", None) or {}
+    wrong = [f"{key}: {shorten(value)}" for key, value in values.items() if not _fits(key, value)]
     if wrong or not isinstance(given, dict):
         raise ValueError(
-            f"Configuration does not fit: got other values of {', '.join(wrong) or 'settings'} in "
-            f"{shorten(path.name)}, expected texts, and names with values below settings. Correct it."
+            f"Configuration does not fit: got {plain(', '.join(wrong), 300) or 'other settings'} in "
+            f"{shorten(path.name)}, expected texts (numbers in quotes), yes or no for resume, names with values below "
+            f"settings. Correct it."
         )
     settings = settings_from_dict(given)
-    places = {key: str(path.parent / values[key]) for key in _PLACES if values.get(key) is not None}
+    if isinstance(values.get("prompts"), list):
+        values["prompts"] = tuple(values["prompts"])
+    places = {key: _place(path.parent, values[key]) for key in _PLACES if values.get(key) is not None}
+    if isinstance(values.get("prompts"), str):
+        places["prompts"] = _place(path.parent, values["prompts"])
     return RunConfig(settings=settings, **{**values, **places})
 
 
-def _is_text(value) -> bool:
-    return value is None or isinstance(value, str)
+def _place(folder: Path, written: str) -> str:
+    return str(folder / os.path.expanduser(written))
 
 
-_PLACES = ("model", "features", "output", "validation", "vae", "base")
+def _fits(key: str, value) -> bool:
+    if key == "resume":
+        return isinstance(value, bool)
+    if key == "prompts" and isinstance(value, list):
+        return all(isinstance(each, str) for each in value)
+    chosen = {"weights": WEIGHTS, "variant": (AUTO, *CONFIGS)}.get(key)
+    return isinstance(value, str) and (chosen is None or value in chosen) or (value is None and key in _OPTIONAL)
+
+
+_OPTIONAL = ("validation", "vae", "base", "data", "text_encoder", "tokenizer")
+_PLACES = ("model", "features", "output", "validation", "vae", "base", "text_encoder", "tokenizer")
 
 
 def write_config(path: str | os.PathLike, config: RunConfig) -> None:
     """Write a configuration that read_config reads: JSON for a `.json` name, YAML otherwise."""
     values = {field.name: getattr(config, field.name) for field in fields(RunConfig) if field.name != "settings"}
     values["settings"] = settings_to_dict(config.settings)
+    values["prompts"] = config.prompts if isinstance(config.prompts, str) else list(config.prompts)
     path = Path(path)
     if path.suffix == ".json":
         text = json.dumps(values, indent=2) + "\n"

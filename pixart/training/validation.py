@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import LATENT_DOWNSCALE
-from ..drawing.strips import join_column, join_row, label_above
+from ..drawing.strips import join_column, join_row, label_above, label_columns
 from ..files.atomic import write_atomically
 from ..sampling import Captions, Settings, sample_latents
+from ..weights.reading import require_file
 from .objectives import ControlPrediction, Distillation, Objective
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Validation:
         return next(self.objective.parameters()).device
 
     def strip(self) -> Image.Image | None:
-        """The pictures of all steps, a row each with its step, or None before the first."""
+        """The pictures of all steps under their prompts, a row each with its step, or None before the first."""
         found = sorted((int(_PATTERN.fullmatch(path.name)[1]), path) for path in self.folder.glob("step-*.png"))
         if not found:
             return None
@@ -111,7 +112,8 @@ class Validation:
         for step, path in chosen:
             with Image.open(path) as row:
                 rows.append(label_above(row.convert("RGB"), f"step {step}"))
-        return join_column(rows)
+        texts = [prompt.text for prompt in self.prompts]
+        return join_column([*([label_columns(rows[0].width, texts)] if any(texts) else []), *rows])
 
 
 class _Controlled:
@@ -146,7 +148,8 @@ def write_prompts(path: Path, prompts: Sequence[ValidationPrompt]) -> None:
 
 
 def read_prompts(path: Path) -> list[ValidationPrompt]:
-    """The prompts of write_prompts."""
+    """The prompts of write_prompts. Raises FileNotFoundError, and ValueError for what is no regular file."""
+    require_file(path)
     with safe_open(path, framework="pt") as file:
         names, texts = list(file.keys()), file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in names}

@@ -24,6 +24,7 @@ from pixart_pack.pixart.data.pictures import FilePicture, TensorPicture
 from pixart_pack.pixart.data.records import Record, check_records
 from pixart_pack.pixart.data.shards import ShardFolder, ShardWriter
 from pixart_pack.pixart.data.sources import read_dataset
+from pixart_pack.pixart.training.validation import read_prompts
 from pixart_pack.tests.training_data import interrupting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -360,3 +361,18 @@ def test_two_writers_at_once(tmp_path):
 def test_records_of_files_that_vanish(tmp_path):
     with pytest.raises(FileNotFoundError):
         DatasetEncoder([Record("x", FilePicture(tmp_path / "x.png"), "a")], tmp_path, SETTINGS, "t5", "vae")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="This system has no named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    """In place of a dataset, of a shard, and of prompts."""
+    for name in ("set.csv", "set", "cache.safetensors", "cache/x.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / name)
+    for name in ("set.csv", "set"):
+        with pytest.raises(ValueError, match=f"Not a dataset: got a pipe or device named '{name}'"):
+            read_dataset(tmp_path / name)
+    features, _ = encode(make_folder(tmp_path / "pictures"), tmp_path / "cache")
+    assert len(features) == 5
+    with pytest.raises(ValueError, match="Not a file: got a pipe"):
+        read_prompts(tmp_path / "cache.safetensors")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pixart_pack.demo.autoencoder import VAE_SCALE, average_latents
 from pixart_pack.demo.scenes import caption, draw_scene, random_scene
-from pixart_pack.pixart.commands import encode
+from pixart_pack.pixart.commands import encode, train
 from pixart_pack.pixart.data.examples import collate
 from pixart_pack.pixart.data.features import open_features
 from pixart_pack.pixart.data.pictures import FilePicture, read_picture
@@ -111,6 +111,27 @@ def test_captions_of_another_tokenizer_are_encoded_again(arguments, tmp_path, co
     (copy / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     run([*arguments, "--tokenizer", str(copy)])
     assert len(set((tmp_path / "cache").glob("*.safetensors")) - shards) == 1  # captions, no pictures
+
+
+def test_prompts_are_sampled_while_it_trains(arguments, tmp_path, comfyui):
+    run(arguments)
+    settings = {"steps": 2, "sample_every": 2, "sample_steps": 1, "rank": 2, "tensorboard": False}
+    values = {"model": str(MODELS / "diffusion_models" / "pixart_demo.safetensors"), "features": "cache"}
+    config = tmp_path / "c.json"
+    config.write_text(
+        json.dumps({**values, "output": ".", "settings": settings, "prompts": ["a red circle", "a blue square"]})
+    )
+    given = [str(config), "--device", "cpu", "--vae", str(VAE)]
+    with pytest.raises(ValueError, match="No text encoder for the validation prompts"):
+        train.main(train.parse().parse_args(given))
+    (tmp_path / "p.txt").write_text("a large red circle\n\na small green cross\na blue star\n", encoding="utf-8")
+    given += ["--text-encoder", str(T5), "--tokenizer", arguments[arguments.index("--tokenizer") + 1]]
+    train.main(train.parse().parse_args([*given, "--prompts", str(tmp_path / "p.txt")]))
+    folder = tmp_path / "pixart_training_001"
+    rows = [Image.open(path).size for path in sorted((folder / "samples").glob("*.png"))]
+    assert rows == [(3 * 128, 128)] * 2
+    strip = Image.open(folder / "samples.png")
+    assert strip.size == (3 * 128, 3 * 16 + 2 * (128 + 16))
 
 
 SCRIPT = """

@@ -88,7 +88,9 @@ def test_validation_pictures_are_the_same_for_the_same_weights(kind, tmp_path):
         )  # fmt: skip
     assert len(shown) == 6 and [a.tobytes() for a in shown[:3]] == [b.tobytes() for b in shown[3:]]
     assert shown[0].tobytes() != shown[2].tobytes()
-    assert result.strip.size == (64 + 80, 3 * (64 + 16)) and shown[0].size == (144, 64)
+    heading = 2 * 16  # a line for each prompt
+    assert result.strip.size == (64 + 80, heading + 3 * (64 + 16)) and shown[0].size == (144, 64)
+    assert result.strip.crop((0, 0, 144, heading)).getextrema() != ((255, 255),) * 3
     assert (tmp_path / "one" / "samples.png").is_file()
 
 

@@ -101,7 +101,7 @@ def test_settings_that_mean_harm_are_refused_in_few_words(name, tmp_path):
 
 def test_values_of_another_kind_are_named(tmp_path):
     (tmp_path / "run.yaml").write_text("model: 3\nfeatures: [b]")
-    with pytest.raises(ValueError, match="other values of model, features"):
+    with pytest.raises(ValueError, match=r"got model: 3, features: \['b'\] in"):
         read_config(tmp_path / "run.yaml")
     with pytest.raises(ValueError, match="Timestep weights cannot be read: got 3"):
         parse_settings("timestep_weights: 3", {})
@@ -141,3 +141,38 @@ def test_the_course_of_the_learning_rate():
     cosine = course(schedule="cosine", warmup_steps=2, floor=0.1)
     assert cosine[:3] == [0.5, 1.0, 1.0] and cosine == sorted(cosine[:2]) + sorted(cosine[2:], reverse=True)
     assert 0.1 < cosine[-1] < 0.2
+
+
+@pytest.mark.parametrize(
+    "line, match",
+    [
+        ("name: 2024", "got name: 2024 in 'c.yaml', expected texts"),
+        ("model: 5", "got model: 5"),
+        ("name:", "got name: None"),
+        ("output: [a]", r"got output: \['a'\]"),
+        ("resume: maybe", "got resume: 'maybe'.* yes or no for resume"),
+        ("resume: 1", "got resume: 1"),
+        ("variant: sigma", "got variant: 'sigma'"),
+        ("weights: both", "got weights: 'both'"),
+        ("prompts: [1, a]", r"got prompts: \[1, 'a'\]"),
+        ("vae: 3.5", "got vae: 3.5"),
+        ("settings: lora", "got other settings"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(line, match, tmp_path):
+    file = tmp_path / "c.yaml"
+    values = {"model": "model: m", "features": "features: f", **{line.split(":")[0]: line}}
+    file.write_text("\n".join(values.values()), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"Configuration does not fit: {match}"):
+        read_config(file)
+
+
+def test_the_users_own_folder_is_written_as_in_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "me"))
+    file = tmp_path / "c.yaml"
+    file.write_text("model: ~/m.pth\nfeatures: f\noutput: ~/runs\nprompts: ~/p.txt\nvae: a/~", encoding="utf-8")
+    config = read_config(file)
+    own = tmp_path / "me"
+    assert [config.model, config.output, config.prompts] == [str(own / name) for name in ("m.pth", "runs", "p.txt")]
+    assert config.features == str(tmp_path / "f") and config.vae == str(tmp_path / "a" / "~")
