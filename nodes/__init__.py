@@ -21,6 +21,7 @@ from .host.denoiser.sampling import register_samplers
 from .host.replacements import register_replacements
 from .host.schema import guard
 from .host.server.users import register_users
+from .host.text.t5 import register_t5_folder
 from .host.training.runs import register_folders
 
 
@@ -30,6 +31,7 @@ class PixArtExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_samplers()
         register_folders()
+        register_t5_folder()
         register_users()
         await register_replacements(migration.REPLACEMENTS)
 

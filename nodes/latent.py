@@ -2,13 +2,14 @@
 
 from math import gcd
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..pixart.drawing.diagrams import draw_bins
 from ..pixart.quoting import shorten
 from ..pixart.resolution import ASPECT_RATIOS, FIT_METHODS, fit_images, nearest_ratio
 from .host.denoiser.latent import empty_latent
-from .host.pictures import to_image
+from .host.pictures import show_picture
+from .host.replacements import FOREIGN_BASES, FOREIGN_RATIOS
 from .host.schema import choice_input, node_input, schema
 
 BASES = [str(base_px) for base_px in ASPECT_RATIOS]
@@ -28,25 +29,6 @@ def _ratio_labels() -> dict[str, float]:
 
 RATIOS = _ratio_labels()
 SQUARE = next(label for label, ratio in RATIOS.items() if ratio == 1)
-
-
-# The same as ComfyUI_ExtraModels names it: its graphs bring these values with them.
-FOREIGN_BASES = {
-    "PixArt_XL_2": 512,
-    "PixArtMS_XL_2": 1024,
-    "PixArtMS_Sigma_XL_2": 1024,
-    "PixArtMS_Sigma_XL_2_512": 512,
-    "PixArtMS_Sigma_XL_2_2K": 2048,
-}
-
-
-def _foreign_ratios() -> dict[str, float]:
-    """`width/height` as ComfyUI_ExtraModels names it -> our ratio of the same size, which is height/width."""
-    ratios = {size: ratio for ratio, size in ASPECT_RATIOS[1024].items()}
-    return {f"{ratio:.2f}": ratios[size[::-1]] for size, ratio in ratios.items() if size[::-1] in ratios}
-
-
-FOREIGN_RATIOS = _foreign_ratios()
 
 
 def _side_input(name: str, default: int, tooltip: str, **fields):
@@ -113,15 +95,17 @@ class Resolution(io.ComfyNode):
     @classmethod
     def execute(cls, base, mode, ratio=SQUARE, width=1024, height=1024, batch_size=1, image=None):
         base_px = FOREIGN_BASES.get(base) or int(base)
-        chosen = (RATIOS | FOREIGN_RATIOS)[ratio]
         if mode == "nearest to image":
             height, width = _image_size(image)
-        if mode != "by ratio":
-            chosen = nearest_ratio(height, width, base_px)
+        elif mode == "by ratio" and ratio in FOREIGN_RATIOS:
+            width, height = ASPECT_RATIOS[base_px][FOREIGN_RATIOS[ratio]]
+        is_chosen = mode == "by ratio" and ratio in RATIOS
+        chosen = RATIOS[ratio] if is_chosen else nearest_ratio(height, width, base_px)
         height_px, width_px = ASPECT_RATIOS[base_px][chosen]
-        picture = to_image(draw_bins(base_px, chosen))
+        if mode == "by ratio" and not is_chosen:
+            height_px, width_px = height, width  # some mirrored bins, such as 704 x 1344, are none
         latent = empty_latent(height_px, width_px, batch_size)
-        return io.NodeOutput(width_px, height_px, latent, chosen, ui=ui.PreviewImage(picture, cls=cls))
+        return io.NodeOutput(width_px, height_px, latent, chosen, ui=show_picture(draw_bins(base_px, chosen), cls))
 
 
 def _image_size(image) -> tuple[int, int]:

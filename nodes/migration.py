@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .host.replacements import Replacement
+from .host.replacements import FOREIGN_BASES, FOREIGN_RATIOS, Replacement
 from .host.schema import node_input, schema
 from .host.text.t5 import take_t5
 
@@ -60,12 +60,20 @@ class T5FromClip(io.ComfyNode):
 
 # By the names that ComfyUI_ExtraModels gave its nodes, inputs (in the order of their widgets) and outputs.
 # The two T5 nodes are not PixArt's alone, but without them its text node has nothing to read with.
+MODELS = (list(FOREIGN_BASES),)
+SCHEDULES = {"noise_schedule": (["linear", "squaredcos_cap_v2"],), "noise_schedule_vp": (["linear", "discrete"],)}
+T5_CHOICES = {
+    "t5v11_ver": (["xxl"],),
+    "path_type": (["folder", "file"],),
+    "dtype": (["default", "auto (comfy)", "FP32", "FP16", "BF16", "bnb8bit", "bnb4bit"],),
+}
 REPLACEMENTS = (
     Replacement(
         "PixArtCheckpointLoader",
         "PixArtLoadCheckpoint",
         widgets=("ckpt_name", "model"),
         inputs={"checkpoint": "ckpt_name"},
+        others={"model": MODELS},
     ),
     Replacement(
         "PixArtCheckpointLoaderSimple",
@@ -80,6 +88,7 @@ REPLACEMENTS = (
         inputs={"base": "model", "ratio": "ratio"},
         values={"mode": "by ratio"},
         outputs=2,
+        others={"model": MODELS, "ratio": (list(FOREIGN_RATIOS), {"default": "1.00"})},
     ),
     Replacement(
         "PixArtLoraLoader",
@@ -100,20 +109,33 @@ REPLACEMENTS = (
         widgets=("width", "height"),
         inputs={"conditioning": "cond", "width": "width", "height": "height"},
     ),
-    Replacement("PixArtControlNetCond", "PixArtControlNetApply", inputs={"positive": "cond"}),
-    Replacement("PixArtT5FromSD3CLIP", "PixArtT5FromClip", widgets=("padding",), inputs={"clip": "sd3_clip"}),
+    Replacement(
+        "PixArtControlNetCond",
+        "PixArtControlNetApply",
+        inputs={"positive": "cond"},
+        others={"latent": ("LATENT",)},
+    ),
+    Replacement(
+        "PixArtT5FromSD3CLIP",
+        "PixArtT5FromClip",
+        widgets=("padding",),
+        inputs={"clip": "sd3_clip"},
+        others={"padding": ("INT", {"default": 1, "min": 1, "max": 300})},
+    ),
     Replacement(
         "PixArtDPMSampler",
         "KSampler",
         widgets=("seed", "control_after_generate", "steps", "cfg", "noise_schedule", "noise_schedule_vp"),
         inputs={name: name for name in ("model", "seed", "steps", "cfg", "positive", "negative", "latent_image")},
         values={"sampler_name": "pixart_dpm_solver", "scheduler": "pixart_uniform", "denoise": 1.0},
+        others=SCHEDULES,
     ),
     Replacement(
         "T5v11Loader",
         "PixArtLoadT5",
         widgets=("t5v11_name", "t5v11_ver", "path_type", "device", "dtype"),
         inputs={"text_encoder": "t5v11_name"},
+        others={**T5_CHOICES, "device": (["auto", "cpu", "gpu"], {"default": "cpu"})},
     ),
     Replacement("T5TextEncode", "PixArtTextEncode", widgets=("text",), inputs={"clip": "T5", "text": "text"}),
 )

@@ -10,7 +10,7 @@ from ..samplers.presets import PRESETS
 from ..samplers.sa_solver import MODES, OFFICIAL_INTERVALS, TAU_UNITS
 from ..samplers.schedules import SCHEDULES
 from .host.denoiser.sampling import GUIDANCE_MODES, apply_preset, make_sampler, make_sigmas
-from .host.pictures import to_image
+from .host.pictures import show_picture
 from .host.schema import choice_input, node_input, schema
 from .host.text.captions import show_text
 
@@ -333,7 +333,7 @@ class Scheduler(io.ComfyNode):
     @classmethod
     def execute(cls, schedule, steps, denoise=1.0, end=OFFICIAL, model=None):
         levels = make_sigmas(schedule, steps, denoise, None if end == OFFICIAL else True, model)
-        return io.NodeOutput(levels, ui=ui.PreviewImage(to_image(draw_schedule(levels.tolist())), cls=cls))
+        return io.NodeOutput(levels, ui=show_picture(draw_schedule(levels.tolist()), cls))
 
 
 class SamplingPreset(io.ComfyNode):

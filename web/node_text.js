@@ -1,9 +1,16 @@
-// What nodes say below their widgets, as in "15 of 120 tokens": room for it, and the text itself where a result comes
-// from the cache, for which the server sends no text of progress.
+// What nodes show: room for their text below the widgets, the text itself where a result comes from the cache, for which
+// the server sends no text of progress, and pictures that are no results.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const LEAST_PX = { PixArtModelInfo: [360, 300] };
+const PICTURES = "pixart_pictures";
+
+// Only results are in `images`, where other programs look for them. The editor is told of them as of any picture.
+api.addEventListener("executed", ({ detail }) => {
+    const { [PICTURES]: images, ...output } = detail.output ?? {};
+    if (images) api.dispatchCustomEvent("executed", { ...detail, output: { ...output, images } });
+});
 
 app.registerExtension({
     name: "pixart_pack.node_text",

@@ -27,7 +27,8 @@ _DEPTH = 4  # as deep as a Hugging Face cache lies: models--x/snapshots/y/text_e
 def find_folders(kinds: tuple[str, ...], wanted: Callable[[Path], bool]) -> dict[str, Path]:
     """Folders below the host's model folders of these kinds: {name relative to it, with a slash at the end: path}."""
     found: dict[str, Path] = {}
-    for kind in kinds:
+    known = folder_paths.folder_names_and_paths
+    for kind in [each for each in kinds if folder_paths.map_legacy(each) in known]:
         for root in map(Path, folder_paths.get_folder_paths(kind)):
             for folder in _walk(root, _DEPTH):
                 if _fits(wanted, folder):
@@ -47,6 +48,8 @@ def names_of(kind: str) -> list[str]:
 
     The host remembers folders, and fails for ever when one of them is removed.
     """
+    if folder_paths.map_legacy(kind) not in folder_paths.folder_names_and_paths:
+        return []
     try:
         names = folder_paths.get_filename_list(kind)
     except FileNotFoundError:

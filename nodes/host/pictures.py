@@ -2,9 +2,12 @@
 
 import numpy as np
 import torch
+from comfy_api.latest import ui
 from PIL import Image
 
 from ...pixart.drawing.sheets import comparison_grid, labelled_sheet
+
+PICTURES = "pixart_pictures"
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
@@ -16,6 +19,14 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
 def to_image(picture: Image.Image) -> torch.Tensor:
     """A picture -> IMAGE (1, H, W, 3) in [0, 1]."""
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+
+
+def show_picture(picture: Image.Image, cls: type) -> dict:
+    """What a node's `ui` says of a picture that is no result: under a key that web/ draws, where programs do not look.
+
+    cls: the node's class.
+    """
+    return {PICTURES: ui.PreviewImage(to_image(picture), cls=cls).as_dict()["images"]}
 
 
 def draw_sheet(batches: list[torch.Tensor], labels: list[str], columns: int) -> torch.Tensor:

@@ -1,19 +1,26 @@
 """Graphs made for ComfyUI_ExtraModels' PixArt nodes run with ours in their place."""
 
+import asyncio
+import copy
 import importlib
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pixart_pack.demo.client import PromptError
+from pixart_pack.devtools.server import PACK
 from pixart_pack.pixart.resolution import ASPECT_RATIOS
 from pixart_pack.pixart.weights.detection import detect_config
 from pixart_pack.pixart.weights.reading import read_tensors
 from pixart_pack.pixart.weights.t5 import detect_t5_config
 from pixart_pack.tests import tiny_t5
 from pixart_pack.tests.host.graph import VAE, Graph, write_lora, write_t5
+from pixart_pack.tests.host.server import start
 
+DEMO = Path(__file__).resolve().parent.parent.parent / "demo" / "models"
 MODEL, T5 = "pixart_demo.safetensors", "pixart_demo_t5.safetensors"
 OLD_IDS = {
     "PixArtCheckpointLoader",
@@ -55,8 +62,6 @@ def sampled(graph: Graph, model: list, positive: list, sampler="KSampler") -> di
     latent = graph.add(sampler, **inputs, **settings)
     pixels = graph.add("VAEDecode", samples=latent, vae=graph.add("VAELoader", vae_name=VAE))
     graph.add("SaveImage", images=pixels, filename_prefix="old")
-    for node in graph.nodes.values():
-        node["_meta"] = {"title": ""}  # as the editor exports it; the host's replacement needs it
     return graph.nodes
 
 
@@ -78,7 +83,7 @@ def test_every_old_node_has_a_successor(host):
     replacements = host.get_json("/node_replacements")
     nodes = host.object_info()
     assert OLD_IDS <= replacements.keys()
-    assert not OLD_IDS & nodes.keys()
+    assert all(nodes[old]["deprecated"] for old in OLD_IDS)
     for old in OLD_IDS:
         for replacement in replacements[old]:
             new = nodes[replacement["new_node_id"]]
@@ -174,3 +179,241 @@ def sd3_clip():
         "t5xxl_model_config": detect_t5_config(weights, "tiny", {"feed_forward_proj": "gated-gelu"}),
     }
     return sd.CLIP(target, parameters=1, state_dict=[weights], model_options=options)
+
+
+# In the shapes in which programs send such graphs: without `_meta`, with files as other systems name them.
+def swarm(host):
+    """As SwarmUI sends it: its own numbers, the T5 on the CPU, the size in a conditioning."""
+    return {
+        "100": {
+            "class_type": "T5v11Loader",
+            "inputs": {
+                "t5v11_name": T5,
+                "t5v11_ver": "xxl",
+                "path_type": "file",
+                "device": "cpu",
+                "dtype": "FP32",
+            },
+        },
+        "4": {"class_type": "PixArtCheckpointLoader", "inputs": {"ckpt_name": MODEL, "model": "PixArtMS_Sigma_XL_2"}},
+        "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "6": {"class_type": "T5TextEncode", "inputs": {"text": CAPTION, "T5": ["100", 0]}},
+        "7": {"class_type": "T5TextEncode", "inputs": {"text": "", "T5": ["100", 0]}},
+        "8": {"class_type": "PixArtResolutionCond", "inputs": {"cond": ["6", 0], "width": 64, "height": 64}},
+        "10": {
+            "class_type": "KSamplerAdvanced",
+            "inputs": {
+                "model": ["4", 0],
+                "add_noise": "enable",
+                "noise_seed": 3,
+                "steps": 2,
+                "cfg": 4.5,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "positive": ["8", 0],
+                "negative": ["7", 0],
+                "latent_image": ["5", 0],
+                "start_at_step": 0,
+                "end_at_step": 10000,
+                "return_with_leftover_noise": "disable",
+            },
+        },
+        "11": {"class_type": "VAELoader", "inputs": {"vae_name": VAE}},
+        "12": {"class_type": "VAEDecode", "inputs": {"samples": ["10", 0], "vae": ["11", 0]}},
+        "9": {"class_type": "SaveImage", "inputs": {"images": ["12", 0], "filename_prefix": "swarm"}},
+    }
+
+
+def with_t5(name, path_type="folder", device="cpu"):
+    def make(host):
+        graph = old_graph("PixArtCheckpointLoader", "PixArtT5TextEncode")
+        t5 = graph.nodes[graph.t5[0]]["inputs"]
+        t5.update(t5v11_name=name, path_type=path_type, device=device)
+        return sampled(graph, graph.model, graph.positive)
+
+    return make
+
+
+def reference(host):
+    """With the sampler of the pack's own, the size from its node, and a title's worth of `_meta` on one node alone."""
+    graph = old_graph("PixArtCheckpointLoaderSimple", "PixArtT5TextEncode", ratio="0.52")
+    graph.nodes["1"]["_meta"] = {"title": "Load"}
+    positive = graph.add("PixArtResolutionCond", cond=graph.positive, width=graph.size, height=[graph.size[0], 1])
+    return sampled(graph, graph.model, positive, "PixArtDPMSampler")
+
+
+def short(host):
+    """Only what the node cannot do without."""
+    graph = old_graph("PixArtCheckpointLoader", "T5TextEncode")
+    graph.nodes[graph.t5[0]]["inputs"] = {"t5v11_name": T5}
+    graph.nodes[graph.model[0]]["inputs"] = {"ckpt_name": MODEL}
+    return sampled(graph, graph.model, graph.positive)
+
+
+@pytest.fixture(scope="module")
+def shards(host):
+    """The demo's T5 in shards, as ComfyUI_ExtraModels keeps it: in models/t5, and in a folder there."""
+    path = DEMO / "text_encoders" / T5
+    weights, metadata = read_tensors(path)
+    names = sorted(weights)
+    for folder in (host.models / "t5" / "T5v1.1", host.models / "t5"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(metadata["t5_config"])
+        for number in (1, 2):
+            part = {name: weights[name].clone() for name in names[number - 1 :: 2]}
+            torch.save(part, folder / f"pytorch_model-0000{number}-of-00002.bin")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        swarm,
+        reference,
+        short,
+        with_t5(T5, "file", "gpu"),
+        with_t5("T5v1.1\\pytorch_model-00001-of-00002.bin"),
+        with_t5("T5v1.1/pytorch_model-00002-of-00002.bin"),
+        with_t5("pytorch_model-00002-of-00002.bin"),
+    ],
+    ids=["swarm", "reference", "short", "gpu", "windows", "linux", "root"],
+)
+def test_prompts_as_programs_send_them(host, shards, make):
+    assert host.run(make(host))[0].size == (64, 64)
+
+
+def test_every_ratio_is_a_size(host):
+    graph = Graph()
+    for ratio in ASPECT_RATIOS[1024]:
+        size = graph.add("PixArtResolutionSelect", model="PixArtMS_XL_2", ratio=f"{ratio:.2f}")
+        graph.add("PreviewAny", source=size)
+        graph.add("PreviewAny", source=[size[0], 1])
+    texts = host.wait(host.queue(graph.nodes))["outputs"]
+    sides = [int(texts[number]["text"][0]) for number in sorted(texts, key=int) if "text" in texts[number]]
+    assert list(zip(sides[::2], sides[1::2], strict=True)) == list(ASPECT_RATIOS[1024].values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "missing"),
+    [
+        ("PixArtCheckpointLoader", {}, "checkpoint"),
+        ("PixArtCheckpointLoader", None, "checkpoint"),
+        ("T5v11Loader", {"path_type": "file"}, "text_encoder"),
+        ("T5v11Loader", {"t5v11_name": "none.bin"}, "text_encoder"),
+        ("PixArtT5TextEncode", {"text": ""}, "clip"),
+        ("PixArtLoraLoader", {"lora_name": "none.safetensors"}, "model"),
+        ("PixArtDPMSampler", {"seed": 1}, "steps"),
+        ("PixArtResolutionCond", {}, "conditioning"),
+    ],
+)
+def test_what_is_missing_is_named_as_it_is_called_now(host, kind, inputs, missing):
+    nodes = {"1": {"class_type": kind, **({} if inputs is None else {"inputs": inputs})}}
+    nodes["2"] = {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}
+    with pytest.raises(PromptError, match=rf"\b{missing}\b"):
+        host.queue(nodes)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [None, [], 3, "prompt", {}, {"prompt": None}, {"prompt": []}, {"prompt": {"1": None, "2": [], "3": {}}}]
+    + [{"prompt": {"1": {"class_type": kind, "inputs": {"image": "x"}}}} for kind in (None, [], {}, 1, "LoadImage")],
+)
+def test_other_requests_stay_as_they_are(pack, data):
+    before = copy.deepcopy(data)
+    assert replacements().rename(data, migration().REPLACEMENTS) == before
+
+
+@pytest.mark.parametrize("inputs", [None, [], 3, {"ckpt_name": None}, {"ckpt_name": [[], {}]}, {"model": {}}])
+def test_any_inputs_are_renamed_without_an_error(pack, inputs):
+    data = {"prompt": {"1": {"class_type": "PixArtCheckpointLoader", "inputs": inputs}}}
+    node = replacements().rename(data, migration().REPLACEMENTS)["prompt"]["1"]
+    assert node["class_type"] == "PixArtLoadCheckpoint" and isinstance(node["inputs"], dict)
+
+
+STAND_IN = """
+class Old:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "ExtraModels"
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"ckpt_name": ("STRING", {})}})
+    def run(self, ckpt_name):
+        raise ValueError("ran the other pack's")
+NODE_CLASS_MAPPINGS = dict.fromkeys(%r, Old)
+"""
+
+
+@pytest.fixture
+def extra_models(tmp_path):
+    folder = tmp_path / "a_pack_of_old_nodes"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(STAND_IN % sorted(OLD_IDS))
+    return folder
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_other_packs_own_nodes_win_in_either_order(pack, extra_models, is_first):
+    nodes = importlib.import_module("nodes")
+    own = dict(nodes.NODE_CLASS_MAPPINGS)
+    try:
+        if not is_first:  # as when a server had begun before the other pack was loaded
+            replacements().offer_deprecated(migration().REPLACEMENTS)
+            assert nodes.NODE_CLASS_MAPPINGS["T5v11Loader"].DEPRECATED
+        assert asyncio.run(nodes.load_custom_node(str(extra_models), set(own)))
+        replacements().offer_deprecated(migration().REPLACEMENTS)
+        assert {nodes.NODE_CLASS_MAPPINGS[old].__name__ for old in OLD_IDS} == {"Old"}
+        data = {"prompt": {"1": {"class_type": "T5v11Loader", "inputs": {"t5v11_name": "x"}}}}
+        assert replacements().rename(copy.deepcopy(data), migration().REPLACEMENTS) == data
+    finally:
+        nodes.NODE_CLASS_MAPPINGS.clear()
+        nodes.NODE_CLASS_MAPPINGS.update(own)
+
+
+@pytest.mark.slow
+def test_a_server_with_the_other_pack_runs_that_one(comfyui, tmp_path, extra_models):
+    base = tmp_path / "base"
+    (base / "custom_nodes").mkdir(parents=True)
+    shutil.copytree(extra_models, base / "custom_nodes" / extra_models.name)
+    server = start(comfyui, base, ("--whitelist-custom-nodes", PACK, extra_models.name))
+    try:
+        nodes = server.object_info()
+        assert "PixArtLoadCheckpoint" in nodes
+        assert all(nodes[old]["category"] == "ExtraModels" and not nodes[old].get("deprecated") for old in OLD_IDS)
+        graph = Graph()
+        graph.add("PreviewAny", source=graph.add("PixArtCheckpointLoader", ckpt_name="x"))
+        with pytest.raises(PromptError, match="ran the other pack's"):
+            server.run(graph.nodes)
+    finally:
+        server.close()
+        server.server.stop()
+
+
+def test_deprecated_nodes_ask_as_the_old_ones_did(host):
+    nodes = host.object_info()
+    for old in OLD_IDS:
+        assert nodes[old]["python_module"].endswith(".pixart_pack") and nodes[old]["description"]
+    loader = nodes["T5v11Loader"]
+    assert loader["input_order"]["required"] == ["t5v11_name", "t5v11_ver", "path_type", "device", "dtype"]
+    assert T5 in loader["input"]["required"]["t5v11_name"][0]
+    ratios = nodes["PixArtResolutionSelect"]["input"]["required"]["ratio"][0]
+    assert "0.52" in ratios and len(ratios) == len(ASPECT_RATIOS[1024])
+    assert nodes["PixArtResolutionSelect"]["output"] == ["INT", "INT"]
+
+
+def test_a_deprecated_node_becomes_ours(pack):
+    """Where no prompt handler is, as in a program that runs the queue without a server."""
+    nodes = importlib.import_module("nodes")
+    own = dict(nodes.NODE_CLASS_MAPPINGS)
+    try:
+        replacements().offer_deprecated(migration().REPLACEMENTS)
+        done = nodes.NODE_CLASS_MAPPINGS["PixArtResolutionSelect"]().expand(model="PixArt_XL_2", ratio="0.57")
+        [(number, node)] = done["expand"].items()
+        assert node["class_type"] == "PixArtResolution" and node["inputs"]["ratio"] == "0.57"
+        assert done["result"] == ([number, 0], [number, 1])
+    finally:
+        nodes.NODE_CLASS_MAPPINGS.clear()
+        nodes.NODE_CLASS_MAPPINGS.update(own)
+
+
+def replacements():
+    return sys.modules["pixart_pack.nodes.host.replacements"]
+
+
+def migration():
+    return sys.modules["pixart_pack.nodes.migration"]

@@ -4,6 +4,7 @@ import logging
 import sys
 
 import torch
+from comfy_api.feature_flags import supports_feature
 
 from ....pixart.quoting import list_names, shorten
 from ....pixart.text import PAD_ID, batch_captions, check_brackets, limit_text, truncate
@@ -131,9 +132,15 @@ def sizes_of(conditioning: list | None) -> dict:
 
 
 def show_text(hidden, text: str) -> None:
-    """Show text on a node in the editor. hidden: the node's hidden inputs. Without a server nothing is shown."""
+    """Show text on a node in the editor while the node runs; what it says at its end is in its output.
+
+    hidden: the node's hidden inputs. Only the client that sent the prompt is told, and only one that understands such
+    messages: others take them for pictures. Without a server nothing is shown.
+    """
     server = sys.modules.get("server")  # imported by ComfyUI at its start; other programs have none
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
-    node_id = getattr(hidden, "unique_id", None)
-    if instance is not None and node_id is not None:
-        instance.send_progress_text(text, node_id)
+    node_id, client = getattr(hidden, "unique_id", None), getattr(instance, "client_id", None)
+    if node_id is None or client is None:
+        return
+    if supports_feature(instance.sockets_metadata, client, "supports_preview_metadata"):
+        instance.send_progress_text(text, node_id, client)

@@ -19,22 +19,38 @@ from ....pixart.files.documents import parse_json
 from ....pixart.quoting import plain, shorten
 from ....pixart.weights.folders import read_json
 from ....pixart.weights.t5 import detect_t5_config, encoder_weights, is_t5_folder, plain_weights, read_encoder_tensors
-from ..folders import find_folders, names_of
+from ..folders import find_folders, list_files, names_of
 from ..weights.packed import PackedOperations, is_packed
 
 AUTO, BUILT_IN = "auto", "built-in"
 DEVICES = ("default", "cpu")
-FOLDER_KINDS = ("text_encoders", "diffusers")
+T5_KIND = "t5"  # models/t5, where ComfyUI_ExtraModels has its encoders
+FILE_KINDS = ("text_encoders", T5_KIND)
+FOLDER_KINDS = (*FILE_KINDS, "diffusers")
 T5_NAME = "t5xxl"  # the host's name for a T5 of any size: its tokens and LoRA keys go by it
 T5_METADATA = "t5_config"
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_SHARD = re.compile(r"-(\d{5})-of-\d{5}\.")
 _VOCABULARY_SLACK = 256  # rows without a token: T5 has 32128 for 32100, or for the 32000 of its spiece.model
 
 
+def register_t5_folder() -> None:
+    """Let files in models/t5 be found, as ComfyUI_ExtraModels does."""
+    place = str(Path(folder_paths.models_dir, T5_KIND))
+    extensions = folder_paths.supported_pt_extensions
+    folder_paths.folder_names_and_paths.setdefault(T5_KIND, ([place], extensions))
+
+
 def list_text_encoders() -> list[str]:
-    """What Load T5 Text Encoder offers: files by their names, folders with a slash at the end. No single shards."""
-    files = [name for name in names_of("text_encoders") if not _SHARD.search(name)]
+    """What Load T5 Text Encoder offers: files by their names, folders with a slash at the end.
+
+    Shards are offered by their folder; those that lie in no folder of their own, by the first of them.
+    """
+    files = [name for name in list_files(FILE_KINDS) if not (shard := _SHARD.search(name)) or _leads(name, shard)]
     return [*files, *find_folders(FOLDER_KINDS, is_t5_folder)]
+
+
+def _leads(name: str, shard: re.Match) -> bool:
+    return int(shard[1]) == 1 and not re.search(r"[\\/]", name)
 
 
 def list_tokenizers() -> list[str]:
@@ -45,8 +61,11 @@ def list_tokenizers() -> list[str]:
 def find_text_encoder(name: str) -> Path:
     """The path of one of list_text_encoders. Raises FileNotFoundError."""
     path = find_folders(FOLDER_KINDS, is_t5_folder).get(name)
-    if path is None and name in names_of("text_encoders"):
-        path = folder_paths.get_full_path("text_encoders", name)
+    for kind in FILE_KINDS:
+        if path is None and name in names_of(kind):
+            path = folder_paths.get_full_path(kind, name)
+    if path is not None and _SHARD.search(name) and Path(path).is_file():
+        path = Path(path).parent
     if path is None:
         raise FileNotFoundError(
             f"Text encoder not found: got {shorten(name)}, expected a file or folder in models/text_encoders, "

@@ -1,0 +1,97 @@
+"""Programs that talk to the server: they get results as pictures, and nobody gets another's messages."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import websocket
+from PIL import Image
+
+from pixart_pack.tests.host.graph import VAE, Graph
+
+T5 = "pixart_demo_t5.safetensors"
+SIZE = (128, 128)
+
+
+def graph(caption: str) -> dict:
+    """Nodes that say and show something on the way, and one result."""
+    made = Graph()
+    text = made.add("PixArtTextEncode", clip=made.add("PixArtLoadT5", text_encoder=T5), text=caption)
+    made.add("PreviewAny", source=text)
+    levels = made.add("PixArtScheduler", schedule="uniform", steps=4)
+    made.add("PreviewAny", source=levels)
+    size = made.add("PixArtResolution", base="256", mode="nearest to size", width=SIZE[0], height=SIZE[1])
+    latent = made.add("EmptyLatentImage", width=SIZE[0], height=SIZE[1], batch_size=1)
+    made.add("PreviewAny", source=size)
+    pixels = made.add("VAEDecode", samples=latent, vae=made.add("VAELoader", vae_name=VAE))
+    made.add("SaveImage", images=pixels, filename_prefix=f"client_{time.time_ns()}")
+    for node in made.nodes.values():
+        node["_meta"] = {"title": node["class_type"]}
+    return made.nodes
+
+
+def listen(host, client: str, features: dict | None = None):
+    socket = websocket.create_connection(f"{host.url.replace('http', 'ws', 1)}/ws?clientId={client}", timeout=2)
+    if features:
+        socket.send(json.dumps({"type": "feature_flags", "data": features}))
+    return socket
+
+
+def heard(socket) -> list:
+    """All messages until none has come for two seconds."""
+    messages = []
+    while True:
+        try:
+            messages.append(socket.recv())
+        except websocket.WebSocketTimeoutException:
+            return messages
+
+
+def test_messages_reach_their_client_alone(host):
+    sockets = [listen(host, "editor", {"supports_preview_metadata": True}), listen(host, "tab"), listen(host, "script")]
+    host.post("/prompt", {"prompt": graph(f"one {time.time_ns()}"), "client_id": "editor"})
+    own, others, script = map(heard, sockets)
+    assert [message for message in own if isinstance(message, bytes) and b" tokens" in message]
+    host.post("/prompt", {"prompt": graph(f"two {time.time_ns()}"), "client_id": "script"})
+    script += heard(sockets[2])
+    assert any('"execution_success"' in message for message in script if isinstance(message, str))
+    assert any("tokens" in message for message in script if isinstance(message, str))  # in the output of the node
+    host.post("/prompt", {"prompt": graph(f"three {time.time_ns()}")})  # without a client
+    for socket, messages in zip(sockets, ([], others, script), strict=True):
+        assert not [message for message in (*messages, *heard(socket)) if isinstance(message, bytes)]
+        socket.close()
+
+
+def test_only_results_are_among_the_images(host):
+    nodes = graph(f"results {time.time_ns()}")
+    outputs = host.wait(host.queue(nodes))["outputs"]
+    named = {nodes[number]["class_type"]: output for number, output in outputs.items()}
+    assert [kind for kind, output in named.items() if "images" in output] == ["SaveImage"]
+    for kind in ("PixArtResolution", "PixArtScheduler"):
+        if kind in named:  # an older ComfyUI has no outputs of nodes on the way
+            [picture] = named[kind]["pixart_pictures"]
+            assert picture["type"] == "temp" and picture["filename"].endswith(".png")
+
+
+@pytest.mark.slow
+def test_comfy_api_simplified(host):
+    simplified = pytest.importorskip("comfy_api_simplified", reason="needs comfy-api-simplified")
+    nodes = graph(f"simplified {time.time_ns()}")
+    found = simplified.ComfyApiWrapper(host.url).queue_and_wait_images(nodes, "SaveImage")
+    assert [Image.open(io.BytesIO(content)).size for content in found.values()] == [SIZE]
+
+
+@pytest.mark.slow
+def test_comfy_cli(host, tmp_path):
+    pytest.importorskip("comfy_cli", reason="needs comfy-cli: pip install comfy-cli")
+    file = tmp_path / "graph.json"
+    file.write_text(json.dumps(graph(f"cli {time.time_ns()}")))
+    address, port = host.url.removeprefix("http://").split(":")
+    command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", "run"]
+    command += ["--workflow", str(file), "--wait", "--host", address, "--port", port, "--timeout", "120"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "client_" in done.stdout
