@@ -20,7 +20,7 @@ from ...pixart.quoting import shorten
 log = logging.getLogger(__name__)
 
 FOLDERS_VARIABLE, FOLDERS_FILE = "PIXART_FOLDERS", "pixart_folders.txt"
-GGUF_KINDS = ("diffusion_models", "text_encoders")
+GGUF_KINDS = ("diffusion_models", "text_encoders", "t5")
 _DEPTH = 4  # as deep as a Hugging Face cache lies: models--x/snapshots/y/text_encoder
 
 
