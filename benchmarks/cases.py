@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..pixart.weights.precision import DTYPES
+from ..pixart.weights.saving import DTYPES
 from .timing import CLOCKS
 
 DEVICES = ("cpu", "cuda")

@@ -21,7 +21,7 @@ from ..pixart.training.build import make_objective
 from ..pixart.training.draws import draw_batch
 from ..pixart.training.settings import TrainingSettings
 from ..pixart.transformer import PixArt
-from ..pixart.weights.precision import DTYPES
+from ..pixart.weights.saving import DTYPES
 from .cases import name_device, parse_run
 from .host import import_host
 from .peaks import measure_peak

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from ...pixart.config import ALPHA_VAE_SCALE, CONFIGS, SIGMA_VAE_SCALE, PixArtConfig
 from ...pixart.encoders.autoencoder import LATENT_CHANNELS, TINY_CLASS, tiny_weights
 from ...pixart.quoting import list_names, plain, shorten
+from ...pixart.weights.distributed import is_distributed
 from ...pixart.weights.folders import read_json
 from ...pixart.weights.reading import Checkpoint, read_checkpoint, read_tensors
 from ...samplers.from_diffusers import AS_THE_FOLDER_SAYS, read_scheduler
@@ -37,8 +38,8 @@ _ALPHA_VAE_NAMES = ("ft-ema", "ft_ema", "ft-mse", "ft_mse", "sd-vae", "sd_vae", 
 
 
 def list_checkpoints() -> list[str]:
-    """What Load PixArt Checkpoint offers."""
-    return list_files(CHECKPOINT_KINDS)
+    """What Load PixArt Checkpoint offers: files, and folders by torch.distributed.checkpoint."""
+    return [*list_files(CHECKPOINT_KINDS), *find_folders(CHECKPOINT_KINDS, is_distributed)]
 
 
 def list_pipelines() -> list[str]:
@@ -53,6 +54,8 @@ def list_vaes() -> list[str]:
 
 def load_checkpoint(name: str, variant: str, dtype: str, weights: str):
     """The MODEL of one of list_checkpoints. variant: of VARIANTS; dtype: of DTYPES; weights: of WEIGHTS, or a place."""
+    if name.endswith("/"):
+        return load_patcher(find_folder(CHECKPOINT_KINDS, is_distributed, name), variant, dtype, weights)
     return load_patcher(find_file(CHECKPOINT_KINDS, name), variant, dtype, weights)
 
 

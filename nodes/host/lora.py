@@ -16,7 +16,7 @@ from ...pixart.lora import PEFT_CONFIG, Target, describe_lora, export_notes, rea
 from ...pixart.lora.extracting import extract_lora as extract_factors
 from ...pixart.lora.kinds import Difference, Factor, Hadamard, LowRank
 from ...pixart.quoting import list_names, shorten
-from ...pixart.weights.precision import DTYPES
+from ...pixart.weights.saving import DTYPES
 from .denoiser.model import TABLES
 from .folders import find_file, find_folder, find_folders, list_files, next_output, show_path
 from .text.captions import pixart_config

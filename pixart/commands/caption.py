@@ -25,7 +25,7 @@ from ..encoders.captioner import (
 from ..files.atomic import write_atomically
 from ..files.documents import parse_json
 from ..quoting import shorten
-from ..weights.precision import DTYPES
+from ..weights.saving import DTYPES
 from .console import add_device, make_parser, own_device, process_rank
 
 log = logging.getLogger(__name__)

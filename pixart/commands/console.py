@@ -47,7 +47,7 @@ def add_device(parser) -> None:
     # Here, since the list of commands needs no PyTorch, which takes seconds.
     import torch
 
-    from ..weights.precision import DTYPES
+    from ..weights.saving import DTYPES
 
     device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
     parser.add_argument("--device", default=device, help="default: %(default)s")

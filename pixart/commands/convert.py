@@ -27,13 +27,12 @@ from ..lora import PEFT_CONFIG, export_notes, read_lora, save_lora
 from ..quoting import shorten
 from ..weights.controlnets import read_controlnet, save_controlnet
 from ..weights.layouts import CONFIG_KEY, CONTROL, CONTROLNET, LORA, T5
-from ..weights.precision import DTYPES
 from ..weights.quantised.gguf_saving import PIXART, t5_fields, write_gguf
 from ..weights.quantised.gguf_saving import SUFFIX as GGUF_SUFFIX
 from ..weights.quantised.gguf_saving import T5 as T5_ENCODER
 from ..weights.quantised.gguf_saving import TYPES as GGUF_TYPES
 from ..weights.reading import naming, open_weights, read_checkpoint
-from ..weights.saving import lost_in_diffusers, names_file, save_checkpoint
+from ..weights.saving import DTYPES, lost_in_diffusers, names_file, save_checkpoint
 from ..weights.t5 import is_t5_folder, read_encoder
 from ..weights.wrappers import identify, to_diffusers
 from .console import add_weights, make_parser, tell

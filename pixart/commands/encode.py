@@ -18,8 +18,8 @@ from ..encoders.t5 import find_tokenizer, load_text_encoder
 from ..quoting import shorten
 from ..text import count_tokens, load_tokenizer, tokenizer_file
 from ..weights.folders import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS
-from ..weights.precision import DTYPES
 from ..weights.reading import read_tensors
+from ..weights.saving import DTYPES
 from .console import add_device, make_parser, own_device, process_rank
 
 log = logging.getLogger(__name__)

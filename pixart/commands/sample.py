@@ -31,8 +31,8 @@ from ..solvers import PRESETS, SAMPLERS, SCHEDULES, Asked, read_scheduler
 from ..text import clean_prompt
 from ..transformer import PixArt
 from ..weights.folders import read_json
-from ..weights.precision import DTYPES
 from ..weights.reading import read_checkpoint
+from ..weights.saving import DTYPES
 from .console import add_device, add_weights, make_parser, tell
 from .pipeline import Pipeline
 

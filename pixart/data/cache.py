@@ -14,7 +14,7 @@ from ..files.regular import TABLE_BYTES, read_text
 from ..quoting import shorten
 from ..resolution import ASPECT_RATIOS, fit_images
 from ..text import clean_prompt
-from ..weights.precision import DTYPES
+from ..weights.saving import DTYPES
 from .examples import Example
 from .identity import digest
 from .pictures import Picture, measure_picture, read_picture

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..controlnet import PixArtControlNet
 from ..quoting import shorten
 from ..transformer import PixArt
-from ..weights.precision import DTYPES
+from ..weights.saving import DTYPES
 from .adapters import add_adapters, freeze
 from .objectives import (
     AdapterDistillation,

@@ -26,8 +26,7 @@ from ..lora.kinds import LowRank
 from ..quoting import plain, shorten
 from ..transformer import PixArt
 from ..weights.controlnets import save_controlnet
-from ..weights.precision import DTYPES
-from ..weights.saving import save_checkpoint
+from ..weights.saving import DTYPES, save_checkpoint
 from .adapters import AdaptedLinear
 from .build import make_objective
 from .loop import Events, Trainer

@@ -13,7 +13,7 @@ from ..files.atomic import write_atomically
 from ..files.documents import load_json, parse_yaml
 from ..files.patterns import compile_pattern
 from ..quoting import list_names, plain, shorten
-from ..weights import precision
+from ..weights import saving
 
 AUTO, WEIGHTS = "auto", ("ema", "model")  # of a checkpoint: its variant, and which of its weights
 KINDS = ("lora", "full", "dreambooth", "controlnet", "lcm", "lcm_lora")
@@ -25,7 +25,7 @@ WEIGHTINGS = ("none", "min_snr", "velocity")
 TIMESTEPS = ("uniform", "log_normal")
 OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "lion")
 SCHEDULES = ("constant", "cosine", "linear")
-DTYPES = tuple(precision.DTYPES)
+DTYPES = tuple(saving.DTYPES)
 BASE_DTYPES = ("same", "fp8")
 # Which linear layers an adapter sits on, as patterns of their names in the original layout.
 TARGETS = {

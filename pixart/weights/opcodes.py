@@ -36,6 +36,15 @@ class Foreign:
     __slots__ = ()
 
 
+class Record:
+    """An object of a class whose fields are wanted. kind: the class's name. state: what the pickle gave it."""
+
+    __slots__ = ("kind", "state")
+
+    def __init__(self, kind: str):
+        self.kind, self.state = kind, None
+
+
 class Function:
     """A function that a pickle may call."""
 
@@ -45,7 +54,7 @@ class Function:
         self.call = call
 
 
-_PLAIN_KEYS = {str, int, float, bool, type(None), bytes, torch.dtype, Foreign}
+_PLAIN_KEYS = {str, int, float, bool, type(None), bytes, torch.dtype, Foreign, Record}
 _CONTAINERS = {list, tuple, dict, set, frozenset}
 
 
@@ -141,8 +150,10 @@ class _Machine:
             raise _refused("a call of something else than a function")
 
     def build(self) -> None:
-        self.pop()
-        if type(self.top()) not in (Foreign, dict):  # a dict was an OrderedDict, whose attributes say nothing
+        state = self.pop()
+        if type(self.top()) is Record:
+            self.top().state = state
+        elif type(self.top()) not in (Foreign, dict):  # a dict was an OrderedDict, whose attributes say nothing
             raise _refused("a state for something else than an object")
 
     def extend(self, items: list) -> None:

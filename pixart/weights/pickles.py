@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from ..quoting import shorten
-from .opcodes import Foreign, Function, pairs_of, run
+from .opcodes import Foreign, Function, Record, pairs_of, run
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,26 @@ class PickledFile:
 def open_pickled(path: Path) -> PickledFile:
     """Describe a file by torch.save, zip or older format. Raises ValueError when it is damaged or no such file."""
     return PickledFile(path, *_open(path))
+
+
+def read_records(file: io.BufferedIOBase, kinds: Mapping[str, Collection[str]]) -> object:
+    """What a bare pickle describes, with the objects of the classes `kinds` (module -> names) as Records.
+
+    Raises ValueError when it is damaged or beyond a bound.
+    """
+    names = _Names()
+
+    def find(module: str, name: str) -> object:
+        is_kind = name in kinds.get(module, ())
+        return Function(lambda *_: Record(name)) if is_kind else names.find(module, name)
+
+    try:
+        return run(file, find, names.storage)
+    except _PICKLE_ERRORS as error:
+        raise ValueError(
+            f"Unreadable pickle: got a damaged or hostile one ({shorten(error)}), expected a checkpoint's. Download "
+            f"the files again from a source that you trust."
+        ) from error
 
 
 def check_pth(path: Path) -> None:

@@ -15,6 +15,7 @@ from ..config import PixArtConfig
 from ..quoting import list_names, plain, shorten
 from .checking import check_weights
 from .detection import Detection, detect
+from .distributed import is_distributed, open_distributed
 from .folders import TRANSFORMER_STEMS, ModelFolder, find_weights, open_beside, open_folder
 from .layouts import NULL_CAPTION_KEY, Weights, original_tensors, parts_to_merge
 from .pickles import ZIP_MAGIC, open_pickled
@@ -102,9 +103,8 @@ def read_checkpoint(
     Raises FileNotFoundError for a missing file or shard and ValueError for everything else, naming the file.
     """
     path = Path(path)
-    folder = open_folder(path, file_variant) if path.is_dir() else open_beside(path)
     with naming(path):
-        opened = open_files(folder.files, folder.weight_map)
+        folder, opened = _open_model(path, file_variant)
         settings = quantisation_settings(folder.model_config)
         found = read_weights(opened, identify_pixart(opened.content, weights, opened.metadata), settings, packed=packed)
         detection = detect(
@@ -152,6 +152,13 @@ class Opened(Protocol):
 
     def read(self, wanted: Mapping, own: Collection[str] = ()) -> dict[str, torch.Tensor]:
         """The wanted tensors of `content`, under any names: mapped, or copied into memory where own names them."""
+
+
+def _open_model(path: Path, file_variant: str | None) -> tuple[ModelFolder, Opened]:
+    if path.is_dir() and is_distributed(path):
+        return ModelFolder(path, ()), open_distributed(path)
+    folder = open_folder(path, file_variant) if path.is_dir() else open_beside(path)
+    return folder, open_files(folder.files, folder.weight_map)
 
 
 def open_weights(

@@ -16,6 +16,8 @@ from .checking import check_weights
 from .layouts import CONFIG_KEY
 from .wrappers import to_diffusers, to_original
 
+# Precisions by the names that settings, commands and nodes give them.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 
 

@@ -1,10 +1,16 @@
 """What other programs wrap around a PixArt: the files are made by their own classes, and give exactly the model."""
 
+import dataclasses
+import pickle
+import shutil
+
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pixart_pack.pixart.checkpoint import to_original
@@ -163,3 +169,70 @@ def test_fused_projections_that_were_trained_on_are_refused(tmp_path):
         network.transformer_blocks[1].attn2.to_kv.weight += 1
     with pytest.raises(ValueError, match=r"Two versions of blocks\.1\.cross_attn\.kv_linear\.weight"):
         read(tmp_path, network.state_dict())
+
+
+# torch.distributed.checkpoint
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dcp") / "checkpoint"
+    dcp.save({"model": TRAINED, "ema": AVERAGED, "step": 3}, checkpoint_id=path, no_dist=True)
+    return path
+
+
+def test_a_distributed_folder_is_read(distributed, tmp_path):
+    assert same(read_checkpoint(distributed, num_heads=2).state_dict, to_original(AVERAGED))
+    assert same(read_checkpoint(distributed, num_heads=2, weights="model").state_dict, to_original(TRAINED))
+    dcp_to_torch_save(distributed, tmp_path / "whole.pt")
+    assert same(read_checkpoint(tmp_path / "whole.pt", num_heads=2).state_dict, to_original(AVERAGED))
+
+
+def test_parts_of_several_processes_are_put_together(tmp_path):
+    metadata, whole = fake_shards(tmp_path, TRAINED)
+    assert same(read_checkpoint(tmp_path, num_heads=2).state_dict, to_original(whole))
+    name = "adaln_single.linear.weight"
+    metadata.state_dict_metadata[name].chunks.pop()
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="Parts do not fill a tensor"):
+        read_checkpoint(tmp_path, num_heads=2)
+
+
+def fake_shards(path, tensors):
+    """What two processes write: the rows of every tensor in two files, by torch's own writer."""
+    halves = []
+    for rank in (0, 1):
+        part = {}
+        for name, tensor in tensors.items():
+            middle = len(tensor) // 2
+            part[name] = (tensor[:middle], tensor[middle:])[rank].clone()
+        dcp.save(part, checkpoint_id=path / str(rank), no_dist=True)
+        halves.append(pickle.loads((path / str(rank) / ".metadata").read_bytes()))
+        (path / str(rank) / "__0_0.distcp").rename(path / f"__{rank}_0.distcp")
+    metadata, second = halves
+    for info in second.storage_data.values():
+        info.relative_path = "__1_0.distcp"
+    for index, info in second.storage_data.items():
+        middle, rest = len(tensors[index.fqn]) // 2, [0] * (tensors[index.fqn].ndim - 1)
+        moved = dataclasses.replace(index, offset=torch.Size([middle, *rest]), index=1)
+        metadata.storage_data[moved] = info
+        chunk = second.state_dict_metadata[index.fqn].chunks[0]
+        whole = metadata.state_dict_metadata[index.fqn]
+        whole.chunks.append(dataclasses.replace(chunk, offsets=torch.Size([middle, *rest])))
+        whole.size = tensors[index.fqn].shape
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    return metadata, tensors
+
+
+@pytest.mark.parametrize("fault", ["cut", "empty", "foreign", "missing", "outside"])
+def test_a_damaged_distributed_folder_is_refused(distributed, tmp_path, fault):
+    folder = tmp_path / "x"
+    shutil.copytree(distributed, folder)
+    data = (folder / ".metadata").read_bytes()
+    changed = {"cut": data[: len(data) // 2], "empty": b"", "foreign": pickle.dumps({"a": print}), "missing": data}
+    changed["outside"] = data.replace(b"__0_0.distcp", b"../0.distcp_"[:12])
+    (folder / ".metadata").write_bytes(changed[fault])
+    if fault == "missing":
+        (folder / "__0_0.distcp").unlink()
+    with pytest.raises(ValueError, match="x"):
+        read_checkpoint(folder, num_heads=2)

@@ -31,9 +31,8 @@ from ....pixart.training.settings import RunConfig, TrainingSettings, parse_sett
 from ....pixart.training.validation import Decode, ValidationPrompt, write_prompts
 from ....pixart.transformer import PixArt
 from ....pixart.weights.controlnets import read_controlnet
-from ....pixart.weights.precision import DTYPES
 from ....pixart.weights.reading import read_checkpoint
-from ....pixart.weights.saving import save_checkpoint, write_weights
+from ....pixart.weights.saving import DTYPES, save_checkpoint, write_weights
 from ..controlnet import make_control
 from ..folders import hide_paths, show_path
 from ..loading import AUTO, hints_of, load_patcher
@@ -69,7 +68,7 @@ class TrainingOutputs:
 def make_settings(kind: str, more: str, dtype: str = AUTO_DTYPE, **values) -> TrainingSettings:
     """Settings out of a node's inputs. more: further ones, in lines of "name: value", which win.
 
-    dtype: of precision.DTYPES, or "auto": bf16 on a GPU that has it, otherwise fp32. Raises ValueError for bad ones.
+    dtype: of saving.DTYPES, or "auto": bf16 on a GPU that has it, otherwise fp32. Raises ValueError for bad ones.
     """
     if dtype == AUTO_DTYPE:
         device = comfy.model_management.get_torch_device()
