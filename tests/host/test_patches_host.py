@@ -304,6 +304,22 @@ def test_names_of_parts_stay_out_of_merges_and_files(patcher):
     assert not [name for name in patcher.state_dict_for_saving() if ".to_q." in name]
 
 
+def test_a_twin_of_another_class_knows_the_parts(patcher):
+    """As the host makes one of a model with dynamic memory that is to be compiled, or to run on the CPU."""
+    module = importlib.import_module("pixart_pack.nodes.host.denoiser.patcher")
+    plain = importlib.import_module("comfy.model_patcher").ModelPatcher
+
+    class Dynamic(plain):
+        def clone(self, disable_dynamic=False):
+            return plain(self.model, self.load_device, self.offload_device)
+
+    named = module.name_parts(Dynamic(patcher.model, patcher.load_device, patcher.offload_device))
+    twin = named.clone(disable_dynamic=True)
+    assert isinstance(twin, plain) and not isinstance(twin, Dynamic)
+    assert twin.model_state_dict().keys() == patcher.model_state_dict().keys()
+    assert type(twin.clone()) is type(twin) is type(patcher)
+
+
 def test_a_part_and_a_slice_are_patched_alike(patcher):
     generator, width = torch.Generator().manual_seed(0), CONFIG.hidden_size
     change = torch.randn(width, width, generator=generator)

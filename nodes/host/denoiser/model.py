@@ -27,7 +27,7 @@ from .compilation import COMPILED, compiled_blocks
 from .conditions import RATIO_UNITS, CaptionCond, SizeCond, in_window
 from .kv_compression import compress_keys
 from .noise_levels import PixArtSampling, check_noise_levels, share_row
-from .patcher import patcher_class
+from .patcher import make_named
 from .patches import read_patches
 from .words import UNetFields
 
@@ -392,7 +392,7 @@ def make_patcher(state_dict, config, dtype=None, fp8_optimizations=False, disabl
     if packed:
         model_config.custom_operations = PackedOperations
     model = model_config.get_model(state_dict)
-    patcher = patcher_class(disable_dynamic or packed)(model, load_device=load_device, offload_device=offload_device)
+    patcher = make_named(model, load_device, offload_device, disable_dynamic or packed)
     for key in list(state_dict):  # one by one, so that the file's tensors go as ours come
         state_dict[key] = cast_weight(key, state_dict[key], dtype)
     model.load_model_weights(state_dict, assign=True)

@@ -20,6 +20,10 @@ class SplitNames:
 
     _wholes_alone = False
 
+    def clone(self, *args, **kwargs):
+        """A twin that knows the names, too, where the host gives one of another class: without dynamic memory."""
+        return name_parts(super().clone(*args, **kwargs))
+
     def model_state_dict(self, filter_prefix=None):
         """The weights by their names. All of them, when asked for without a prefix, stand there under the parts' too.
 
@@ -28,7 +32,8 @@ class SplitNames:
         weights = super().model_state_dict(filter_prefix)
         if filter_prefix is not None or self._wholes_alone:
             return weights
-        return {**weights, **{name: weights[_whole(place)] for name, place in self._parts().items()}}
+        wholes = {name: _whole(place) for name, place in self._parts().items()}
+        return {**weights, **{name: weights[whole] for name, whole in wholes.items() if whole in weights}}
 
     def state_dict_for_saving(self, *arguments, **options):
         """What the host's own nodes save. Raises ValueError for weights in blocks, which are no numbers to them."""
@@ -71,11 +76,18 @@ def _whole(place):
     return place if isinstance(place, str) else place[0]
 
 
-def patcher_class(disable_dynamic: bool) -> type:
-    """The host's class of patchers, as it is now, with names for the parts of attention."""
+def make_named(model, load_device, offload_device, disable_dynamic: bool):
+    """The host's patcher of a model, of the class that it uses now, with names for the parts of attention."""
     patchers = comfy.model_patcher
     chosen = patchers.ModelPatcher if disable_dynamic else getattr(patchers, "CoreModelPatcher", patchers.ModelPatcher)
-    return _named(chosen)
+    return name_parts(chosen(model, load_device=load_device, offload_device=offload_device))
+
+
+def name_parts(patcher):
+    """The same patcher, of a class that SplitNames is mixed into. A host's class may give one of another class."""
+    if not isinstance(patcher, SplitNames):
+        patcher.__class__ = _named(type(patcher))
+    return patcher
 
 
 @functools.cache
