@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import random
 import struct
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from pixart_pack.pixart import PixArtConfig
-from pixart_pack.pixart.checkpoint import expected_shapes, to_diffusers
-from pixart_pack.pixart.weights.reading import read_checkpoint, read_tensors
+from pixart_pack.pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes, to_diffusers
+from pixart_pack.pixart.weights.detection import detect
+from pixart_pack.pixart.weights.reading import finish_checkpoint, read_checkpoint, read_tensors
 from pixart_pack.pixart.weights.saving import diffusers_config
+from pixart_pack.pixart.weights.wrappers import identify_pixart
 
 CONFIG = PixArtConfig(depth=1, hidden_size=12, num_heads=1, caption_channels=4, caption_length=6, micro_condition=False)
 WEIGHTS = {name: torch.full(shape, 0.5) for name, shape in expected_shapes(CONFIG).items()}
@@ -304,3 +308,84 @@ def test_claims_of_huge_sizes_allocate_nothing(tmp_path):
         path.write_bytes(b"\x80\x04" + program + b".")
         with pytest.raises(ValueError, match=r"huge\.pth"):
             read_tensors(path)
+
+
+# Key sets
+
+
+def numbered(start):
+    """The tiny model with numbers of its own in every tensor."""
+    return {name: torch.full_like(tensor, start + number) for number, (name, tensor) in enumerate(WEIGHTS.items())}
+
+
+ONE, TWO = numbered(1.0), numbered(1001.0)
+PLACES = ("model", "ema", "state_dict", "module", "net", "x.y", "generator", "teacher", "shadow_params", "_orig_mod")
+
+
+def in_a_layout(weights, draw):
+    """Weights under the names of one program."""
+    tensors = dict(weights)
+    if draw.random() < 0.5:
+        tensors = to_diffusers(weights, keep_null_caption=draw.random() < 0.5)
+    if "transformer_blocks.0.attn1.to_q.weight" in tensors and draw.random() < 0.5:
+        stem = "transformer_blocks.0.attn1."
+        for kind in ("weight", "bias"):
+            tensors[f"{stem}to_qkv.{kind}"] = weights[f"blocks.0.attn.qkv.{kind}"]
+            if draw.random() < 0.7:
+                for part in "qkv":
+                    del tensors[f"{stem}to_{part}.{kind}"]
+    return tensors
+
+
+def mutilated(tensors, draw):
+    """The same with a few names gone, changed, or doubled in another place."""
+    tensors = dict(tensors)
+    for _ in range(draw.choice([0, 0, 1, 2])):
+        name = draw.choice(sorted(tensors))
+        value = tensors.pop(name)
+        new = draw.choice([None, f"{name}_", f"module.{name}", f"ema.{name}", name.replace(".", "_"), name[1:], "x"])
+        if new is not None:
+            tensors[new] = value
+        if draw.random() < 0.2:
+            tensors[name] = value
+    return tensors
+
+
+def wrapped(tensors, draw):
+    for _ in range(draw.choice([0, 1, 2])):
+        place = draw.choice(PLACES)
+        if draw.random() < 0.5:
+            tensors = {place: tensors, "step": 3}
+        else:
+            tensors = {f"{place}.{name}": value for name, value in tensors.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("first", range(0, 1000, 100))
+def test_key_sets_give_the_whole_of_one_model_or_are_refused(first):
+    assert 20 < sum(is_read_right(random.Random(seed)) for seed in range(first, first + 100)) < 90
+
+
+def is_read_right(draw):
+    """Whether a set of keys was read; False where it was refused as it should be."""
+    content = wrapped(mutilated(in_a_layout(ONE, draw), draw), draw)
+    if draw.random() < 0.5:
+        content = {**content, draw.choice(PLACES): wrapped(mutilated(in_a_layout(TWO, draw), draw), draw)}
+    try:
+        found = identify_pixart(content, draw.choice(["ema", "model"]))
+        read = finish_checkpoint(Path("x"), found, detect(found)).state_dict
+    except ValueError:
+        return False
+    names = set(read) - {NULL_CAPTION_KEY}
+    assert names == set(WEIGHTS) - {NULL_CAPTION_KEY}
+    assert any(all(torch.equal(read[name], model[name]) for name in names) for model in (ONE, TWO))
+    return True
+
+
+def test_most_of_the_unharmed_key_sets_are_read():
+    """Lest the test above passes by refusing all."""
+    read = 0
+    for seed in range(100):
+        draw = random.Random(seed)
+        read += len(identify_pixart(wrapped(in_a_layout(ONE, draw), draw)).tensors) >= len(WEIGHTS) - 1
+    assert read == 100
