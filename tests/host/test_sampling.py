@@ -237,6 +237,45 @@ def test_presets_run_and_say_what_does_not_fit(run_node, make_model, captions, c
     assert torch.isfinite(result).all()
 
 
+LCM_FOLDER = {"_class_name": "LCMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "guidance", "last"),
+    [(LCM_FOLDER, 4, 1.0, 0.0), ({"_class_name": "DPMSolverMultistepScheduler"}, 20, 4.5, 0.0),
+     ({"_class_name": "SASolverScheduler"}, 20, 4.5, 0.01)],
+)  # fmt: skip
+def test_a_folder_is_sampled_as_it_says(run_node, make_model, captions, scheduler, steps, guidance, last):
+    model = make_model("alpha-512")
+    model.model.pixart_source = {"scheduler": scheduler}
+    sampler, levels, found = run_node("PixArtSamplingPreset", model=model, preset="as the folder says")
+    assert (len(levels) - 1, found) == (steps, guidance) and levels[-1] == pytest.approx(last, abs=1e-4)
+    half = run_node("PixArtSamplingPreset", model=model, preset="as the folder says", denoise=0.5)[1]
+    assert len(half) == steps + 1 and half[0] < levels[0] / 2
+    comfy_sample = importlib.import_module("comfy.sample")
+    latent = torch.zeros(1, 4, 5, 4)
+    noise = comfy_sample.prepare_noise(latent, 0)
+    with torch.inference_mode():
+        result = comfy_sample.sample_custom(
+            model, noise, found, sampler, levels[-3:], *captions, latent, seed=0, disable_pbar=True
+        )
+    assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (None, "No scheduler: got a model without one"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "Another diffusion: got prediction_type"),
+    ],
+)
+def test_a_folder_that_says_nothing_or_another_diffusion_is_refused(run_node, make_model, scheduler, message):
+    model = make_model("alpha-512")
+    model.model.pixart_source = {"scheduler": scheduler}
+    with pytest.raises(ValueError, match=message):
+        run_node("PixArtSamplingPreset", model=model, preset="as the folder says")
+
+
 def test_iddpm_reads_the_variance_channels(sample, make_model, caplog):
     """Without them it warns and falls back to the posterior variance."""
     learned = sample("iddpm", cfg=1.0)
