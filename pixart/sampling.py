@@ -8,7 +8,7 @@ import torch
 from .config import LATENT_DOWNSCALE
 from .layers import blank_hidden
 from .quoting import shorten
-from .solvers import SAMPLERS, Asked, SampleNoise, noise_seeds, schedule_sigmas, timesteps_from_sigmas, traits_of
+from .solvers import SAMPLERS, Asked, SampleNoise, noise_seeds, schedule_sigmas, timesteps_where_sigmas_are, traits_of
 from .text import batch_captions
 from .transformer import PixArt
 
@@ -54,6 +54,11 @@ class Settings:
         return schedule_sigmas(self.schedule, self.steps, end_clean=self.is_clean)
 
 
+def whole(mask: torch.Tensor) -> bool:
+    """Whether a mask hides nothing. Asked once a run, since to look is to wait for the device."""
+    return mask.device.type != "meta" and bool(mask.all())
+
+
 class GuidedModel:
     """PixArt as a solver calls it: (x, sigma) -> the denoised latent, guided by a positive and a negative caption."""
 
@@ -71,8 +76,9 @@ class GuidedModel:
         masks = [mask for each in captions for mask in each.mask]
         longest = max(len(row) for row in rows)
         self.states = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
-        self.mask = torch.stack([torch.nn.functional.pad(mask, (0, longest - len(mask))) for mask in masks])
-        self.states = blank_hidden(self.states, self.mask)
+        mask = torch.stack([torch.nn.functional.pad(mask, (0, longest - len(mask))) for mask in masks])
+        self.states = blank_hidden(self.states, mask)
+        self.mask = None if whole(mask) else mask  # without one attention takes its fastest way
         self.variance_channels = None
         self.caption = self.states
         if keep:
@@ -86,7 +92,7 @@ class GuidedModel:
         halves = 2 if self.is_guided else 1
         level = sigma[0]
         latent = (x / (level**2 + 1).sqrt()).repeat(halves, 1, 1, 1).to(self.states.dtype)
-        time = timesteps_from_sigmas(level).clamp(min=0).float().to(x.device)
+        time = timesteps_where_sigmas_are(level).clamp(min=0).float()
         predicted = self.model(latent, time[None], self.caption, self.mask)  # of the latent's own size
         positive, *negative = predicted.float().chunk(halves)
         channels = x.shape[1]

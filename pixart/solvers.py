@@ -14,6 +14,7 @@ if __package__ == "pixart":
         make_betas,
         schedule_sigmas,
         timesteps_from_sigmas,
+        timesteps_where_sigmas_are,
     )
 else:
     from ..samplers import SAMPLERS
@@ -22,7 +23,14 @@ else:
     from ..samplers.lcm import boundary_scalings
     from ..samplers.noise import SampleNoise, noise_seeds
     from ..samplers.presets import PRESETS
-    from ..samplers.schedules import NUM_TIMESTEPS, SCHEDULES, make_betas, schedule_sigmas, timesteps_from_sigmas
+    from ..samplers.schedules import (
+        NUM_TIMESTEPS,
+        SCHEDULES,
+        make_betas,
+        schedule_sigmas,
+        timesteps_from_sigmas,
+        timesteps_where_sigmas_are,
+    )
 
 __all__ = [
     "NUM_TIMESTEPS",
@@ -37,5 +45,6 @@ __all__ = [
     "read_scheduler",
     "schedule_sigmas",
     "timesteps_from_sigmas",
+    "timesteps_where_sigmas_are",
     "traits_of",
 ]

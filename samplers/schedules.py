@@ -5,6 +5,7 @@ discrete schedule (arXiv 2206.00927, appendix D.4). It goes on to t = -1, where 
 `sigmas` and `timesteps_from_sigmas` are exact inverses on [-1, 999]. Everything is float64 on the CPU.
 """
 
+import functools
 import logging
 import math
 import reprlib
@@ -48,12 +49,21 @@ def timesteps_from_sigmas(noise_levels):
 
     noise_levels: any shape, >= 0; a level above that of t = 999 gives 999, and 0 gives -1. Returns float64 on the CPU.
     """
-    level = torch.as_tensor(noise_levels, dtype=torch.float64).cpu()
-    target = torch.log1p(level.square())
-    table = -_LOG_ALPHA_BAR
-    high = torch.searchsorted(table, target.contiguous()).clamp(1, NUM_TIMESTEPS)
-    fraction = (target - table[high - 1]) / (table[high] - table[high - 1])
-    return (high - 2 + fraction).clamp(CLEAN_TIMESTEP, LAST_TIMESTEP)
+    return timesteps_where_sigmas_are(torch.as_tensor(noise_levels, dtype=torch.float64).cpu())
+
+
+def timesteps_where_sigmas_are(noise_levels):
+    """`timesteps_from_sigmas` of a tensor on its own device, without waiting for it; on MPS in float32."""
+    table = _rising_table(noise_levels.device)
+    target = torch.log1p(noise_levels.to(table.dtype).square()).contiguous()
+    high = torch.searchsorted(table, target).clamp(1, NUM_TIMESTEPS)
+    below, above = torch.take(table, high - 1), torch.take(table, high)  # an index would be a number to wait for
+    return (high - 2 + (target - below) / (above - below)).clamp(CLEAN_TIMESTEP, LAST_TIMESTEP)
+
+
+@functools.cache
+def _rising_table(device):
+    return -_LOG_ALPHA_BAR.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
 
 
 def uniform(steps, denoise=1.0):

@@ -44,6 +44,27 @@ def test_memory_for_captions_is_bounded(reads, monkeypatch):
     assert len(calls) == CONFIG.depth * 3
 
 
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_a_step_waits_for_no_device(guidance):
+    """Tensors without numbers refuse to be read: what runs on them copies nothing from a device."""
+    model = make_model(CONFIG).to("meta")
+    both = [Captions(each.states.to("meta"), each.mask.to("meta")) for each in (captions(7), captions(3))]
+    guided = GuidedModel(model, *both, guidance, 3)
+    x = torch.zeros(1, 4, 16, 12, device="meta")
+    for _ in range(2):
+        assert guided(x, torch.zeros(1, device="meta")).shape == x.shape
+
+
+@pytest.mark.parametrize(("lengths", "guidance", "masked"), [((7, 7), 4.5, 0), ((7, 3), 4.5, 1), ((7, 3), 1.0, 0)])
+def test_captions_with_nothing_to_hide_get_no_mask(lengths, guidance, masked):
+    seen, model = [], make_model(CONFIG)
+    attend = model.attention
+    model.attention = lambda *given, mask=None: seen.append(mask is not None) or attend(*given, mask=mask)
+    positive, negative = (captions(length) for length in lengths)
+    sample_latents(model, positive, negative, 64, 64, [5], Settings(steps=1, guidance=guidance))
+    assert seen == [False, bool(masked)] * CONFIG.depth
+
+
 def test_the_model_is_told_the_size_in_pixels():
     model, caption = make_model(CONFIG), captions(5)
     x, sigma = torch.randn(1, 4, 9, 13, generator=torch.Generator().manual_seed(1)), torch.tensor([2.0])
@@ -53,7 +74,7 @@ def test_the_model_is_told_the_size_in_pixels():
         GuidedModel(model, caption, caption, 1.0)(x, sigma)
         (latent, time, *_), found = seen[0]
         size, ratio = torch.tensor([[72.0, 104.0]]), torch.tensor([[72 / 104]])
-        assert torch.equal(model(latent, time, caption.states, caption.mask, size, ratio), found)
+        assert torch.equal(model(latent, time, caption.states, None, size, ratio), found)
 
 
 def test_loras_are_merged_one_after_another(tmp_path, capsys):

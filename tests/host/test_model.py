@@ -116,6 +116,23 @@ def test_a_compiled_model_is_compiled_once(comfy, patcher):
     torch.testing.assert_close(found, sample(comfy, patcher, *prompts, size=(10, 14), steps=4), atol=2e-3, rtol=1e-4)
 
 
+def test_tables_are_read_once_a_run_and_copied_never(comfy, host_model, patcher, monkeypatch):
+    """All blocks' modulation is one addition; the last layer's table alone is read at every step."""
+    reads, owners, forward = [], {}, host_model.Table.forward
+
+    def read(table, x):
+        reads.append((table, forward(table, x)))
+        return reads[-1][1]
+
+    monkeypatch.setattr(host_model.Table, "forward", read)
+    sample(comfy, patcher, caption(7, 1), caption(3, 2), steps=4)
+    for table, rows in reads:
+        owners[table] = owners.get(table, 0) + 1
+        assert rows is table.weight  # in place, in the dtype that the model computes in
+    net = patcher.model.diffusion_model
+    assert owners == {**{block.scale_shift_table: 1 for block in net.blocks}, net.final_layer.scale_shift_table: 4}
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (1, 2)])
 def test_equals_the_plain_model(patcher, size):
     generator = torch.Generator().manual_seed(1)
@@ -125,6 +142,30 @@ def test_equals_the_plain_model(patcher, size):
         ours = patcher.model.diffusion_model(latent, timestep, states.repeat(2, 1, 1), attention_mask=mask)
         plain = make_model(CONFIG)(latent, timestep, states, mask)
     torch.testing.assert_close(ours, plain[:, :4], atol=FLOAT_NOISE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "masked"),
+    [
+        ((7, 3), {}, True),
+        ((7, 3), {"cfg": 1.0, "batch": 2}, False),
+        ((7, 7), {}, False),
+        (((12, 9), 9), {}, False),  # twelve tokens, of which nine count
+    ],
+)
+def test_captions_with_nothing_to_hide_get_no_mask(comfy, patcher, lengths, options, masked):
+    """Flash attention takes none."""
+    (first, keep), second = (lengths[0] if isinstance(lengths[0], tuple) else (lengths[0], None)), lengths[1]
+    model, seen, prompts = patcher.clone(), [], (caption(first, 1, keep), caption(second, 2))
+    expected = sample(comfy, model, *prompts, **options)
+
+    def override(attend, q, k, v, heads, mask=None, **kwargs):
+        seen.append(mask is not None)
+        return attend(q, k, v, heads, mask=mask, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert torch.equal(sample(comfy, model, *prompts, **options), expected)
+    assert seen == [False, masked] * CONFIG.depth * 2
 
 
 def test_captions_of_different_length_make_one_forward(comfy, patcher):

@@ -44,6 +44,28 @@ class CaptionCond(comfy.conds.CONDRegular):
         return joined
 
 
+class MaskCond(CaptionCond):
+    """A caption's mask, (B, L): joined to None where no caption has anything to hide, nor is lengthened for another.
+
+    Without a mask attention takes its fastest way. Whether it hides nothing is asked before: to look is to wait for the
+    device.
+    """
+
+    def __init__(self, cond, whole):
+        super().__init__(cond)
+        self.whole = whole
+
+    def concat(self, others):
+        """Rows of all, padded to the longest, (sum of B, longest L), or None."""
+        alike = all(getattr(other, "whole", False) and other.cond.shape[1:] == self.cond.shape[1:] for other in others)
+        return None if self.whole and alike else super().concat(others)
+
+    def _copy_with(self, cond):
+        twin = copy.copy(self)  # whose rows are the same ones, repeated
+        twin.cond, twin._by_batch, twin._joined = cond, {}, ([], cond)
+        return twin
+
+
 class SizeCond(comfy.conds.CONDRegular):
     """Whole numbers that say of what size the picture is, the same in every row: (B, n).
 

@@ -24,7 +24,7 @@ from ..weights.packed import PackedOperations, is_packed
 from .attention import block_attention
 from .block_cache import BLOCK_CACHE
 from .compilation import COMPILED, compiled_blocks
-from .conditions import RATIO_UNITS, CaptionCond, SizeCond, in_window
+from .conditions import RATIO_UNITS, CaptionCond, MaskCond, SizeCond, in_window
 from .kv_compression import compress_keys
 from .noise_levels import PixArtSampling, check_noise_levels, share_row
 from .patcher import make_named
@@ -219,7 +219,7 @@ class PixArtModel(comfy.model_base.PixArt):
         ratio = ratio or size[0] / size[1]
         device = kwargs.get("device", caption.device)
         out["c_crossattn"] = CaptionCond(caption.to(device=device, dtype=self.get_dtype_inference()))
-        out["attention_mask"] = CaptionCond(mask.to(device))
+        out["attention_mask"] = MaskCond(mask.to(device), bool(mask.all()))
         out["c_size"] = SizeCond(size, device, own[0])
         out["c_ar"] = SizeCond([round(ratio * RATIO_UNITS)], device, own[1])
         return out
