@@ -7,7 +7,9 @@ import ipaddress
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,19 +23,93 @@ log = logging.getLogger(__name__)
 
 FOLDERS_VARIABLE, FOLDERS_FILE = "PIXART_FOLDERS", "pixart_folders.txt"
 GGUF_KINDS = ("diffusion_models", "text_encoders", "t5")
+_CLOCK_NS = 2_000_000_000  # what file systems tell times to, at the worst
 _DEPTH = 4  # as deep as a Hugging Face cache lies: models--x/snapshots/y/text_encoder
 
 
+@dataclass
+class _Tree:
+    """The folders below a root, and what they were like when they were walked."""
+
+    root: Path
+    folders: list[Path]
+    stamps: dict[str, tuple | None]  # of the folders, and of the JSON files in them, which are asked what a folder is
+    is_settled: bool  # nothing in it had changed just before, when its clock could not have told a further change
+    fitting: dict[Callable, list[Path]] = field(default_factory=dict)
+
+    def is_current(self) -> bool:
+        return self.is_settled and all(_stamp(path) == stamp for path, stamp in self.stamps.items())
+
+    def find(self, wanted: Callable[[Path], bool]) -> list[Path]:
+        if wanted not in self.fitting:
+            self.fitting[wanted] = [folder for folder in self.folders if _fits(wanted, folder)]
+        return self.fitting[wanted]
+
+
+_trees: dict[Path, _Tree] = {}
+_ggufs: dict[str, tuple[object, list[str]]] = {}  # by kind: the host's list, and the names that it leaves out
+
+
 def find_folders(kinds: tuple[str, ...], wanted: Callable[[Path], bool]) -> dict[str, Path]:
-    """Folders below the host's model folders of these kinds: {name relative to it, with a slash at the end: path}."""
+    """Folders below the host's model folders of these kinds: {name relative to it, with a slash at the end: path}.
+
+    wanted: a function that is there for good, since what it said is remembered while the folders stay as they are.
+    """
     found: dict[str, Path] = {}
     known = folder_paths.folder_names_and_paths
     for kind in [each for each in kinds if folder_paths.map_legacy(each) in known]:
         for root in map(Path, folder_paths.get_folder_paths(kind)):
-            for folder in _walk(root, _DEPTH):
-                if _fits(wanted, folder):
-                    found.setdefault(f"{folder.relative_to(root).as_posix()}/", folder)
+            for folder in _tree(root).find(wanted):
+                found.setdefault(f"{folder.relative_to(root).as_posix()}/", folder)
     return found
+
+
+def _tree(root: Path) -> _Tree:
+    """Folders are walked once, and looked at again once in each of the host's lists of all nodes."""
+    key = f"pixart folders below {root}"
+    tree = folder_paths.cache_helper.get(key)
+    if tree is None:
+        tree = _trees.get(root)
+        if tree is None or not tree.is_current():
+            tree = _trees[root] = _walk(root)
+        folder_paths.cache_helper.set(key, tree)
+    return tree
+
+
+def _stamp(path: str) -> tuple | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size, status.st_mode
+
+
+def _walk(root: Path) -> _Tree:
+    began_ns = time.time_ns()
+    folders: list[Path] = []
+    paths = [str(root)]
+    _collect(root, _DEPTH, folders, paths)
+    stamps = {path: _stamp(path) for path in paths}
+    newest_ns = max((stamp[0] for stamp in stamps.values() if stamp), default=0)
+    return _Tree(root, folders, stamps, newest_ns < began_ns - _CLOCK_NS)
+
+
+def _collect(folder: Path, depth: int, folders: list[Path], paths: list[str]) -> None:
+    """Add the folders below one, depth first, and the paths that tell of a change; one level more than is listed."""
+    try:
+        with os.scandir(folder) as entries:
+            inner = sorted(
+                (entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: Path(entry.path)
+            )
+    except OSError:  # absent, or not ours to read
+        return
+    for entry in inner:
+        is_folder = entry.is_dir()
+        if is_folder or entry.name.endswith(".json"):
+            paths.append(entry.path)
+        if is_folder and depth > 0:
+            folders.append(Path(entry.path))
+            _collect(folders[-1], depth - 1, folders, paths)
 
 
 def _fits(wanted: Callable[[Path], bool], folder: Path) -> bool:
@@ -59,12 +135,17 @@ def names_of(kind: str) -> list[str]:
 
 
 def _gguf_names(kind: str) -> list[str]:
-    """Names relative to the host's folders of this kind, as the host writes them."""
-    names = []
+    """Names relative to the host's folders of this kind, as the host writes them; known as long as its own list is."""
+    known = folder_paths.filename_list_cache.get(folder_paths.map_legacy(kind))
+    if kind in _ggufs and _ggufs[kind][0] is known:
+        return _ggufs[kind][1]
+    names: list[str] = []
     for folder in folder_paths.get_folder_paths(kind):
         if os.path.isdir(folder):
             names += folder_paths.recursive_search(folder, excluded_dir_names=[".git"])[0]
-    return [name for name in names if name.lower().endswith(".gguf")]
+    names = [name for name in names if name.lower().endswith(".gguf")]
+    _ggufs[kind] = (known, names)
+    return names
 
 
 def list_files(kinds: tuple[str, ...]) -> list[str]:
@@ -288,14 +369,3 @@ def hide_paths(text: str) -> str:
     for form in sorted(shown, key=len, reverse=True):
         text = re.sub(rf"{re.escape(form)}(?![\w.-])", shown[form], text)
     return text
-
-
-def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    try:
-        inner = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except OSError:  # absent, or not ours to read
-        return
-    for entry in inner:
-        yield entry
-        if depth > 1:
-            yield from _walk(entry, depth - 1)

@@ -24,8 +24,16 @@ NODES = {
     9: ("VAELoader", (), (("VAE", [11]),), ("pixart_demo_vae.safetensors",)),
     10: ("VAEDecode", (("samples", "LATENT", 10), ("vae", "VAE", 11)), (("IMAGE", [12]),), ()),
     11: ("SaveImage", (("images", "IMAGE", 12),), (), ("old",)),
+    12: ("PixArtCheckpointLoaderSimple", (), (("MODEL", []),), ("pixart_demo.safetensors",)),
+    13: ("PixArtLoraLoader", (("model", "MODEL", None),), (("MODEL", []),), ("none.safetensors", 1.0)),
 }
+MODES = {12: 2, 13: 4}  # muted, bypassed
 WIDGETS = {"width", "height"}  # inputs that were widgets before they were linked
+UNSEEN = """() => app.graph.nodes.filter(node => {
+    const least = node.computeSize(), boxes = (node.widgets ?? []).filter(widget => widget.element);
+    const isThere = box => document.contains(box.element) && box.element.getBoundingClientRect().height > 0;
+    return !boxes.every(isThere) || node.size[0] + 1 < least[0] || node.size[1] + 1 < least[1];
+}).map(node => node.type)"""
 HAS_PICTURE = "app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0"
 
 
@@ -34,7 +42,13 @@ def old_workflow() -> dict:
     nodes, origins, links = [], {}, []
     for number, (kind, inputs, outputs, values) in NODES.items():
         saved = {"id": number, "type": kind, "pos": [350 * ((number - 1) // 3), 250 * ((number - 1) % 3)]}
-        saved |= {"size": [300, 200], "flags": {}, "order": number, "mode": 0, "widgets_values": list(values)}
+        saved |= {
+            "size": [300, 200],
+            "flags": {},
+            "order": number,
+            "mode": MODES.get(number, 0),
+            "widgets_values": list(values),
+        }
         saved["properties"] = {"Node name for S&R": kind}
         saved["inputs"] = [
             {"name": name, "type": type_of, "link": link, **({"widget": {"name": name}} if name in WIDGETS else {})}
@@ -44,17 +58,21 @@ def old_workflow() -> dict:
         origins |= {link: (number, slot) for slot, (_, leaving) in enumerate(outputs) for link in leaving}
         nodes.append(saved)
     for number, (_, inputs, _, _) in NODES.items():
-        links += [[link, *origins[link], number, slot, kind] for slot, (_, kind, link) in enumerate(inputs)]
+        links += [[link, *origins[link], number, slot, kind] for slot, (_, kind, link) in enumerate(inputs) if link]
     ends = {"last_node_id": max(NODES), "last_link_id": max(origins)}
     return {**ends, "nodes": nodes, "links": links, "groups": [], "config": {}, "extra": {}, "version": 0.4}
 
 
 def test_an_old_graph_is_replaced_and_makes_a_picture(editor):
     editor.load(old_workflow())
-    assert len(editor.export()["unknown"]) == 7
+    assert len(editor.export()["unknown"]) == 9
     editor.page.get_by_role("button", name="View details").first.click()
     editor.page.get_by_role("button", name="Replace All").click()
     editor.page.wait_for_function("app.graph.nodes.every(node => LiteGraph.registered_node_types[node.type])")
+    modes = [editor.page.evaluate("number => app.graph.getNodeById(number).mode", number) for number in MODES]
+    assert modes == [2, 4]
+    editor.page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    editor.page.wait_for_function(f"!({UNSEEN})().length")
     sent = editor.export()["output"]
     editor.shoot("migrated")
     linked = {

@@ -441,11 +441,23 @@ def test_negative_says_what_is_missing(nodes, clip):
         run(nodes.Negative, mode="learned null", positive=positive, model=fake_model(null=False))
 
 
-def test_text_is_shown_on_the_node(nodes, clip, monkeypatch):
+@pytest.mark.parametrize(
+    ("client", "features", "expected"),
+    [
+        ("editor", {"supports_preview_metadata": True}, [("4 of 300 tokens", "7", "editor")]),
+        ("script", {}, []),  # such a client takes every binary message for a picture
+        (None, {}, []),  # and without one all would get it
+    ],
+)
+def test_text_is_shown_on_the_node(nodes, clip, monkeypatch, client, features, expected):
     shown = []
-    instance = SimpleNamespace(send_progress_text=lambda text, node_id: shown.append((text, node_id)))
+    instance = SimpleNamespace(
+        send_progress_text=lambda *message: shown.append(message),
+        client_id=client,
+        sockets_metadata={client: {"feature_flags": features}},
+    )
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=instance))
     monkeypatch.setitem(sys.modules, "server", server)
     monkeypatch.setattr(nodes.TextEncode, "hidden", SimpleNamespace(unique_id="7"))
     run(nodes.TextEncode, clip=clip, text="a cat")
-    assert shown == [("4 of 300 tokens", "7")]
+    assert shown == expected
