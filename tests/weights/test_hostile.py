@@ -33,7 +33,9 @@ def test_an_adapter_is_read_by_the_same_rules(tmp_path):
 
 def test_a_training_passes_over_what_only_looks_like_its_checkpoint(tmp_path, caplog):
     checkpoints = Checkpoints(tmp_path, keep_last=9)
-    state = {"optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"betas": (0.9, 0.99)}]}}
+    names = ("step", "seconds", "settings", "sampler", "parameters", "extra", "sanity")
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"betas": (0.9, 0.99)}]}
+    state = {**dict.fromkeys(names, 1), "optimizer": optimizer}
     checkpoints.save(1, state)
     for step, name in enumerate(("shared key", "negative stride", "pipe", "entries of one name"), 2):
         os.replace(FILES[name](tmp_path), tmp_path / f"step-{step:08d}.pt")
