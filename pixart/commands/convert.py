@@ -126,7 +126,7 @@ def detect_kind(source: Path) -> str:
             f"Not found: got {shorten(str(source), 300)}, expected a file or folder. Correct the path."
         )
     if source.is_dir():
-        if (source / PEFT_CONFIG).is_file():
+        if any(source.glob(PEFT_CONFIG)) or any(source.glob(f"*/{PEFT_CONFIG}")):
             return "lora"
         if (source / "transformer").is_dir():
             return "checkpoint"

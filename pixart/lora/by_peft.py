@@ -29,6 +29,9 @@ _PREFIX = "base_model.model."
 
 
 _ORDER = ("x_embedder", "blocks", "final_layer", "t_embedder", "csize_embedder", "ar_embedder", "t_block", "y_embedder")
+_BLOCK_ORDER = (
+    *("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"),
+)
 _MOST = 1024  # the largest number that a configuration may have where no tensor is as wide
 
 
@@ -201,7 +204,7 @@ def _check_sizes(config: Mapping, state_dict: Mapping[str, torch.Tensor]) -> Non
 def _skeleton(shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
     """diffusers' names and order of layers, with weights of nought that take no memory."""
     root = torch.nn.Module()
-    for name in sorted(shapes, key=lambda name: _ORDER.index(name.partition(".")[0])):
+    for name in sorted(shapes, key=_place):
         if not name.endswith(".weight") or len(shapes[name]) < 2:
             continue
         for share in Target(name).split():
@@ -213,6 +216,16 @@ def _skeleton(shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
                 parent = getattr(parent, part)
             parent.add_module(last, _layer(share.shape(shapes[name])))
     return root
+
+
+def _place(name: str) -> tuple[int, int, int]:
+    """Where diffusers' class has a parameter: PEFT draws what it does not save layer by layer."""
+    top, _, rest = name.partition(".")
+    index, _, inner = rest.partition(".")
+    if top != "blocks":
+        return _ORDER.index(top), 0, 0
+    inner = inner.rpartition(".")[0]
+    return _ORDER.index(top), int(index), _BLOCK_ORDER.index(inner) if inner in _BLOCK_ORDER else len(_BLOCK_ORDER)
 
 
 def _layer(shape: tuple[int, ...]) -> torch.nn.Module:

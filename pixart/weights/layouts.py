@@ -81,7 +81,10 @@ _DIFFUSERS_BLOCK = re.compile(r"transformer_blocks\.(\d{1,4})\.(.+)")
 _CONTROL_SIGN = re.compile(r"copied_block\.|(?:^|\.)controlnet_blocks\.\d+\.(?:transformer_block|after_proj)\.")
 
 # Family -> a piece of a key that only its files have. The first match names the family, so the order matters.
-_LORA_SIGNS = (".lora_A.", ".lora_B.", "lora_up.", "lora_down.", ".lora.", ".hada_w1_", ".lokr_w1", ".dora_scale")
+_LORA_SIGNS = (
+    *(".lora_A.", ".lora_B.", "lora_up.", "lora_down.", ".lora.", ".hada_w1_", ".lokr_w1", ".dora_scale", ".lora_E"),
+    *(".ia3_l", ".oft_R.", ".oft_blocks", ".boft_R", ".hra_u", ".vera_lambda_", ".fourierft_spectrum", ".lambda_layer"),
+)
 _FAMILY_SIGNS = {
     T5: ("SelfAttention.q.weight", "encoder.block.0.layer.0.", "enc.blk.0.attn_q."),
     "CLIP text encoder": ("text_model.encoder.layers.0.", "transformer.resblocks.0."),

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from pixart_pack.pixart.checkpoint import detect_config, to_diffusers, to_original
+from pixart_pack.pixart.commands.convert import detect_kind
 from pixart_pack.pixart.lora import Target, describe_lora, load_lora, merge, read_lora
 from pixart_pack.pixart.lora.alphas import matches
 from pixart_pack.pixart.transformer import PixArt
@@ -492,6 +493,7 @@ def test_a_named_adapter_lies_in_a_folder_of_its_own(tmp_path):
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}), encoding="utf-8")
         if name == "style":
             assert next(iter(read_lora(tmp_path).factors.values())).scale == 2 / 4
+    assert detect_kind(tmp_path) == "lora"
     with pytest.raises(ValueError, match=r"Several LoRAs in folder .*: got other, style, expected one"):
         read_lora(tmp_path)
     assert next(iter(read_lora(tmp_path / "other").factors.values())).scale == 3 / 4
