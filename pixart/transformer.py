@@ -278,8 +278,13 @@ class PixArt(nn.Module):
         return ProjectedCaption(states, keys, self.stack_tables(states) if keep_keys else None)
 
     def stack_tables(self, like):
-        """The modulation tables of all blocks, on the device of `like` and in its dtype: (depth, 1, 6, D)."""
+        """The modulation tables of all blocks, on the device of `like` and in its dtype: (depth, 1, 6, D).
+
+        None where FSDP shards them, which makes a block's weights whole within that block alone.
+        """
         tables = [block.scale_shift_table for block in self.blocks]
+        if hasattr(self.blocks[0], "unshard"):
+            return None
         if isinstance(tables[0], nn.Module):
             tables = [table(like) for table in tables]
         return torch.stack(tables).to(like).unsqueeze(1)
@@ -301,7 +306,7 @@ class PixArt(nn.Module):
             bias = caption_bias(tile_rows(caption_mask.flatten(1), batch), x.dtype)
         modulation = self.t_block(condition).unflatten(1, (6, -1))
         tables = self.stack_tables(x) if caption.tables is None else caption.tables
-        rows = (modulation + tables).unbind()  # of all blocks at once
+        rows = None if tables is None else (modulation + tables).unbind()  # of all blocks at once
         states = tile_rows(caption.states, batch)
         inputs = BlockInputs(modulation, states, bias, grid, attention, attention, caption.keys_values, rows)
         return inputs if self.compiled is None else self.compiled.enter(inputs, x)
