@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixart_pack.pixart.encoders.autoencoder import KL_CONFIG, load_autoencoder
-from pixart_pack.pixart.encoders.t5 import load_text_encoder
+from pixart_pack.pixart.encoders.t5 import load_text_encoder, read_network
 from pixart_pack.tests.rounding import assert_equal_to_rounding
 from pixart_pack.tests.tiny_t5 import SIZES, make_t5, weights_of
 
@@ -30,6 +30,14 @@ def test_captions_equal_transformers_padded_run_under_its_mask(t5_file, comfyui)
     for state, row in zip(states, expected, strict=True):
         assert torch.allclose(state, row[: len(state)], atol=1e-5)  # other shapes, other order of sums
     assert len(encoder(["word " * 300], 120)[0]) == 120
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_embedding_is_held_once(t5_file, dtype):
+    """In another dtype than the file's, too: T5-XXL's takes 251 MiB in fp16."""
+    network = read_network(t5_file, dtype)
+    shared, own = network.shared.weight, network.encoder.embed_tokens.weight
+    assert shared.dtype == dtype and shared.data_ptr() == own.data_ptr()
 
 
 def test_the_tokenizer_is_found_beside_the_encoder_or_in_comfyui(t5_file, comfyui, monkeypatch):

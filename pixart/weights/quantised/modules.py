@@ -40,11 +40,16 @@ class PackedEmbedding(torch.nn.Module):
 
 
 def replace_packed(network: torch.nn.Module, weights: dict, device, dtype: torch.dtype) -> dict:
-    """Puts packed layers in the place of those whose weights are packed. Returns the weights that are left to load."""
-    left, tables = {}, {}
+    """Puts packed layers in the place of those whose weights are packed. Returns the weights that are left to load.
+
+    What stands under two names is moved and kept once.
+    """
+    left, tables, moved_once = {}, {}, {}
     for name, weight in weights.items():
         if not isinstance(weight, Packed):
-            left[name] = weight.to(device, dtype)
+            if id(weight) not in moved_once:
+                moved_once[id(weight)] = weight.to(device, dtype)
+            left[name] = moved_once[id(weight)]
             continue
         place = name.removesuffix(".weight")
         moved = Packed(weight.data.to(device), weight.packing)
