@@ -104,6 +104,23 @@ def test_changes_that_depend_on_the_weight_stack(host_lora, make_patcher, streng
     same_weights(weights_of(patched), expected, atol=5e-5, rtol=1e-4)
 
 
+def test_what_is_made_of_the_base_is_made_of_the_weight_without_loras(host_lora, make_patcher):
+    target, generator = Target("blocks.0.attn.proj.weight"), torch.Generator().manual_seed(2)
+    left, sizes, right = torch.linalg.svd(make_weights(CONFIG)[target.name])
+    up = left[:, :3] + 0.05 * torch.randn(WIDTH, 3, generator=generator)
+    factor = relative.Started(right[:3].clone(), up, sizes[:3].clone(), target, alpha=2.0)
+    under, over = {target: factor}, placed({"blocks.0.attn.proj": low_rank(WIDTH)})
+    alone = merge(make_weights(CONFIG), LoRA(under), 0.7)
+    for order in ((under, over), (over, under)):
+        patched = make_patcher()
+        for factors in order:
+            patched = host_lora.add_lora(patched, factors, 0.7)
+        same_weights(weights_of(patched), merge(alone, LoRA(over), 0.7), atol=1e-5, rtol=1e-4)
+    patches = {host_lora.host_key(target.name): [(torch.ones(4, 4, dtype=torch.int8), None)]}
+    with pytest.raises(ValueError, match="its base's weights: got int8 numbers .*Load the PixArt model unquantised"):
+        host_lora._unpatched(patches, target)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_patches_of_narrow_weights(host_lora, make_patcher, dtype):
     patched = host_lora.add_lora(make_patcher(dtype=dtype), placed(packed(magnitude=True)), 0.8)
