@@ -71,7 +71,9 @@ def test_a_lora_on_a_packed_encoder(run_node, encoder_file, expected, how):
                f"text_encoders.t5xxl.transformer.{layer}.lora_up.weight": up}  # fmt: skip
     _, patched = importlib.import_module("comfy.sd").load_lora_for_models(None, clip, factors, 1.0, 1.0)
     weight = clip.cond_stage_model.t5xxl.transformer.get_submodule(layer)
-    clip.patcher.unpatch_model()  # the host loads it at once where there is no other device
+    clip.patcher.unpatch_model()  # the host loads it at once where there is no other device, and notes that
+    for module in clip.patcher.model.modules():
+        vars(module).pop("prev_comfy_cast_weights", None)
     patched.patcher.load(torch.device("cpu"), **how)
     assert weight.is_packed() == ("lowvram_model_memory" in how)
     found = weight._numbers(torch.device("cpu"), torch.float32)
