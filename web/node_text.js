@@ -6,10 +6,11 @@ import { app } from "../../scripts/app.js";
 const LEAST_PX = { PixArtModelInfo: [360, 300] };
 const PICTURES = "pixart_pictures";
 
-// Only results are in `images`, where other programs look for them. The editor is told of them as of any picture.
+// Only results are in `images`, where other programs look for them. The editor is told of these as of any picture, once
+// all have heard the message itself.
 api.addEventListener("executed", ({ detail }) => {
     const { [PICTURES]: images, ...output } = detail.output ?? {};
-    if (images) api.dispatchCustomEvent("executed", { ...detail, output: { ...output, images } });
+    if (images) setTimeout(() => api.dispatchCustomEvent("executed", { ...detail, output: { ...output, images } }));
 });
 
 app.registerExtension({

@@ -21,8 +21,13 @@ NEWER_FIELDS = frozenset(
 )
 
 
+@functools.cache  # a signature takes longer than all else in the description of a node
+def _missing(factory: Callable) -> frozenset[str]:
+    return NEWER_FIELDS - inspect.signature(factory).parameters.keys()
+
+
 def _make(factory: Callable, *args, **fields) -> Any:
-    missing = NEWER_FIELDS - inspect.signature(factory).parameters.keys()
+    missing = _missing(factory)
     return factory(*args, **{name: value for name, value in fields.items() if name not in missing})
 
 
