@@ -39,7 +39,7 @@ EXAMPLES = """examples:
   python -m pixart train training.yaml
   python -m pixart train monday.yaml tuesday.yaml
   accelerate launch --multi_gpu --num_processes 8 -m pixart train training.yaml
-  accelerate launch --cpu --multi_cpu --num_processes 2 -m pixart train training.yaml
+  ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 -m pixart train training.yaml  # on the CPU
 
   # training.yaml; paths are relative to it
   model: PixArt-XL-2-512x512.pth
