@@ -27,6 +27,7 @@ from pixart_pack.tests.lora.test_reading import same_weights
 
 for package in ("diffusers", "peft", "lycoris"):
     pytest.importorskip(package)
+pytestmark = pytest.mark.slow  # half a minute in all, with the packages' imports
 SAVED_BY_PEFT = {**PEFT_CASES, **PACKAGE_CASES}
 
 
