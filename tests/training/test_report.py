@@ -198,7 +198,11 @@ def test_a_result_whose_place_takes_none_is_written_elsewhere_and_says_so(tmp_pa
     (tmp_path / "loras").write_text("a file where a folder should be")
     folder = tmp_path / "one_001"
     result = train(
-        tiny_model(), make_features(), tiny_settings(steps=1), folder, file=tmp_path / "loras" / "a.safetensors"
+        tiny_model(base_size=4),
+        make_features(),
+        tiny_settings(steps=1),
+        folder,
+        file=tmp_path / "loras" / "a.safetensors",
     )
     assert result.file == folder / "a.safetensors" and result.file.is_file()
     assert len(result.notes) == 1 and result.notes[0].endswith(f"but here: {result.file}")
