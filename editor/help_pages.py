@@ -68,8 +68,9 @@ def page_path(node_id: str, language: str) -> Path:
 
 
 def our_nodes(object_info: dict) -> dict:
-    """The object_info of this pack's nodes alone."""
-    return {name: info for name, info in sorted(object_info.items()) if name.startswith(PREFIX)}
+    """The object_info of this pack's nodes alone, without those that stand for another pack's."""
+    found = sorted(object_info.items())
+    return {name: info for name, info in found if name.startswith(PREFIX) and not info["deprecated"]}
 
 
 def english_definition(info: dict) -> dict:
