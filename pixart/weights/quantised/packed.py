@@ -8,6 +8,8 @@ import torch
 
 from .blocks import PLAIN_TYPES, BlockType
 
+_NUMBERS_AT_ONCE = 2**23  # while they are expanded they take several times their place
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -29,12 +31,16 @@ class Packing:
 
     def expand(self, data: torch.Tensor) -> torch.Tensor:
         """(nbytes,) uint8 -> (rows, columns) float32, on the same device."""
-        parts, start = [], 0
+        numbers = torch.empty(self.shape, dtype=torch.float32, device=data.device)
+        rest, first = data, 0
         for kind, rows in self.pieces:
-            end = start + rows * self.row_bytes(kind)
-            parts.append(kind.expand(data[start:end].reshape(-1, kind.size)).reshape(rows, self.columns))
-            start = end
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            size = self.row_bytes(kind)
+            own, rest = rest[: rows * size].reshape(rows, size), rest[rows * size :]
+            for part in own.split(max(_NUMBERS_AT_ONCE // self.columns, 1)):
+                expanded = kind.expand(part.reshape(-1, kind.size))
+                numbers[first : first + len(part)] = expanded.reshape(len(part), self.columns)
+                first += len(part)
+        return numbers
 
     def rows_of(self, data: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """The rows of these indices alone, (*indices, columns) float32."""
