@@ -48,12 +48,12 @@ def test_the_tokenizer_is_found_beside_the_encoder_or_in_comfyui(t5_file, comfyu
     assert load_text_encoder(t5_file)
 
 
-def test_a_quantised_encoder_is_refused_by_name(t5_file, tmp_path):
+def test_an_encoder_of_integers_without_a_scale_is_refused_by_name(t5_file, tmp_path):
     weights = load_file(t5_file)
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    save_file({**weights, name: weights[name].to(torch.float8_e4m3fn)}, tmp_path / "fp8.safetensors")
-    with pytest.raises(ValueError, match="Quantised text encoder: got 'encoder.block.0.*in fp8.safetensors"):
-        load_text_encoder(tmp_path / "fp8.safetensors")
+    save_file({**weights, name: weights[name].to(torch.int8)}, tmp_path / "int8.safetensors")
+    with pytest.raises(ValueError, match="Integer weights without a scale: got torch.int8 for 'encoder.block.0.*int8"):
+        load_text_encoder(tmp_path / "int8.safetensors")
 
 
 def test_an_autoencoder_from_its_folder_and_its_file(tmp_path, monkeypatch):
