@@ -19,7 +19,11 @@ from .scenes import MOST_ITEMS, draw_scene, random_scene
 LEARNING_RATE = 1e-3
 NOISE = 0.12  # greatest deviation of the noise put on latents, for those that a denoiser leaves imperfect
 RIM_WEIGHT = 1.0
-LATENT_WEIGHT = 0.003  # of the distance from the averages, which keeps latents smooth and their deviation near one
+# Latents stay near the averages, which are smooth, and their means and deviations over scenes near zero and one.
+DRIFT_WEIGHT, SPREAD_WEIGHT = 0.003, 0.02
+# Mean and deviation over scenes of what `average_latents` gives.
+AVERAGES_MEAN = torch.tensor([0.40, -0.34, 0.24, -0.19])[:, None, None]
+AVERAGES_STD = torch.tensor([1.02, 0.77, 0.57, 0.74])[:, None, None]
 
 
 @torch.no_grad()
@@ -60,7 +64,7 @@ class AutoencoderStage:
         return self.crops
 
     def _losses(self, number: int, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction loss, regularisation of the latents, mean squared error."""
+        """Loss of the reconstruction and of the latents, mean squared error."""
         generator = torch.Generator().manual_seed(number * 7919 + self.seed)
         with torch.autocast(self.device.type, torch.bfloat16):
             latents = self.model.taesd_encoder(pictures.to(memory_format=torch.channels_last)).float()
@@ -70,19 +74,23 @@ class AutoencoderStage:
         mse = F.mse_loss(output, pictures)
         rim = sum(F.l1_loss(a, b) for a, b in zip(rims(output), rims(pictures), strict=True))
         loss = F.l1_loss(output, pictures) + 4 * mse + RIM_WEIGHT * rim
-        return loss, F.mse_loss(latents, average_latents(pictures)), mse
+        averages = (average_latents(pictures.cpu()) - AVERAGES_MEAN) / AVERAGES_STD
+        mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        spread = (mean.square() + (deviation - 1).square()).mean()
+        kept = DRIFT_WEIGHT * F.mse_loss(latents, averages.to(self.device)) + SPREAD_WEIGHT * spread
+        return loss, kept, mse
 
     def step(self, number: int, learning_rate_factor: float, progress: float, batch: Tensor) -> dict:
         pictures = batch.to(self.device, non_blocking=True)
-        loss, drift, mse = self._losses(number, pictures)
+        loss, kept, mse = self._losses(number, pictures)
         self.optimizer.zero_grad()
-        (loss + LATENT_WEIGHT * drift * self.train_encoder).backward()
+        (loss + kept if self.train_encoder else loss).backward()
         norm = clip_gradients(self.parameters, 0.5)
         self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * learning_rate_factor * min(1, (number + 1) / 100)
         self.optimizer.step()
         self.ema.update()
         psnr = -10 * math.log10(mse.item())
-        return {"psnr_noisy_crops": psnr, "loss": loss.item(), "drift": drift.item(), "gradient": norm}
+        return {"psnr_noisy_crops": psnr, "loss": loss.item(), "latents": kept.item(), "gradient": norm}
 
     def averaged(self) -> Autoencoder:
         """A copy with the averaged weights, for evaluation and export."""

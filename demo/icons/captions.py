@@ -141,7 +141,7 @@ def _describe_background(background: Background, things: str, rng: Random) -> st
 
 
 def describe(scene: Scene, rng: Random) -> str:
-    """Put the scene into words, lower case; other words with every draw of `rng`, some attributes now and then unsaid."""
+    """Put the scene into words, lower case; others with every draw of `rng`, some attributes now and then unsaid."""
     things = _things(scene, rng)
     if rng.random() < 0.12:
         things = f"{rng.choice(_OPENINGS)} {things}"

@@ -19,6 +19,10 @@ LOG_EVERY = 20  # steps
 logger = logging.getLogger(__name__)
 
 
+class Stopped(RuntimeError):
+    """The training was asked to stop before its end; what it has is kept."""
+
+
 class Stage(Protocol):
     """One thing to train. What is random is drawn from the step's number, so a resumed run goes on alike."""
 
@@ -85,8 +89,8 @@ def run_stage(
     workers: int = 0,
     save_every_s: float = 150,
     measure_every: int = 400,
-) -> bool:
-    """Train until `steps` are made or `stop()`. hold: share of them at the full learning rate. Returns whether done.
+) -> None:
+    """Train until `steps` are made. hold: share of them at the full learning rate. Raises Stopped after `stop()`.
 
     Writes folder/checkpoint.pt and folder/log.jsonl, every `measure_every` steps with what the stage measures.
     """
@@ -107,6 +111,5 @@ def run_stage(
                 kept.save()
                 last_save = time.monotonic()
             if stopped:
-                return False
+                raise Stopped(f"Stopped {folder.name} at step {kept.step}. The same command goes on.")
     kept.save()
-    return True
