@@ -153,6 +153,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(denoiser_stage, "vocabulary", lambda tokenizer: [PAD, END, *range(3, 903)])
 
 
+@pytest.mark.slow
 def test_one_command_trains_all_and_goes_on_where_it_was_stopped(tiny, tmp_path):
     whole = train.Training(tiny_options(tmp_path / "whole"), lambda: False)
     halting = train.Training(tiny_options(tmp_path / "halting"), lambda: True)
