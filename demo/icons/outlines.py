@@ -13,7 +13,7 @@ BANDS = 5  # of a striped icon, the first and the last in its own colour
 _SUPERSAMPLING = 4
 _CORNERS = 64  # of a round outline
 _TIP = 55  # degrees of the crescent's tips from the right
-_DOT_RADIUS, _DOT_SPACING = 0.075, 0.25  # over the icon's side
+_DOT_RADIUS, _DOT_SPACING = 0.1, 1 / 3  # over the icon's side
 
 
 def _ellipse(x: float, y: float, rx: float, ry: float | None = None, start: float = 0, stop: float = 360) -> Points:
@@ -90,15 +90,15 @@ ICONS: dict[str, list[tuple[Points, str]]] = {
     "fish": [
         ([(0.5, 0.5), (1, 0.18), (0.9, 0.5), (1, 0.82)], BASE),
         (_ellipse(0.4, 0.5, 0.4, 0.3), BASE),
-        (_ellipse(0.2, 0.43, 0.06), DARK),
+        (_ellipse(0.19, 0.43, 0.075), DARK),
     ],
     "cat": [
         ([(0.06, 0.0), (0.52, 0.3), (0.1, 0.6)], BASE),
         ([(0.94, 0.0), (0.48, 0.3), (0.9, 0.6)], BASE),
         (_ellipse(0.5, 0.58, 0.5, 0.42), BASE),
-        (_ellipse(0.3, 0.52, 0.075, 0.1), DARK),
-        (_ellipse(0.7, 0.52, 0.075, 0.1), DARK),
-        ([(0.42, 0.7), (0.58, 0.7), (0.5, 0.8)], DARK),
+        (_ellipse(0.29, 0.53, 0.085, 0.115), DARK),
+        (_ellipse(0.71, 0.53, 0.085, 0.115), DARK),
+        ([(0.4, 0.7), (0.6, 0.7), (0.5, 0.83)], DARK),
     ],
 }
 NAMES = tuple(ICONS)
