@@ -32,6 +32,8 @@ from pixart_pack.demo.icons.scorer import ATTRIBUTES, add_scores, find_backgroun
 from pixart_pack.demo.icons.text import TrainedText
 from pixart_pack.demo.text import END, PAD, make_text_batch
 
+pytestmark = pytest.mark.slow
+
 SIZES_PX = [(128, 128), (96, 160), (160, 96)]
 WHITE = Background("plain", "white", "white")
 seeds = st.integers(0, 2**32 - 1)
@@ -153,7 +155,6 @@ def tiny(monkeypatch):
     monkeypatch.setattr(denoiser_stage, "vocabulary", lambda tokenizer: [PAD, END, *range(3, 903)])
 
 
-@pytest.mark.slow
 def test_one_command_trains_all_and_goes_on_where_it_was_stopped(tiny, tmp_path):
     whole = train.Training(tiny_options(tmp_path / "whole"), lambda: False)
     halting = train.Training(tiny_options(tmp_path / "halting"), lambda: True)
