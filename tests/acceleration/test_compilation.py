@@ -55,6 +55,7 @@ def test_what_does_not_change_is_compiled_for_its_shapes_alone():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (False, 3)])
 def test_what_changes_can_be_said_beforehand(dynamic, graphs):
     model, counter = tiny_model(), CompileCounter()
@@ -103,6 +104,7 @@ def test_other_weights_need_no_other_graph():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_uncompiled_model():
     model, given = tiny_model(), tiny_inputs(2, 8, 8, [3, 5])
     gradients = []

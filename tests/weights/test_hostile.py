@@ -62,8 +62,9 @@ def test_what_trainings_hold_is_no_harm(tmp_path):
         check_pth(tmp_path / "state.pt")
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.slow)])
-def test_random_programs_end_in_words(tmp_path, count):
+@pytest.mark.slow
+def test_random_programs_end_in_words(tmp_path):
+    count = 3000
     random, paths = Random(count), []
     for index in range(count):
         program = random_program(random)

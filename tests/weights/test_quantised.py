@@ -122,7 +122,7 @@ def test_what_is_refused_by_name(case):
     assert "complete" not in str(refused.value)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_damaged_parts_end_in_words(data):
     stored = dict(FORMS[data.draw(st.sampled_from(sorted(FORMS)))][0])

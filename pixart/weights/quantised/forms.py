@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...files.documents import parse_json
 from ...quoting import list_names, shorten
 from . import formulas
-from .layers import Layer
+from .layers import Layer, read_description
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,12 @@ def _refuse_comfy_formats(tensors: Mapping, metadata: Mapping[str, str], file: s
     if keep_comfy:
         return
     described = {name: tensor for name, tensor in tensors.items() if name.endswith(COMFY_MARK)}
-    said = [(name, bytes(tensor.flatten().tolist())) for name, tensor in described.items()]
-    layers = parse_json(metadata[COMFY_METADATA]).get("layers", {}) if COMFY_METADATA in metadata else {}
-    said += [(name, text) for name, text in layers.items()] if isinstance(layers, dict) else []
-    for name, text in said:
-        content = parse_json(text) if isinstance(text, bytes) else text
+    said = [(name, read_description(tensor)) for name, tensor in described.items()]
+    if COMFY_METADATA in metadata:
+        content = read_description(metadata[COMFY_METADATA]) or {}
+        layers = content.get("layers", {})
+        said += layers.items() if isinstance(layers, dict) else [(COMFY_METADATA, None)]
+    for name, content in said:
         kind = content.get("format") if isinstance(content, dict) else None
         if kind not in _COMFY_FORMATS or "convrot" in str(content):
             raise _unknown(f"ComfyUI {shorten(kind)}", name, file)

@@ -1,13 +1,11 @@
 """What the stored numbers of a quantised weight mean: one function for each way to keep them."""
 
-import json
 import math
 
 import torch
 
-from ...files.documents import parse_json
 from ...quoting import shorten
-from .layers import Layer, misfit
+from .layers import Layer, misfit, read_description
 
 _INT8_LEVELS = 127.0
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -114,7 +112,7 @@ def by_quanto(layer: Layer) -> torch.Tensor:
 def by_torchao(layer: Layer) -> torch.Tensor:
     """torchao's flattened 8 bit subclasses: (data - zero point) times the scale of its block."""
     said = layer.metadata.get(f"{layer.stem}.weight")
-    kind = parse_json(said).get("_type") if said else None
+    kind = (read_description(said) or {}).get("_type") if said else None
     if kind not in ("Int8Tensor", "Float8Tensor"):
         raise misfit(layer, f"a torchao {shorten(kind)}", "an Int8Tensor or Float8Tensor")
     data, scale = layer.take("_weight_qdata"), layer.take("_weight_scale").float()
@@ -167,10 +165,7 @@ def _counts(layer: Layer, values: object) -> list[int]:
 
 
 def _read_json(layer: Layer, tensor: torch.Tensor) -> dict:
-    try:
-        content = parse_json(bytes(tensor.flatten().to(torch.uint8).tolist()))
-    except (json.JSONDecodeError, ValueError) as error:
-        raise misfit(layer, "an unreadable description", "JSON") from error
-    if not isinstance(content, dict):
+    content = read_description(tensor)
+    if content is None:
         raise misfit(layer, "an unreadable description", "a JSON object")
     return content

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...files.documents import parse_json
 from ...quoting import list_names, shorten
+
+_MOST_BYTES = 2**16  # of a layer's description
 
 
 @dataclass
@@ -46,6 +49,18 @@ class Layer:
         if shape is None:
             raise misfit(self, f"{count} weights in groups", "a layer whose shape can be told")
         return shape
+
+
+def read_description(stored: torch.Tensor | str) -> dict | None:
+    """The JSON object in a tensor of bytes or a text beside the weights; None where there is none."""
+    is_tensor = isinstance(stored, torch.Tensor)
+    if is_tensor and (stored.dtype != torch.uint8 or stored.numel() > _MOST_BYTES):
+        return None
+    try:
+        content = parse_json(bytes(stored.flatten().tolist()) if is_tensor else stored)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def misfit(layer: Layer, got: str, expected: str) -> ValueError:
