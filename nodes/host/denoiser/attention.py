@@ -53,7 +53,7 @@ def _host_attend(transformer_options, q, k, v, num_heads, mask=None):
 def _backend(device_type):
     """The host's choice of attention; on the CPU, where it looks at memory alone, PyTorch's unless asked otherwise."""
     chosen = host_backends.optimized_attention
-    told = args.use_quad_cross_attention or args.force_upcast_attention
-    if device_type == "cpu" and chosen is host_backends.attention_sub_quad and not told:
+    chosen_by_user = args.use_quad_cross_attention or args.force_upcast_attention
+    if device_type == "cpu" and chosen is host_backends.attention_sub_quad and not chosen_by_user:
         return host_backends.attention_pytorch  # less than half the time on two cores, and no more memory
     return chosen

@@ -69,17 +69,17 @@ class BlockPatches:
         return inputs._replace(**changes, run=None) if changes else inputs
 
     def describe(self, index: int, num_heads: int, width: int) -> dict:
-        """What a patch is told of where it is: the host's `extra_options`."""
-        told = {name: value for name, value in self.options.items() if name not in ("patches", "patches_replace")}
+        """Where a patch is, as it is given to it: the host's `extra_options`."""
+        extra = {name: value for name, value in self.options.items() if name not in ("patches", "patches_replace")}
         # The size in tokens, as in a U-Net's first blocks: by it patches find the rows and columns again.
         shape = [None, width, *self.grid]
         place = {"block": (BLOCK, index), "block_index": index, "transformer_index": index, "original_shape": shape}
-        return {**told, **place, "n_heads": num_heads, "dim_head": width // num_heads, "attn_precision": None}
+        return {**extra, **place, "n_heads": num_heads, "dim_head": width // num_heads, "attn_precision": None}
 
     def _replaced(self, replacement, index, q, k, v, num_heads, mask=None):
         """An attention that a patch put in place of the model's, called as `pixart.layers.attend` is."""
-        told = self.describe(index, num_heads, q.shape[2])
-        out = replacement(q, k, v, told if mask is None else {**told, "attn_mask": mask})
+        extra = self.describe(index, num_heads, q.shape[2])
+        out = replacement(q, k, v, extra if mask is None else {**extra, "attn_mask": mask})
         return spread_windows(out, self.grid, self.ratio) if out.shape[1] < q.shape[1] else out
 
 
@@ -92,38 +92,38 @@ class AroundAttention:
 
     def self_attention(self, attention, x, inputs):
         """Runs the module `attention` on x, (B, N, D)."""
-        told = self.patches.describe(self.index, attention.num_heads, x.shape[2])
-        query, context, values = self._before("attn1_patch", x, x, x, told)
+        extra = self.patches.describe(self.index, attention.num_heads, x.shape[2])
+        query, context, values = self._before("attn1_patch", x, x, x, extra)
         if len(query) != len(context):
             raise ValueError(
                 f"Attention in tiles: got a patch that makes {len(query)} rows of {len(context)}, expected as many as "
                 f"before. Remove HyperTile or its like, which is for U-Nets; PixArt KV Compression saves time here."
             )
         out = attention(query, inputs.grid, inputs.self_attention, context, values, inputs.window)
-        return self._behind("attn1_output_patch", out, told)
+        return self._behind("attn1_output_patch", out, extra)
 
     def cross_attention(self, attention, x, keys_values, inputs):
         """Runs the module `attention` on x, (B, N, D). keys_values: of the caption, (B, L, 2 D)."""
-        told = self.patches.describe(self.index, attention.num_heads, x.shape[2])
-        query, context, values = self._before("attn2_patch", x, inputs.caption, inputs.caption, told)
+        extra = self.patches.describe(self.index, attention.num_heads, x.shape[2])
+        query, context, values = self._before("attn2_patch", x, inputs.caption, inputs.caption, extra)
         bias = inputs.caption_bias
         if context is not inputs.caption or values is not inputs.caption:
             keys = attention.keys_values(context).chunk(2, dim=2)[0]
             keys_values = torch.cat([keys, attention.keys_values(values).chunk(2, dim=2)[1]], dim=2)
             bias = None if bias is None else show_more(bias, keys.shape[1])
-        return self._behind("attn2_output_patch", attention(query, keys_values, bias, inputs.cross_attention), told)
+        return self._behind("attn2_output_patch", attention(query, keys_values, bias, inputs.cross_attention), extra)
 
-    def _before(self, name, query, context, values, told):
+    def _before(self, name, query, context, values, extra):
         for patch in self.patches.around.get(name, ()):
-            found = patch(query, context, values, told)
+            found = patch(query, context, values, extra)
             if isinstance(found, Mapping):  # as patches of joint attention answer
                 found = [found.get(key, given) for key, given in zip("qkv", (query, context, values), strict=True)]
             query, context, values = found
         return query, context, values
 
-    def _behind(self, name, out, told):
+    def _behind(self, name, out, extra):
         for patch in self.patches.around.get(name, ()):
-            out = patch(out, told)
+            out = patch(out, extra)
         return out
 
 
