@@ -278,7 +278,7 @@ class PixArt(nn.Module):
         return ProjectedCaption(states, keys, self.stack_tables(states) if keep_keys else None)
 
     def stack_tables(self, like):
-        """The modulation tables of all blocks, on the device of `like` and in its dtype: (depth, 1, 6, D).
+        """The modulation tables of all blocks, in the dtype of `like`: (depth, 1, 6, D).
 
         None where FSDP shards them, which makes a block's weights whole within that block alone.
         """
@@ -287,7 +287,7 @@ class PixArt(nn.Module):
             return None
         if isinstance(tables[0], nn.Module):
             tables = [table(like) for table in tables]
-        return torch.stack(tables).to(like).unsqueeze(1)
+        return torch.stack(tables).unsqueeze(1).to(like.dtype)
 
     def prepare_blocks(self, x, grid, condition, caption, caption_mask, attention) -> BlockInputs:
         """Everything that the blocks share, from the condition (B or 1, D) and the caption, see `forward`."""

