@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from .audit import audit_packages
 from .browser import browser_offered
 from .checks import lint_commands
 from .environment import DEFAULT_HOST, HOSTS, Environment, choose_environment, name_hash, prepare
-from .process import LAUNCH, ROOT, DevError, child_environment, foreground, say, stop_on_signals, tail
+from .process import LAUNCH, ROOT, DevError, child_environment, foreground, say, spawn, stop_on_signals, tail
 from .server import PACK, Server, device_flags, find_kept, link_pack, note_kept, prepare_base
 from .tiers import TIERS, Run, closing_lines, exit_code, plan, run_all, table
 
@@ -134,7 +135,19 @@ def test(options: argparse.Namespace) -> int:
             command = [environment.python, "-m", "pytest", *each.arguments]
             return foreground(command, cwd=ROOT, env={**shared, **browser, **variables})
 
-        outcomes = run_all(runs, start)
+        def begin(each: Run, variables: dict[str, str], log: Path) -> subprocess.Popen:
+            command = [environment.python, "-m", "pytest", *each.arguments]
+            with open(log, "wb") as file:
+                return spawn(
+                    command,
+                    cwd=ROOT,
+                    env={**shared, **browser, **variables},
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+
+        outcomes = run_all(runs, start, begin)
     if runs[0].name:  # else pytest's own last line says it
         say("\n".join(["", *(table(outcomes) if options.tier == "cpus" else closing_lines(runs, outcomes))]))
     return exit_code(outcomes, chosen=bool(options.rest))

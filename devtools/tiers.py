@@ -1,7 +1,9 @@
 """What `test` runs: one or several runs of pytest for a tier of tests, and what they came to."""
 
+import contextlib
 import json
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .browser import runs_browser_tests
-from .process import ROOT, say
+from .process import ROOT, end_tree, say
 
 TIERS = {  # the options of `test`
     "quick": "unit tests only: no ComfyUI, no browser, nothing that takes more than ten seconds",
@@ -53,12 +55,16 @@ STOPPING = ("-x", "--exitfirst", "--maxfail")
 
 @dataclass(frozen=True)
 class Run:
-    """One run of pytest: its name, its arguments, variables, and whether it comes to the tests of the editor."""
+    """One run of pytest: its name, its arguments and variables.
+
+    editor: whether it comes to the tests of the editor. beside: it goes on at the same time as the run before it.
+    """
 
     name: str
     arguments: Sequence[str]
     variables: dict[str, str] = field(default_factory=dict)
     editor: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,8 @@ def plan(tier: str | None, rest: Sequence[str]) -> list[Run]:
     others = with_workers(
         Run("the rest", (*IN_ORDER, *marked("not quick", rest), *folders_in_order())), rest, "loadfile"
     )
-    editor = Run("browser", (*marked("not quick", rest), "tests/browser"), editor=True)
+    alone = any(argument in TERMINAL or argument[:2] == "-n" or argument.startswith(STOPPING) for argument in rest)
+    editor = Run("browser", (*marked("not quick", rest), "tests/browser"), editor=True, beside=not alone)
     return [with_workers(Run("quick", quick), rest), others, editor]
 
 
@@ -150,22 +157,71 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_all(runs: Sequence[Run], start: Callable[[Run, dict[str, str]], int]) -> list[Outcome]:
-    """Make the runs one after another. start: runs pytest with further variables and returns its exit code."""
-    outcomes = []
-    for run in runs:
-        if run.name:
-            say(f"\n{run.name}: pytest {' '.join(run.arguments)}")
-        with tempfile.TemporaryDirectory() as folder:
-            counts = Path(folder) / "counts.json"
-            began = time.perf_counter()
-            # Threads that wait for work spin else, which takes the time of those that have some: up to eightfold.
-            waiting = os.environ.get(WAIT_VARIABLE, "PASSIVE")
-            code = start(run, {WAIT_VARIABLE: waiting, **run.variables, COUNTS_VARIABLE: str(counts)})
-            outcomes.append(read_outcome(run.name, code, counts, time.perf_counter() - began))
-        if code not in (0, NOTHING_COLLECTED) and any(each.startswith(STOPPING) for each in run.arguments):
-            break
+def run_all(
+    runs: Sequence[Run],
+    start: Callable[[Run, dict[str, str]], int],
+    begin: Callable[[Run, dict[str, str], Path], subprocess.Popen] | None = None,
+) -> list[Outcome]:
+    """Make the runs one after another, but for those beside others.
+
+    start: runs pytest with further variables and returns its exit code. begin: starts pytest with its output in a file;
+    None makes all runs one after another.
+    """
+    outcomes: list[Outcome] = []
+    with contextlib.ExitStack() as ends:
+        going = None
+        for run, following in zip(runs, [*runs[1:], None], strict=True):
+            own, going = going, None
+            if begin is not None and following is not None and following.beside:
+                going = ends.enter_context(_Going(following, begin))
+            outcomes.append(_make(run, start) if own is None else own.finish())
+            failed = outcomes[-1].code not in (0, NOTHING_COLLECTED)
+            if failed and any(each.startswith(STOPPING) for each in run.arguments):
+                break
     return outcomes
+
+
+def _make(run: Run, start: Callable[[Run, dict[str, str]], int]) -> Outcome:
+    _announce(run)
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder) / "counts.json"
+        began = time.perf_counter()
+        code = start(run, _variables(run, counts))
+        return read_outcome(run.name, code, counts, time.perf_counter() - began)
+
+
+class _Going:
+    """A run beside another, as a context: what has not ended with it is ended. Its output is shown in one piece."""
+
+    def __init__(self, run: Run, begin: Callable[[Run, dict[str, str], Path], subprocess.Popen]):
+        self.run, self.folder, self.began = run, tempfile.TemporaryDirectory(), time.perf_counter()
+        self.counts, self.log = (Path(self.folder.name) / name for name in ("counts.json", "log"))
+        self.process = begin(run, _variables(run, self.counts), self.log)
+
+    def __enter__(self) -> "_Going":
+        return self
+
+    def __exit__(self, *_) -> None:
+        end_tree(self.process)
+        self.folder.cleanup()
+
+    def finish(self) -> Outcome:
+        code = self.process.wait()
+        seconds = time.perf_counter() - self.began
+        _announce(self.run)
+        say(self.log.read_text(encoding="utf-8", errors="replace"))
+        return read_outcome(self.run.name, code, self.counts, seconds)
+
+
+def _announce(run: Run) -> None:
+    if run.name:
+        say(f"\n{run.name}: pytest {' '.join(run.arguments)}")
+
+
+def _variables(run: Run, counts: Path) -> dict[str, str]:
+    # Threads that wait for work spin else, which takes the time of those that have some: up to eightfold.
+    waiting = os.environ.get(WAIT_VARIABLE, "PASSIVE")
+    return {WAIT_VARIABLE: waiting, **run.variables, COUNTS_VARIABLE: str(counts)}
 
 
 def read_outcome(name: str, code: int, counts: Path, seconds: float) -> Outcome:

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import sys
+import time
 
 import pytest
 
 from pixart_pack.devtools import commands, tiers
+from pixart_pack.devtools.process import spawn
 from pixart_pack.devtools.tiers import Outcome, Run
 
 
@@ -54,6 +57,8 @@ def test_everything_is_what_is_quick_and_what_is_not():
     assert quick.arguments[:4] == WORKERS and rest.arguments[:4] == BY_FILE and "-n" not in editor.arguments
     assert "tests/browser" not in rest.arguments and editor.arguments[-1] == "tests/browser"
     assert (quick.editor, rest.editor, editor.editor) == (False, False, True)
+    assert (quick.beside, rest.beside, editor.beside) == (False, False, True)
+    assert not any(run.beside for run in tiers.plan(None, ["-x"]))
     assert all("-k" in run.arguments for run in (quick, rest, editor))
 
 
@@ -105,6 +110,35 @@ def test_the_last_line_sums_all_runs():
     outcomes = run_made_up(runs, [1, 1], counts)
     assert tiers.closing_lines(runs, outcomes) == ["Skipped, no c: a.py::b", "5 passed, 3 failed, 1 skipped"]
     assert tiers.exit_code(outcomes, chosen=False) == 1
+
+
+def test_a_run_goes_on_beside_the_one_before_it(capsys):
+    """It has begun before that one begins, and is shown after it; what has not ended with all others is ended."""
+    events, slow = [], "import time; print('made beside', flush=True); time.sleep({})"
+
+    def start(run, variables):
+        events.append(run.name)
+        return 0
+
+    def begin(run, variables, log):
+        events.append(f"{run.name} begins")
+        with open(log, "wb") as file:
+            return spawn([sys.executable, "-c", slow.format(run.arguments[0])], stdout=file)
+
+    runs = [Run("quick", ()), Run("the rest", ()), Run("browser", ("0.01",), beside=True)]
+    outcomes = tiers.run_all(runs, start, begin)
+    assert events == ["quick", "browser begins", "the rest"]
+    assert [(each.name, each.code) for each in outcomes] == [("quick", 0), ("the rest", 0), ("browser", 0)]
+    said = capsys.readouterr().out
+    assert said.index("the rest: pytest") < said.index("browser: pytest") < said.index("made beside")
+
+    def fail(run, variables):
+        raise SystemExit(130)
+
+    began = time.monotonic()
+    with pytest.raises(SystemExit):
+        tiers.run_all([runs[1], Run("browser", ("60",), beside=True)], fail, begin)
+    assert time.monotonic() - began < 30
 
 
 def test_threads_wait_without_spinning_unless_the_user_wants_it(monkeypatch):

@@ -227,7 +227,7 @@ def written(pictures, output):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense.json", None])
 def test_an_interrupted_process_goes_on_and_captions_nothing_twice(tmp_path, folder, name, captioner, caplog):
-    names = [f"{number:02}.png" for number in range(10)]
+    names = [f"{number:02}.png" for number in range(6)]
     pictures = fill(tmp_path / "p", names)
     output = tmp_path / name if name else None
     more = ["--max-tokens", 200, *(["--output", output] if output else [])]

@@ -117,6 +117,13 @@ def usual(node, connected) -> dict:
     return {name: [value] for name, value in values.items()} if fields.is_input_list else values
 
 
+# Inputs that name files and folders.
+NAMING = (
+    *("path", "control_folder", "embeddings", "name", "folder", "filename_prefix", "checkpoint", "vae", "decoder"),
+    *("text_encoder", "tokenizer", "lora", "control_net", "controlnet", "pipeline", "model", "hed_model", "place"),
+)
+
+
 def texts_of(pack) -> list[tuple]:
     """(node, input) for every text and list."""
     kinds = ("STRING", "COMBO")
@@ -141,9 +148,10 @@ def test_no_text_of_any_node_leads_out(pack, places, connected, exposed, opened)
     assert len(inputs) > 80 and len(names) > 30
     told = []
     opened.clear()  # of the test itself
-    for node, name in inputs:
+    for number, (node, name) in enumerate(inputs):
         plain, is_list = usual(node, connected), node.GET_SCHEMA().is_input_list
-        for hostile in names:
+        # What names no file gets every fourth of them, each of the four in turn.
+        for hostile in names if name in NAMING else names[number % 4 :: 4]:
             values = {**plain, name: [hostile] if is_list else hostile}
             try:
                 with torch.inference_mode():
