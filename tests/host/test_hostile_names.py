@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from pixart_pack.tests.host.hostile import SECRET, names_for, write_decoy
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
@@ -133,6 +134,7 @@ def texts_of(pack) -> list[tuple]:
 def outside(opened, places) -> list[tuple[str, str]]:
     """What was touched that is neither the host's nor of the programs themselves."""
     programs = (sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), os.environ["PIXART_COMFYUI"], ROOT)
+    programs += (default_cache_dir(),)  # of PyTorch's compiler
     allowed = [Path(os.path.realpath(each)) for each in (*programs, places["base"], "/proc", "/sys", "/dev")]
     found = []
     for event, path in opened:
