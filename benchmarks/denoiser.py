@@ -105,7 +105,7 @@ def measure(case, config, loops, options, device):
 
 
 def publish(runs, folder):
-    """Add runs to denoiser.json and write denoiser.md anew. Returns its text."""
+    """Add runs to denoiser.json and write denoiser.md again. Returns its text."""
     rows = []
     for run in keep_runs(folder / "denoiser.json", runs):
         case, ours = run["case"], run["seconds"].get(OURS)

@@ -114,7 +114,7 @@ def load_once(loader, path, clock="wall", device="cpu") -> dict:
 
 
 def publish(runs, folder):
-    """Add runs to load.json and write load.md anew. Returns its text."""
+    """Add runs to load.json and write load.md again. Returns its text."""
     rows = []
     for run in keep_runs(folder / "load.json", runs):
         case = run["case"]

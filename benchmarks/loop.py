@@ -72,7 +72,7 @@ def measure(variant, options, device):
 
 
 def publish(runs, folder):
-    """Add runs to loop.json and write loop.md anew. Returns its text."""
+    """Add runs to loop.json and write loop.md again. Returns its text."""
     rows = []
     for run in keep_runs(folder / "loop.json", runs):
         case, taken_s = run["case"], sum(run["seconds"][OURS])

@@ -108,7 +108,7 @@ def measure(folder, options, device) -> dict:
 
 
 def publish(runs, folder):
-    """Add runs to captions.json and write captions.md anew. Returns its text."""
+    """Add runs to captions.json and write captions.md again. Returns its text."""
     rows = []
     for run in keep_runs(folder / "text.json", runs):
         case, seconds = run["case"], {name: statistics.median(values) for name, values in run["seconds"].items()}

@@ -204,7 +204,7 @@ def measure(depth, batch_size, targets, dtype, device, options) -> dict:
 
 
 def publish(runs, folder):
-    """Add runs to train.json and write train.md anew. Returns its text."""
+    """Add runs to train.json and write train.md again. Returns its text."""
     rows, told = [], []
     for run in keep_runs(folder / "train.json", runs):
         case = run["case"]

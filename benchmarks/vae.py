@@ -93,7 +93,7 @@ def measure(ours, theirs, side_px, is_tiled, options) -> dict:
 
 
 def publish(runs, folder):
-    """Add runs to vae.json and write vae.md anew. Returns its text."""
+    """Add runs to vae.json and write vae.md again. Returns its text."""
     rows = []
     for run in keep_runs(folder / "vae.json", runs):
         case = run["case"]

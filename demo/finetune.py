@@ -195,7 +195,7 @@ def draw(
 
 
 def make_reminders(model: DemoModel, scenes: Sequence[Scene]) -> tuple[list[Scene], list[np.ndarray]]:
-    """The scenes that the model draws as they are told, and its pictures of them: what a training is to keep.
+    """The scenes that the model draws right, and its pictures of them: what a training is to keep.
 
     Four steps without guidance are as often right as twenty with it.
     """

@@ -1,4 +1,4 @@
-"""Scenes and their latents for the denoiser: drawn once, cached, captions drawn anew with every use."""
+"""Scenes and their latents for the denoiser: drawn once, cached, captions drawn again with every use."""
 
 import logging
 from dataclasses import dataclass

@@ -259,7 +259,7 @@ def take_own(arguments: list[str], further: Iterable[str] = ()) -> tuple[list[st
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command; returns the exit code. What fails is told in one line, after the tail of its log."""
+    """Run a command; returns the exit code. What fails is said in one line, after the tail of its log."""
     options = parse(arguments)
     stop_on_signals()
     log = None

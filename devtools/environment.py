@@ -342,4 +342,4 @@ def explain(output: str) -> str:
     for pattern, meaning in INSTALL_FAILURES:
         if re.search(pattern, output):
             return meaning.format(free=FREE_GB, python=python_version(), system=platform.platform(terse=True))
-    return "The log tells why"
+    return "The log says why"

@@ -23,7 +23,7 @@ FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "P
 
 
 class DevError(RuntimeError):
-    """A failure told in one line; `log` is the file whose last lines explain it."""
+    """A failure in one line; `log` is the file whose last lines explain it."""
 
     def __init__(self, message: str, log: Path | None = None):
         super().__init__(message)
@@ -106,7 +106,7 @@ def run_limited(command: Sequence, limit_s: float, log: Path, **options) -> str:
 
 
 def reason(output: str) -> str:
-    """The line of a failed program's output that tells most: of the first pattern that fits, or the last line."""
+    """The line of a failed program's output that says most: of the first pattern that fits, or the last line."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines() if line.strip()]
     for pattern in REASONS:
         if found := next(filter(None, (re.search(pattern, line) for line in lines)), None):

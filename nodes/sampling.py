@@ -356,7 +356,7 @@ class SamplingPreset(io.ComfyNode):
                     options=[*PRESETS, AS_THE_FOLDER_SAYS],
                     tooltip="Family, sampler and steps. LCM and DMD need their distilled weights (or the LCM LoRA). as "
                     "the folder says: solver, order, times and final noise of a diffusers folder's scheduler; the node "
-                    "tells what of it is done otherwise.",
+                    "says what of it is done otherwise.",
                 ),
                 node_input(
                     io.Float,

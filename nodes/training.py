@@ -193,7 +193,7 @@ def _train(hidden, kind, model, features, name, resume=True, validation=None, va
 
 
 class _Training(io.ComfyNode):
-    """What trains: queued again, an unfinished training goes on, and a finished one is not made anew."""
+    """What trains: queued again, an unfinished training goes on, and a finished one is not made again."""
 
     @classmethod
     def fingerprint_inputs(cls, name=None, **_):

@@ -222,7 +222,7 @@ def _times(family: str, config: Mapping, steps: int) -> torch.Tensor:
 
 
 def _respaced(levels: torch.Tensor, config: Mapping, family: str) -> torch.Tensor:
-    """The levels spread anew where the scheduler says so: of the whole table, or of what Euler's classes chose."""
+    """The levels spread again where the scheduler says so: of the whole table, or of what Euler's classes chose."""
     kind = next((kind for kind in ("karras", "exponential") if config[f"use_{kind}_sigmas"] is True), None)
     if kind is None or family not in ("multistep", "euler"):
         return levels

@@ -72,5 +72,5 @@ def write_table(lines: Iterable[list[str]], page: Path = PAGE) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the table anew."""
+    """Write the table again."""
     write_table([describe(row) for row in rows()])

@@ -1,4 +1,4 @@
-"""Crops of scenes for the autoencoder, drawn anew for every step: the same for the same step."""
+"""Crops of scenes for the autoencoder, drawn for every step: the same for the same step."""
 
 import math
 from random import Random

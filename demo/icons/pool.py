@@ -1,4 +1,4 @@
-"""Scenes and their latents for the denoiser: drawn and encoded once, in parts that are kept; captions come anew."""
+"""Scenes and their latents for the denoiser: drawn and encoded once, in parts that are kept; captions come later."""
 
 import hashlib
 import logging

@@ -173,7 +173,7 @@ def inpaint(workflow: Workflow) -> None:
     """Change one part of a picture."""
     note = (
         "### Inpaint\n\nChoose a picture, open it with a right click in the **MaskEditor** and paint over what is to "
-        "change: only that is made anew. Pictures are taken at their own size; 512 to 1536 px a side suit the 1024 "
+        "change: only that is made again. Pictures are taken at their own size; 512 to 1536 px a side suit the 1024 "
         "model. A picture whose transparent part is the mask works as well."
     )
     loaded = load(workflow, note, files.SIGMA_1024, files.SIGMA_VAE)

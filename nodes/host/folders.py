@@ -34,7 +34,7 @@ class _Tree:
     root: Path
     folders: list[Path]
     stamps: dict[str, tuple | None]  # of the folders, and of the JSON files in them, which are asked what a folder is
-    is_settled: bool  # nothing in it had changed just before, when its clock could not have told a further change
+    is_settled: bool  # nothing in it had changed just before, when its clock could not show a further change
     fitting: dict[Callable, list[Path]] = field(default_factory=dict)
 
     def is_current(self) -> bool:

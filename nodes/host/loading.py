@@ -183,7 +183,7 @@ def _check_channels(path: Path, state_dict: dict, expected: int) -> None:
 def _scale_of_tiny(path: Path, config: PixArtConfig | None) -> float:
     """The latent scale of an AutoencoderTiny, whose config.json does not tell the family: by its name, or the model's.
 
-    Raises ValueError where neither tells it.
+    Raises ValueError where neither says it.
     """
     by_name = _scale_by_name(path.absolute().parts[-4:])
     if by_name is None and config is None:

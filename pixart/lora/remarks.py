@@ -95,9 +95,9 @@ def find_assumptions(settings: Settings, sources: Iterable[str], factors: Mappin
     notes = [f"alpha is {source.partition(',')[0]}" for source in assumed]
     if any("PEFT" in source for source in assumed):
         if kinds & {LowRank, Hadamard, Adaptive}:
-            notes.append(f"no rsLoRA: without {PEFT_CONFIG} it cannot be told")
+            notes.append(f"no rsLoRA: only {PEFT_CONFIG} names it")
         if Kronecker in kinds:
-            notes.append(f"LoKr's scale, which without {PEFT_CONFIG} cannot be told")
+            notes.append(f"LoKr's scale, which only {PEFT_CONFIG} names")
     if settings.peft or settings.chosen is not None:
         return []
     return notes

@@ -93,7 +93,7 @@ class Checkpoints:
                 continue
             self._note(passed, f"goes on after step {state['step']}")
             return state
-        self._note(passed, "begins anew")
+        self._note(passed, "begins again")
         return None
 
     def _note(self, passed: list[str], what: str):

@@ -273,7 +273,7 @@ def _same(left: Mapping, right: Mapping) -> bool:
 def _left_over(named: Mapping[str, object], models: list[_Found], taken: str) -> Iterator[str]:
     """What lies beside the models, but for optimizers and single numbers: the first of its names, and how much."""
     places = tuple(model.place for model in models)
-    start = taken[: taken.rstrip(".").rfind(".") + 1]  # what it shares a wrapper with is told apart
+    start = taken[: taken.rstrip(".").rfind(".") + 1]  # its neighbours in the wrapper are kept apart
     beside = Counter(
         name.removeprefix(start).partition(".")[0]
         for name, tensor in named.items()

@@ -266,7 +266,7 @@ def test_too_little_space(tmp_path, monkeypatch):
             f"no build for Python {environment.python_version()}",
         ),
         ("The virtual environment was not created successfully because ensurepip is not available.", "python3-venv"),
-        ("something else", "The log tells why"),
+        ("something else", "The log says why"),
     ],
 )
 def test_install_failures_are_explained(output, meaning):

@@ -527,7 +527,7 @@ def test_what_the_configuration_names_and_the_file_has_not(config, missing):
 @pytest.mark.parametrize(
     ("tensors", "given", "assumed"),
     [
-        (one_lora(), {}, ["alpha is PEFT's default", "no rsLoRA: without adapter_config.json it cannot be told"]),
+        (one_lora(), {}, ["alpha is PEFT's default", "no rsLoRA: only adapter_config.json names it"]),
         (one_lora("transformer."), {}, ["alpha is the rank"]),
         (one_lora(), {"adapter_config": {"lora_alpha": 8}}, []),
         (one_lora(), {"alpha": 4.0}, []),
@@ -535,7 +535,7 @@ def test_what_the_configuration_names_and_the_file_has_not(config, missing):
         (
             {f"base_model.model.blocks.0.attn.proj.lokr_w{n}": torch.ones(s, s) for n, s in ((1, 4), (2, 12))},
             {},
-            ["alpha is PEFT's default", "LoKr's scale, which without adapter_config.json cannot be told"],
+            ["alpha is PEFT's default", "LoKr's scale, which only adapter_config.json names"],
         ),
     ],
 )

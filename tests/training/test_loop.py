@@ -233,7 +233,7 @@ def test_a_training_whose_checkpoints_are_all_damaged_begins_anew_and_says_so(tm
     (tmp_path / "checkpoints" / "step-00000001.pt").write_bytes(b"none")
     made = trainer(tmp_path, tiny_settings(steps=2))
     made.run()
-    assert made.notes == ["damaged, passed over: step-00000001.pt; the training begins anew"]
+    assert made.notes == ["damaged, passed over: step-00000001.pt; the training begins again"]
 
 
 def test_the_last_checkpoints_are_kept(tmp_path):

@@ -162,8 +162,8 @@ class PixArtNet(PixArt):
             return here.run_block(block, tokens, index), inputs
 
         def original(given):
-            told = here.with_caption(given.get("txt", here.caption))
-            return {"img": told.run_block(block, given["img"], index), "txt": told.caption}
+            given_here = here.with_caption(given.get("txt", here.caption))
+            return {"img": given_here.run_block(block, given["img"], index), "txt": given_here.caption}
 
         vector = condition.expand(tokens.shape[0], -1)
         given = {"img": tokens, "txt": inputs.caption, "vec": vector, "transformer_options": options}

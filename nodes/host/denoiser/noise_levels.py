@@ -32,7 +32,7 @@ def shares_row(values) -> bool:
 def check_noise_levels(sampling) -> None:
     """Raises ValueError where a node put another model's noise levels in place of PixArt's.
 
-    PixArt predicts noise, and is told times of 0 to 999: those of flow models mix noise otherwise, and EDM's and
+    PixArt predicts noise, and takes times of 0 to 999: those of flow models mix noise otherwise, and EDM's and
     Stable Cascade's times end near 1.
     """
     if isinstance(sampling, PixArtSampling):

@@ -65,7 +65,7 @@ class BlockPatches:
             changes["window"] = 1  # a replacement may count on as many values as there are tokens
         if self.around:
             changes["around"] = AroundAttention(self, index)
-        # A patch may decide anew in every evaluation, which a compiled block would not.
+        # A patch may decide in every evaluation, which a compiled block would not.
         return inputs._replace(**changes, run=None) if changes else inputs
 
     def describe(self, index: int, num_heads: int, width: int) -> dict:

@@ -1,4 +1,4 @@
-"""Whose prompt runs. A host that was started with --multi-user knows who sends one, and tells no node."""
+"""Whose prompt runs. A host that was started with --multi-user knows who sends one, but nodes do not learn it."""
 
 import contextlib
 import sys

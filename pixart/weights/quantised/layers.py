@@ -47,7 +47,7 @@ class Layer:
         if shape is None and bias is not None and bias.numel() and count % bias.numel() == 0:
             shape = (bias.numel(), count // bias.numel())
         if shape is None:
-            raise misfit(self, f"{count} weights in groups", "a layer whose shape can be told")
+            raise misfit(self, f"{count} weights in groups", "a layer of known shape")
         return shape
 
 
