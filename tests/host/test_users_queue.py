@@ -1,6 +1,7 @@
 """Two users of one server: each has trainings, encoded pictures, logs and cached prompts of his own."""
 
 import json
+import os
 import urllib.request
 
 import pytest
@@ -48,6 +49,8 @@ def test_each_user_has_a_training_a_log_and_cached_prompts_of_his_own(shared):
         own = shared.output / "pixart_users" / user
         assert {path.name for path in own.iterdir()} == {"pixart_training", "pixart_cache", "log"}
         assert (own / "pixart_training" / f"{NAME}_001" / "result.json").exists()
+        if os.name != "nt":  # Windows has no such modes
+            assert {path.stat().st_mode & 0o777 for path in own.iterdir()} == {0o700}
         assert (shared.output / "loras" / "pixart_users" / user / f"{NAME}_001.safetensors").exists()
         assert len((own / "log" / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1
         assert shown[user][log[0]]["images"][0]["subfolder"] == f"pixart_users/{user}/log"

@@ -60,9 +60,11 @@ def encode_dataset(
     make_hint = _edge_maker(control, hed_model)
     if control != CONTROL_FILES:
         dataset = replace(dataset, records=tuple(replace(record, control=None) for record in dataset.records))
+    place = output_folder(name.strip(), own_output(CACHE_FOLDER))
+    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # captions lie in it
     encoder = DatasetEncoder(
         dataset.records,
-        output_folder(name.strip(), own_output(CACHE_FOLDER)),
+        place,
         settings,
         text_identity=_identify_clip(clip),
         image_identity=digest(_identify(vae.patcher), str(vae.vae_dtype)),

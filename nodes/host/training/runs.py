@@ -97,7 +97,9 @@ def run_training(
     config = pixart_config(model)
     output = Path(folder_paths.get_output_directory())
     _NAMES[str(getattr(hidden, "unique_id", None))] = name
-    folder = choose_folder(output / own_output(RUNS), name, resume, settings.steps)
+    runs = output / own_output(RUNS)
+    runs.mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts lie in it
+    folder = choose_folder(runs, name, resume, settings.steps)
     place = PLACES.get(settings.kind, WHOLE_MODELS), own_output()
     device = model.load_device
     events = _HostEvents(settings, hidden)
@@ -195,7 +197,7 @@ def export_config(
             "No VAE for the validation pictures: got prompts alone, expected a VAE with them. Connect one, or set "
             "sample_every to 0."
         )
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
     config = pixart_config(model)
     prompts = () if vae is None else _prompts(validation, features, settings, config)
     own = {"validation": f"{name}.prompts.safetensors", "vae": f"{name}.vae.safetensors"} if prompts else {}
