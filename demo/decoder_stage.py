@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..pixart.training.optimizers import MovingAverage
 from .autoencoder import Autoencoder, average_latents, set_averaging_encoder, set_enlarging_decoder
-from .loop import clip_gradients
+from .loop import Resumable, clip_gradients
 from .scenes import OUTLINES, TRAINED_SHAPES, draw_scene, item_box, paint_shape, random_scene
 
 CROP_PX = 48
@@ -55,7 +55,7 @@ def to_tensor(pictures: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
-class DecoderStage:
+class DecoderStage(Resumable):
     """The decoder, its optimiser and its average."""
 
     def __init__(self, *, seed: int = 0, batch_size: int = 12, ema_decay: float = 0.995):
@@ -100,15 +100,6 @@ class DecoderStage:
         """Write the averaged weights as fp16 safetensors, as ComfyUI's VAELoader reads them."""
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: value.half().contiguous() for key, value in self.averaged().state_dict().items()}, path)
-
-    def state_dict(self) -> dict:
-        parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
-        return {name: part.state_dict() for name, part in parts.items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
 
 
 def reconstruction_psnr(model: Autoencoder, count: int = 24) -> float:

@@ -16,7 +16,7 @@ from ..pixart.diffusion import Diffusion
 from ..pixart.training.optimizers import MovingAverage
 from ..pixart.transformer import PixArt, initialize_weights
 from .autoencoder import VAE_SCALE
-from .loop import clip_gradients
+from .loop import Resumable, clip_gradients
 from .pool import FULL_BUCKETS, SMALL_BUCKETS, Bucket, Pool
 from .scenes import describe
 from .text import END, PAD, T5_FIELDS, TrainedText, make_text_batch
@@ -77,7 +77,7 @@ def draw_timesteps(count: int, generator: torch.Generator, steps: int) -> Tensor
     return timestep.long().clamp(0, steps - 1)
 
 
-class DenoiserStage:
+class DenoiserStage(Resumable):
     """The denoiser and the text encoder, their optimiser and their averages."""
 
     def __init__(
@@ -162,20 +162,16 @@ class DenoiserStage:
     def export(self, denoiser_file: Path, text_file: Path) -> None:
         """Write the averaged weights as fp16 safetensors, the hyper-parameters in their metadata."""
         denoiser, text = self.averaged()
-        for module, path, metadata in (
-            (denoiser, denoiser_file, {"pixart_config": json.dumps(asdict(denoiser.config))}),
-            (text, text_file, {"t5_config": json.dumps(T5_FIELDS)}),
-        ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            state = {key: value.half().contiguous() for key, value in module.state_dict().items()}
-            state.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
-            save_file(state, path, metadata)
+        export_models(denoiser, text, T5_FIELDS, denoiser_file, text_file)
 
-    def state_dict(self) -> dict:
-        parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
-        return {name: part.state_dict() for name, part in parts.items()}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
+def export_models(denoiser: PixArt, text: T5EncoderModel, fields: dict, denoiser_file: Path, text_file: Path) -> None:
+    """Write both as fp16 safetensors, the hyper-parameters in their metadata. fields: the text encoder's."""
+    for module, path, metadata in (
+        (denoiser, denoiser_file, {"pixart_config": json.dumps(asdict(denoiser.config))}),
+        (text, text_file, {"t5_config": json.dumps(fields)}),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {key: value.half().contiguous() for key, value in module.state_dict().items()}
+        state.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
+        save_file(state, path, metadata)

@@ -27,6 +27,19 @@ class Stage(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
+class Resumable:
+    """The state of a stage that trains a `model` by an `optimizer` and keeps its average in `ema`."""
+
+    def state_dict(self) -> dict:
+        parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["ema"])
+
+
 def cosine_factor(progress: float, hold: float = 0.0, floor: float = 0.02) -> float:
     """1 until `hold` of the run, then a half cosine down to `floor`. progress: 0 to 1."""
     if progress <= hold:

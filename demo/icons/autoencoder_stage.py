@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...pixart.training.optimizers import MovingAverage
 from ..autoencoder import Autoencoder, Encoder, average_latents, set_averaging_encoder, set_enlarging_decoder
-from ..loop import clip_gradients
+from ..loop import Resumable, clip_gradients
 from .crops import Crops, to_tensor
 from .scenes import MOST_ITEMS, draw_scene, random_scene
 
@@ -41,7 +41,7 @@ def rims(pictures: Tensor) -> tuple[Tensor, Tensor]:
     return pictures[:, :, 1:] - pictures[:, :, :-1], pictures[..., 1:] - pictures[..., :-1]
 
 
-class AutoencoderStage:
+class AutoencoderStage(Resumable):
     """The autoencoder, its optimiser and its average. encoder: whether it is trained too."""
 
     def __init__(self, *, seed: int = 0, batch_size: int = 16, encoder: bool = True, device: str = "cpu"):
@@ -108,15 +108,6 @@ class AutoencoderStage:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = self.averaged().cpu().state_dict()
         save_file({key: value.half().contiguous() for key, value in state.items()}, path)
-
-    def state_dict(self) -> dict:
-        parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
-        return {name: part.state_dict() for name, part in parts.items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
 
     def continue_from(self, state: dict) -> None:
         """Begin with the averaged weights of another stage's state."""

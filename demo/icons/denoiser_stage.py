@@ -1,14 +1,12 @@
 """Training the demo's PixArt and its T5 encoder together, from nothing, on the latents of a pool."""
 
-import json
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
@@ -19,9 +17,9 @@ from ...pixart.layers import attend
 from ...pixart.training.optimizers import MovingAverage
 from ...pixart.transformer import PixArt, initialize_weights
 from ..autoencoder import VAE_SCALE, Autoencoder
-from ..denoiser_stage import draw_timesteps, start_as_identity
+from ..denoiser_stage import draw_timesteps, export_models, start_as_identity
 from ..generate import DemoModel, generate
-from ..loop import clip_gradients
+from ..loop import Resumable, clip_gradients
 from ..text import END, PAD, make_text_batch
 from .autoencoder_stage import held_out_scenes
 from .captions import caption, describe
@@ -86,7 +84,7 @@ class Batches(Dataset):
         return Batch(start, text.ids, text.attended, text.kept, timestep, noise, (bucket.height_px, bucket.width_px))
 
 
-class DenoiserStage:
+class DenoiserStage(Resumable):
     """The denoiser and the text encoder, their optimiser and their averages."""
 
     def __init__(
@@ -197,20 +195,4 @@ class DenoiserStage:
     def export(self, denoiser_file: Path, text_file: Path) -> None:
         """Write the averaged weights as fp16 safetensors, the hyper-parameters in their metadata."""
         denoiser, text = self.averaged()
-        for module, path, metadata in (
-            (denoiser, denoiser_file, {"pixart_config": json.dumps(asdict(denoiser.config))}),
-            (text, text_file, {"t5_config": json.dumps(T5_FIELDS)}),
-        ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            state = {key: value.half().contiguous() for key, value in module.state_dict().items()}
-            state.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
-            save_file(state, path, metadata)
-
-    def state_dict(self) -> dict:
-        parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
-        return {name: part.state_dict() for name, part in parts.items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
+        export_models(denoiser, text, T5_FIELDS, denoiser_file, text_file)
