@@ -14,7 +14,7 @@ from .browser import runs_browser_tests
 from .process import ROOT, end_tree, say
 
 TIERS = {  # the options of `test`
-    "quick": "unit tests only: no ComfyUI, no browser, nothing that takes more than ten seconds",
+    "quick": "unit tests only: no ComfyUI, no browser, nothing that takes more than a second",
     "host": "what runs in a real ComfyUI (tests/host)",
     "browser": "what drives ComfyUI's editor (tests/browser)",
     "cpus": "the tests that compute, as on other processors: once for each of five settings",

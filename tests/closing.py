@@ -1,5 +1,6 @@
 """Plugin of pytest: marks what is quick, holds skips to tests/allowed_skips.txt in CI, and counts for dev.py."""
 
+import functools
 import json
 import os
 import re
@@ -10,13 +11,37 @@ import pytest
 ALLOWED = "tests/allowed_skips.txt"  # from pytest's root folder
 COUNTS_VARIABLE = "PIXART_TEST_COUNTS"  # names the file for what the run came to
 TIERS = ("tests/host/", "tests/browser/")  # whole folders that are not quick
-LIMIT_S = 10  # a test that takes longer carries the mark `slow`
+LIMIT_S = 5  # a quick test takes a second at most on a quiet machine; one that took as long as this is named
+SLOW = "pytest.mark.slow"  # as a file writes it
+ALL_SLOW = f"\npytestmark = {SLOW}"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files of which the tier takes nothing, unread: their imports take longer than many tests."""
+    asked = config.option.markexpr.lstrip("(")
+    if collection_path.suffix != ".py" or not asked.startswith(("quick", "not quick")):
+        return None
+    text = read(collection_path)
+    if asked.startswith("quick"):
+        return True if ALL_SLOW in text else None
+    tier = collection_path.relative_to(config.rootpath).as_posix().startswith(TIERS)
+    return True if not tier and SLOW not in text else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if not item.nodeid.startswith(TIERS) and item.get_closest_marker("slow") is None:
+        slow = item.get_closest_marker("slow") is not None
+        if slow and SLOW not in read(item.path):
+            raise pytest.UsageError(
+                f"Slow by a mark of another file: {item.nodeid}. Write {SLOW} in the test's own file"
+            )
+        if not slow and not item.nodeid.startswith(TIERS):
             item.add_marker("quick")
+
+
+@functools.cache
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def in_ci() -> bool:

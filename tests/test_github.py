@@ -75,6 +75,7 @@ def test_the_cache_holds_the_environment_and_its_key_all_that_decides_what_is_in
     assert hashed == {*environment.installed_files(ROOT / environment.REQUIREMENTS), Path(environment.__file__)}
 
 
+@pytest.mark.slow
 def test_files_are_what_their_schemas_ask_for():
     pytest.importorskip("check_jsonschema", reason="needs check-jsonschema: pip install check-jsonschema")
     for command in checks.schema_commands(Path(sys.executable)):

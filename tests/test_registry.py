@@ -51,6 +51,7 @@ def test_what_the_registry_scans_for():
     assert scan.returncode == 0, scan.stdout + scan.stderr
 
 
+@pytest.mark.slow
 def test_the_registrys_own_validation(tmp_path):
     pytest.importorskip("comfy_cli", reason="needs comfy-cli: pip install comfy-cli")
     home = {name: str(tmp_path) for name in ("HOME", "USERPROFILE", "XDG_CONFIG_HOME", "APPDATA", "LOCALAPPDATA")}

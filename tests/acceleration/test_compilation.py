@@ -11,6 +11,8 @@ from pixart_pack.pixart.acceleration.compilation import CompiledBlocks, compile_
 from pixart_pack.pixart.controlnet import PixArtControlNet
 from pixart_pack.tests.pixart.test_transformer import tiny_inputs, tiny_model
 
+pytestmark = pytest.mark.slow
+
 SITUATIONS = [  # height, width, lengths of captions: other sizes, odd ones, a single row, guidance off, any batch
     (8, 8, [5, 8]),
     (8, 8, [5, 8]),

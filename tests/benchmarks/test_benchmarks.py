@@ -128,6 +128,7 @@ def test_cases_that_cannot_be_measured_are_refused(arguments, capsys):
     assert "usage" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 def test_peak_of_memory():
     measure_peak(lambda: torch.ones(2**20))

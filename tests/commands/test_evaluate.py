@@ -213,6 +213,7 @@ def inception(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_users_file_is_inceptions_weights(run, inception, tmp_path, monkeypatch):
     save(tmp_path / "real", 2)
     weights = torch.load(inception, weights_only=True)

@@ -358,6 +358,7 @@ def test_every_rotation_in_every_format(kind):
         assert measure_picture(picture, picture.content()) == tuple(pixels.shape[:2]) == size
 
 
+@pytest.mark.slow
 def test_a_huge_picture_is_shrunk_before_it_becomes_floats():
     image = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (4200, 17))[:, :4300])
     pixels = read_picture(encoded(image.convert("RGB"), compress_level=1), least_px=(512, 512))

@@ -34,6 +34,7 @@ def triples(scene):
     return {(item.shape, item.colour, item.position) for item in scene.items}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height_px, width_px", SIZES_PX)
 def test_fresh_pictures_score_at_least_99_percent(height_px, width_px):
     rng = Random(height_px)
@@ -64,6 +65,7 @@ def test_wrong_pictures_score_nothing():
     }
 
 
+@pytest.mark.slow
 def test_drawn_pictures_are_as_sharp_as_can_be():
     scenes = held_out_scenes(6, 128, 128) + held_out_scenes(6, 96, 160)
     pictures = [draw_scene(scene) for scene in scenes[:6]] + [draw_scene(scene, 96, 160) for scene in scenes[6:]]

@@ -20,6 +20,8 @@ from pixart_pack.demo.text import END, PAD, make_text_batch
 from pixart_pack.pixart.config import PixArtConfig
 from pixart_pack.pixart.transformer import PixArt, initialize_weights
 
+pytestmark = pytest.mark.slow
+
 TINY = PixArtConfig(depth=2, hidden_size=48, num_heads=2, mlp_ratio=1.0, caption_channels=64, base_size=8, pe_scale=1.0)
 SMALL = (Bucket(64, 64, 12, 1.0, (1, 1, 1)),)
 FULL = (Bucket(64, 96, 12, 0.5, (1, 1, 0)), Bucket(72, 56, 12, 0.5, (1, 0, 0)))

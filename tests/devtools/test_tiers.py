@@ -256,6 +256,25 @@ def test_quick_is_what_is_neither_slow_nor_of_the_host(made_up):
     made_up.runpytest("-m", "not quick").assert_outcomes(passed=2, deselected=2)
 
 
+def test_files_of_which_a_tier_takes_nothing_are_not_read(made_up):
+    (made_up.path / "tests" / "host" / "test_b.py").write_text("def test_four(): pass")
+    (made_up.path / "tests" / "test_c.py").write_text("import pytest\n\npytestmark = pytest.mark.slow\n1 / 0")
+    made_up.runpytest("-m", "(quick) and (not other)").assert_outcomes(passed=1, skipped=1, deselected=2)
+    (made_up.path / "tests" / "test_c.py").write_text("1 / 0")
+    made_up.runpytest("-m", "not quick").assert_outcomes(passed=2, deselected=2)
+    made_up.runpytest().assert_outcomes(errors=1)
+
+
+def test_a_mark_stands_in_the_file_of_its_test(made_up):
+    (made_up.path / "tests" / "test_c.py").write_text("import pytest\n\n@pytest.mark.slow\ndef test(): pass")
+    assert made_up.runpytest("tests/test_c.py").ret == 0
+    hidden = "import pytest\n\n@getattr(pytest.mark, 'slow')\ndef test(): pass"
+    (made_up.path / "tests" / "test_c.py").write_text(hidden)
+    result = made_up.runpytest("tests/test_c.py")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR and "by a mark of another file" in result.stderr.str()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_the_counts_are_written_for_the_last_line(made_up, monkeypatch, tmp_path, workers):
     monkeypatch.setenv("CI", "true")

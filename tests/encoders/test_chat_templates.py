@@ -49,6 +49,7 @@ def test_as_transformers_renders(template):
     assert render_chats(template, CHATS, TOKENS) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_are_stopped(monkeypatch, name):
     template, expected = HOSTILE[name]

@@ -117,6 +117,7 @@ def test_links_out_and_pipes_are_refused(folder):
         refuses(folder, "got a pipe named 'config.json'")
 
 
+@pytest.mark.slow
 def test_a_template_that_does_not_end_is_stopped(folder, monkeypatch):
     (folder / "chat_template.jinja").write_text(FOREVER)
     captioner = load_captioner(folder, torch.float32)

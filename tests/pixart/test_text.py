@@ -75,6 +75,7 @@ def test_unknown_html_section_stays():
     assert _strip_html("a <![foo") == "a <![foo"
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.text())
 def test_clean_caption_takes_any_text(text):

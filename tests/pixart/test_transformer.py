@@ -280,6 +280,7 @@ def test_config_refuses_impossible_widths():
             PixArtConfig(**{**TINY.__dict__, **change})
 
 
+@pytest.mark.slow
 def test_full_size_parameter_counts():
     published = {"alpha-256": 610_856_096, "alpha-1024": 611_349_152, "sigma-2048": 610_856_096}
     for name, count in published.items():
@@ -411,6 +412,7 @@ def test_attention_over_long_sequences_is_laid_out_anew_and_the_same(tokens):
     torch.testing.assert_close(attend(q, k, v, 4), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_compiled_once():
     model, counter = PixArt(TINY).eval(), CompileCounter()
     compiled = torch.compile(model, backend=counter)

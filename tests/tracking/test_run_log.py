@@ -139,6 +139,7 @@ def test_online_needs_the_owner_and_an_account(monkeypatch):
         check_tracking("online")
 
 
+@pytest.mark.slow
 def test_a_run_records_nothing_of_the_machine(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("PIXART_TEST_SECRET", "secret-of-the-environment")

@@ -81,6 +81,7 @@ def test_a_run_that_was_cut_continues_bit_by_bit(kind, forwards, tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_continues_bit_by_bit(optimizer, kind, tmp_path):
@@ -126,6 +127,7 @@ def test_half_precision_trains_weights_in_fp32_and_continues_bit_by_bit(kind, dt
     assert first == pytest.approx(expected, rel=0.05) and exact.keys() == whole.keys()
 
 
+@pytest.mark.slow
 def test_gradients_beyond_fp16_skip_steps_until_the_loss_scale_fits_and_it_is_kept(tmp_path):
     settings = tiny_settings(kind="full", dtype="fp16", steps=14)
 
@@ -198,6 +200,7 @@ def test_without_resume_it_begins_anew_and_takes_the_place_of_the_one_before(tmp
     assert [path.name for path in made.checkpoints.all()] == ["step-00000002.pt"]
 
 
+@pytest.mark.slow
 def test_a_broken_checkpoint_is_passed_over(tmp_path):
     settings = tiny_settings(checkpoint_every=2)
     whole = trained(tmp_path, settings)
@@ -208,6 +211,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path):
         assert_same(trained(tmp_path, settings), whole)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed_and_told(tmp_path):
     """Or it is where nothing is read. torch.load itself reads most of such files, and gives other numbers."""
     checkpoints, noticed = Checkpoints(tmp_path, 2), 0
@@ -268,6 +272,7 @@ def test_another_model_is_not_continued(tmp_path):
         Trainer(other, make_features(), settings, tmp_path).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_name_does_not_continue_a_training_of_other_pictures_or_another_base(kind, tmp_path):
     """Of the same number, sizes and shapes; a base of the same numbers in another dtype is the same."""
@@ -371,6 +376,7 @@ def test_not_a_number_stops_before_the_weights_are_harmed(tmp_path):
     assert_same(made.checkpoints.load()["parameters"], good)
 
 
+@pytest.mark.slow
 def test_an_exploding_loss_stops_and_the_last_good_state_goes_on(tmp_path):
     fields = {"kind": "full", "clip_norm": 0, "checkpoint_every": 5, "keep_last": 1}
     whole = trained(tmp_path / "whole", tiny_settings(**fields, steps=22))
@@ -501,6 +507,7 @@ def test_dropout_leaves_the_surroundings_random_state_alone(tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_blocks_give_the_same_weights(kind, tmp_path):
     weights = []

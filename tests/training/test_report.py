@@ -76,6 +76,7 @@ def test_wandb_works_offline_and_goes_on_with_its_run(tmp_path, monkeypatch):
     assert all(name in log.read_bytes() for name in (b"gradient_norm", b"learning_rate", b"caption_dropout"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "controlnet", "lcm"])
 def test_validation_pictures_are_the_same_for_the_same_weights(kind, tmp_path):
     features = make_features(hint=True)
@@ -210,6 +211,7 @@ def test_a_result_whose_place_takes_none_is_written_elsewhere_and_says_so(tmp_pa
     assert json.loads((folder / RESULT).read_text())["file"] == str(result.file)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_ends_no_training_and_says_what_is_missing(tmp_path):
     """A limit of the kernel on files in place of a full disk: for logs, pictures and the last checkpoint."""

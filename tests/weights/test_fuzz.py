@@ -21,6 +21,8 @@ from pixart_pack.pixart.weights.reading import finish_checkpoint, read_checkpoin
 from pixart_pack.pixart.weights.saving import diffusers_config
 from pixart_pack.pixart.weights.wrappers import identify_pixart
 
+pytestmark = pytest.mark.slow
+
 CONFIG = PixArtConfig(depth=1, hidden_size=12, num_heads=1, caption_channels=4, caption_length=6, micro_condition=False)
 WEIGHTS = {name: torch.full(shape, 0.5) for name, shape in expected_shapes(CONFIG).items()}
 NAMES = sorted(WEIGHTS)

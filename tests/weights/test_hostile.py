@@ -24,6 +24,7 @@ def test_every_hostile_file_is_refused_in_words(tmp_path):
         assert seconds < 4, f"{name}: {seconds} s"
 
 
+@pytest.mark.slow
 def test_an_adapter_is_read_by_the_same_rules(tmp_path):
     names = ("deep key", "shared key", "expanded tensor", "overflowing shape", "pipe")
     paths = [FILES[name](tmp_path) for name in names]
