@@ -131,8 +131,6 @@ def test_patches_streamed_weights_and_saving(run_node, model_file):
     for found in predictions:
         torch.testing.assert_close(found, predict(plain), atol=2e-3, rtol=0)
     assert (predictions[0] - predict(load(run_node, model_file.name))).abs().max() > 0.01
-    with pytest.raises(ValueError, match="GGUF weights cannot be saved here"), torch.inference_mode():
-        load(run_node, model_file.name).state_dict_for_saving()
     (path,) = run_node(
         "PixArtSaveCheckpoint", model=load(run_node, model_file.name), filename_prefix="gguf", layout="original (.pth)"
     )
@@ -142,9 +140,109 @@ def test_patches_streamed_weights_and_saving(run_node, model_file):
     stored = next(tensor for tensor in gguf.GGUFReader(model_file).tensors if tensor.name == "blocks.0.mlp.fc1.weight")
     numbers = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
     torch.testing.assert_close(saved["blocks.0.mlp.fc1.weight"].float(), numbers, atol=1e-3, rtol=1e-3)
-    with pytest.raises(ValueError, match="LoRA hooks on a GGUF model"):
-        layer = load(run_node, model_file.name).model.diffusion_model.blocks[0].attn.qkv
-        layer.set_weight(torch.zeros(192, 64), inplace_update=True)
+
+
+def plain_weights(path):
+    """The numbers of a GGUF file, as its package reads them."""
+    return {
+        each.name: torch.from_numpy(gguf.quants.dequantize(each.data, each.tensor_type).copy())
+        for each in gguf.GGUFReader(path).tensors
+    }
+
+
+def read_saved(prefix):
+    tensors = importlib.import_module("safetensors.torch").load_file
+    (path,) = Path(importlib.import_module("folder_paths").get_output_directory()).rglob(f"{prefix}_*.safetensors")
+    saved = tensors(path)
+    path.unlink()
+    return saved
+
+
+HALF = {"atol": 1e-3, "rtol": 1e-3}  # fp16, in which packed weights are saved
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_hosts_own_nodes_save_numbers(run_node, core_nodes, model_file, changed):
+    model = load(run_node, model_file.name).clone()
+    expected = plain_weights(model_file)
+    if changed:
+        model.add_patches({LAYER: (torch.full((192, 64), 0.02),)}, 1.0)
+        expected["blocks.1.attn.qkv.weight"] += 0.02
+    run_node("ModelSave", model=model, filename_prefix="packed_model")
+    saved = read_saved("packed_model")
+    for name, weight in expected.items():
+        found = saved[f"model.diffusion_model.{name}"]
+        assert found.is_floating_point()
+        torch.testing.assert_close(found.float(), weight, **HALF)
+    # With little memory the host loads a part, and patches what is read.
+    model.unpatch_model()
+    model.load(torch.device("cpu"), lowvram_model_memory=1)
+    with torch.inference_mode():
+        streamed = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+    torch.testing.assert_close(
+        streamed["blocks.1.attn.qkv.weight"].float(), expected["blocks.1.attn.qkv.weight"], **HALF
+    )
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_hosts_own_node_saves_a_text_encoder(run_node, core_nodes, encoder_file, changed):
+    (clip,) = run_node("PixArtLoadT5", text_encoder=encoder_file[0].name)
+    layer = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    expected = {name: weight.detach().clone() for name, weight in encoder_file[1].state_dict().items()}
+    if changed:
+        clip = clip.clone()
+        clip.add_patches({f"t5xxl.transformer.{layer}": (torch.full((32, 64), 0.02),)}, 1.0)
+        expected[layer] += 0.02
+    run_node("CLIPSave", clip=clip, filename_prefix="packed_clip")
+    saved = read_saved("packed_clip_t5xxl")
+    for name in (layer, "shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"):
+        torch.testing.assert_close(saved[name].float(), expected[name], **HALF)
+
+
+def test_the_hosts_own_nodes_merge(run_node, core_nodes, model_file, encoder_file):
+    packed, plain = load(run_node, model_file.name), load(run_node, model_file.name, "fp32")
+    changed = plain.clone()
+    changed.add_patches({LAYER: (torch.full((192, 64), 0.05),)}, 1.0)
+    for first, second in ((packed, changed), (changed, packed), (packed, packed.clone())):
+        (merged,) = run_node("ModelMergeSimple", model1=first, model2=second, ratio=0.5)
+        expected = plain.clone()
+        share = 0.0 if changed not in (first, second) else 0.025
+        expected.add_patches({LAYER: (torch.full((192, 64), share),)}, 1.0)
+        predictions = []
+        for each in (merged, expected):
+            each.load(torch.device("cpu"), full_load=True)
+            predictions.append(predict(each))
+            each.unpatch_model()
+        torch.testing.assert_close(*predictions, atol=2e-3, rtol=0)
+    (clip,) = run_node("PixArtLoadT5", text_encoder=encoder_file[0].name)
+    (merged,) = run_node("CLIPMergeSimple", clip1=clip, clip2=clip.clone(), ratio=0.3)
+    before = encode(run_node, clip)
+    torch.testing.assert_close(encode(run_node, merged), before, atol=1e-2, rtol=0)  # fp16 while it is merged
+
+
+@pytest.mark.parametrize("mode", ["MinVram", "MaxSpeed"])
+def test_hooks_of_loras_change_packed_weights(run_node, core_nodes, comfy, model_file, mode):
+    """A LoRA by a hook for one prompt alone: as on plain weights, and the packed ones are there again afterwards."""
+    hooks = importlib.import_module("comfy.hooks")
+    down, up = torch.randn(2, 64, generator=torch.Generator().manual_seed(3)) * 0.1, torch.full((192, 2), 0.1)
+    factors = {"diffusion_model.blocks.1.attn.qkv.lora_down.weight": down,
+               "diffusion_model.blocks.1.attn.qkv.lora_up.weight": up}  # fmt: skip
+    group = hooks.create_hook_lora(lora=factors, strength_model=1.0, strength_clip=0.0)
+    changed = plain_weights(model_file)["blocks.1.attn.qkv.weight"] + up @ down
+    model = load(run_node, model_file.name).clone()
+    model.set_hook_mode(getattr(hooks.EnumHookMode, mode))
+    layer = model.model.diffusion_model.blocks[1].attn.qkv
+    before = predict(model)
+    model.register_all_hook_patches(group, hooks.create_target_dict(hooks.EnumWeightTarget.Model))
+    for _ in range(2):  # the second time from what the host keeps
+        with torch.inference_mode():
+            model.apply_hooks(group)
+        assert not layer.is_packed()
+        torch.testing.assert_close(layer.weight.float(), changed, **HALF)
+        with torch.inference_mode():
+            model.apply_hooks(None)
+        assert layer.is_packed()
+        torch.testing.assert_close(predict(model), before, atol=0, rtol=0)
 
 
 def test_a_sampler_runs(run_node, core_nodes, comfy, model_file):

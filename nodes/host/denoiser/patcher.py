@@ -9,13 +9,13 @@ import functools
 import comfy.model_patcher
 import comfy.utils
 
-from ..weights.packed import packed_layers
+from ..weights.patcher import PackedWeights
 
 PREFIX = "diffusion_model."
 PARTS = (".to_q.", ".to_k.", ".to_v.", ".to_out.0.")
 
 
-class SplitNames:
+class SplitNames(PackedWeights):
     """Mixed into one of the host's patchers: parts of weights have names of their own, under which they are patched."""
 
     _wholes_alone = False
@@ -34,15 +34,6 @@ class SplitNames:
             return weights
         wholes = {name: _whole(place) for name, place in self._parts().items()}
         return {**weights, **{name: weights[whole] for name, whole in wholes.items() if whole in weights}}
-
-    def state_dict_for_saving(self, *arguments, **options):
-        """What the host's own nodes save. Raises ValueError for weights in blocks, which are no numbers to them."""
-        if packed_layers(self.model):
-            raise ValueError(
-                "GGUF weights cannot be saved here: got weights that are packed in blocks, expected numbers. Save with "
-                "Save PixArt Checkpoint, or load the model with another weight_dtype than default."
-            )
-        return super().state_dict_for_saving(*arguments, **options)
 
     def get_key_patches(self, filter_prefix=None):
         """What merges and files read: every weight once."""

@@ -21,6 +21,7 @@ from ....pixart.weights.folders import read_json
 from ....pixart.weights.t5 import detect_t5_config, encoder_weights, is_t5_folder, plain_weights, read_encoder_tensors
 from ..folders import find_folders, list_files, names_of
 from ..weights.packed import PackedOperations, is_packed
+from ..weights.patcher import know_packed_weights
 
 AUTO, BUILT_IN = "auto", "built-in"
 DEVICES = ("default", "cpu")
@@ -142,6 +143,8 @@ def load_t5(
             f"Text encoder cannot be loaded: got {plain(str(error).splitlines()[-1].strip(), 200)} in "
             f"{path.name}, expected a T5 v1.1 encoder. Download the file again."
         ) from error
+    if packed:
+        know_packed_weights(clip.patcher)
     clip.patcher.cached_patcher_init = (_load_patcher, (path, tokenizer, device))
     return clip
 

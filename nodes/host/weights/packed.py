@@ -44,15 +44,12 @@ class _PackedWeight(comfy.ops.CastWeightBiasOp):
         return self.packing.expand(weight.to(torch.uint8)) if packed else weight
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **_):
-        """Takes a changed weight. Raises ValueError for a change in place, by which hooks of LoRAs come."""
+        """Takes a changed weight, or gives it back in the type that it is kept in. Bytes make room for numbers even
+        where the host asks for a change in place; its patcher puts them back.
+        """
         weight = weight.to(self.numbers_dtype)
         if return_weight:
             return weight
-        if inplace_update and self.is_packed():
-            raise ValueError(
-                "LoRA hooks on a GGUF model: got a weight that is packed in blocks, expected one in fp16 or the like. "
-                "Load the LoRA without hooks, or choose another weight_dtype than default in the loader."
-            )
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         return None
 
