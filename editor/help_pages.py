@@ -1,6 +1,6 @@
 """The help pages of the nodes and their names in other languages, as far as the schemas say them.
 
-`python dev.py run -m pixart_pack.editor.help_pages` writes the lists of inputs and outputs anew into
+`python dev.py run -m pixart_pack.editor.help_pages` rewrites the lists of inputs and outputs in
 `web/docs/<node_id>.md` and `web/docs/<node_id>/zh.md`, and `locales/en/nodeDefs.json` whole. The rest of the pages, and
 `locales/<language>/nodeDefs.json`, are written by hand; what is missing there is listed.
 """

@@ -31,7 +31,7 @@ def _transformer_of(repository: str) -> dict:
     return _file(f"https://huggingface.co/PixArt-alpha/{repository}/{place}", "diffusion_models")
 
 
-# By name: what the editor's dialog of missing models is told.
+# By name: what the editor's dialog of missing models shows.
 FILES = {
     ALPHA_1024: _file(f"{ALPHA_REPO}/{ALPHA_1024}", "diffusion_models"),
     ALPHA_512: _file(f"{ALPHA_REPO}/{ALPHA_512}", "diffusion_models"),
@@ -62,7 +62,7 @@ def stand_in(name: str) -> str:
 
 
 def where_to_put(*names: str) -> str:
-    """Markdown that names files, their folders, and where they are to be had."""
+    """Markdown that names files, their folders, and where to download them."""
     rows = []
     for name in names:
         source = FILES[name]["url"]

@@ -228,7 +228,7 @@ class TypedPath(NamedTuple):
     """Where a typed path leads.
 
     is_confined: what lies there may name other files in its own folder alone. is_known: it lies in a folder of the
-    host's, or in one that the server's owner lists, so that its content may be told.
+    host's, or in one that the server's owner lists, so that its content may be shown.
     """
 
     path: Path

@@ -101,7 +101,7 @@ class CompiledBlocks:
         return self._compiled[kind]
 
     def _mark(self, kind, x, rows, keys_values, shared: _Pass):
-        """Tells the compiler what changes, from the second shapes on."""
+        """Marks for the compiler what changes, from the second shapes on."""
         shapes = tuple(tensor.shape for tensor in (x, rows, keys_values, *shared))
         if self.dynamic is False or (not self.dynamic and self._first.setdefault(kind, shapes) == shapes):
             return

@@ -141,8 +141,8 @@ def write_result(
             logger.warning("The result could not be written: %s", faults[-1])
             first = error
             continue
-        told = f"the result is not in its place ({faults[0]}) but here: {path}" if faults else None
-        return path, [told] if told else []
+        moved = f"the result is not in its place ({faults[0]}) but here: {path}" if faults else None
+        return path, [moved] if moved else []
     path.parent.rmdir()
     raise OSError(
         first.errno,

@@ -8,7 +8,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class Sanity:
-    """Tells an exploding loss by the geometric mean of the last steps' errors.
+    """Recognises an exploding loss by the geometric mean of the last steps' errors.
 
     highest: the largest sane error, or None where errors have no fixed scale: then a hundred times the lowest mean.
     """

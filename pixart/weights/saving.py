@@ -77,7 +77,7 @@ def diffusers_config(config: PixArtConfig) -> dict:
     """The content of a diffusers config.json. Source: diffusers, PixArtTransformer2DModel.
 
     As in the published folders, alpha's leaves null what diffusers' own defaults say and Sigma's spells it out, which
-    is all that tells their families where the weights went through diffusers.
+    is the only sign of their families where the weights went through diffusers.
     """
     sample_size = config.base_size * config.patch_size
     scale = int(config.pe_scale) if config.pe_scale == int(config.pe_scale) else config.pe_scale

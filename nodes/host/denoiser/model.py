@@ -407,7 +407,7 @@ def name_tables(state_dict):
 
 
 def set_inference_dtype(model_config, dtype, manual_cast, device):
-    """Tells the host's config the dtypes of weights and maths; hosts before 0.30 do not ask for the device."""
+    """Set in the host's config the dtypes of weights and maths; hosts before 0.30 do not ask for the device."""
     takes_device = "device" in inspect.signature(model_config.set_inference_dtype).parameters
     model_config.set_inference_dtype(dtype, manual_cast, **({"device": device} if takes_device else {}))
 

@@ -227,7 +227,7 @@ def export_config(
 def _weights(model) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights that a MODEL runs with by their original names, one by one, on the CPU.
 
-    They are in fp32, but for those in half precision that nothing was added to.
+    They are in fp32, except those in half precision that nothing was added to.
     """
     names = set(expected_shapes(pixart_config(model)))
     if not model.model.has_null_caption:
