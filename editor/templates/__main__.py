@@ -1,6 +1,6 @@
 """Write `workflows/`: every workflow as the editor has it, its twin for the API, and its picture.
 
-It reads what the nodes look like from a server of its own. With --thumbnails each workflow runs on it with the demo model.
+A server of its own shows what the nodes look like. With --thumbnails each workflow runs on it with the demo model.
 """
 
 import argparse
