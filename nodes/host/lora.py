@@ -203,13 +203,13 @@ def patched_weight(patches: Mapping[str, list], key: str, device: torch.device) 
 
 
 def _unpatched(patches: Mapping[str, list], target: Target) -> torch.Tensor:
-    """Rows of a weight of the MODEL without what is on it, in float32 on the CPU.
+    """Rows of a weight of the MODEL without what is on it, in float32 on the CPU; of GGUF's blocks, their numbers.
 
     Raises ValueError for a weight whose numbers only its own loader can read.
     """
     key = host_key(target.name)
-    stored = patches[key][0][0]
-    if not stored.is_floating_point():
+    stored, convert = patches[key][0]
+    if not convert(stored).is_floating_point():
         raise ValueError(
             f"LoRA that is made of its base's weights: got {str(stored.dtype).removeprefix('torch.')} numbers for "
             f"{shorten(target.name)}, expected floating ones. Load the PixArt model unquantised."

@@ -7,6 +7,7 @@ import gguf
 import pytest
 import torch
 
+from pixart_pack.pixart.lora import Target, relative
 from pixart_pack.pixart.text import load_tokenizer, tokenize
 from pixart_pack.pixart.weights.quantised.gguf_file import llama_name
 from pixart_pack.pixart.weights.t5 import read_encoder
@@ -218,6 +219,17 @@ def test_the_hosts_own_nodes_merge(run_node, core_nodes, model_file, encoder_fil
     (merged,) = run_node("CLIPMergeSimple", clip1=clip, clip2=clip.clone(), ratio=0.3)
     before = encode(run_node, clip)
     torch.testing.assert_close(encode(run_node, merged), before, atol=1e-2, rtol=0)  # fp16 while it is merged
+
+
+def test_a_lora_that_is_made_of_its_base(run_node, model_file):
+    lora = importlib.import_module("pixart_pack.nodes.host.lora")
+    target = Target("blocks.0.attn.proj.weight")
+    weight = plain_weights(model_file)[target.name]
+    left, sizes, right = torch.linalg.svd(weight)
+    factor = relative.Started(right[:3].clone(), left[:, :3] * 1.1, sizes[:3].clone(), target, alpha=2.0)
+    patched = lora.add_lora(load(run_node, model_file.name), {target: factor}, 0.7)
+    found = lora.patched_weight(patched.get_key_patches(), lora.host_key(target.name), torch.device("cpu"))
+    torch.testing.assert_close(found, factor.bound(weight).apply(weight, 0.7), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["MinVram", "MaxSpeed"])

@@ -116,7 +116,7 @@ def test_what_is_made_of_the_base_is_made_of_the_weight_without_loras(host_lora,
         for factors in order:
             patched = host_lora.add_lora(patched, factors, 0.7)
         same_weights(weights_of(patched), merge(alone, LoRA(over), 0.7), atol=1e-5, rtol=1e-4)
-    patches = {host_lora.host_key(target.name): [(torch.ones(4, 4, dtype=torch.int8), None)]}
+    patches = {host_lora.host_key(target.name): [(torch.ones(4, 4, dtype=torch.int8), lambda weight, **_: weight)]}
     with pytest.raises(ValueError, match="its base's weights: got int8 numbers .*Load the PixArt model unquantised"):
         host_lora._unpatched(patches, target)
 
@@ -283,7 +283,7 @@ def test_another_model_is_refused(run_node, loras):
     class Other:
         model = object()
 
-    with pytest.raises(ValueError, match="Not a PixArt model: got object"):
+    with pytest.raises(ValueError, match="Not a PixArt model of this pack: got object"):
         run_node("PixArtLoadLoRA", model=Other(), lora="a.safetensors", strength=1.0)
 
 

@@ -387,7 +387,7 @@ def test_caption_length_comes_from_the_model(nodes, clip):
 def test_wrong_wiring(nodes, clip):
     with pytest.raises(ValueError, match="Caption width mismatch: got 24, expected 4096"):
         encode(nodes, clip, "a cat", model=fake_model())
-    with pytest.raises(ValueError, match="Not a PixArt model: got SimpleNamespace"):
+    with pytest.raises(ValueError, match="Not a PixArt model of this pack: got SimpleNamespace"):
         encode(nodes, clip, "a cat", model=SimpleNamespace(model=SimpleNamespace()))
     other = SimpleNamespace(tokenize=lambda text: {"l": [], "g": []})
     with pytest.raises(ValueError, match="got the tokens of l, g, expected those of t5xxl alone"):

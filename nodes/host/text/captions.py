@@ -3,6 +3,7 @@
 import logging
 import sys
 
+import comfy.model_base
 import torch
 from comfy_api.feature_flags import supports_feature
 
@@ -22,9 +23,11 @@ def pixart_config(model):
     """The PixArtConfig of a MODEL. Raises ValueError for other models."""
     config = getattr(model.model, "pixart_config", None)
     if config is None:
+        kind = type(model.model)
+        got = "ComfyUI's own PixArt" if kind is comfy.model_base.PixArt else kind.__name__
         raise ValueError(
-            f"Not a PixArt model: got {type(model.model).__name__}, expected the output of Load PixArt Checkpoint. "
-            f"Connect that, or disconnect the model and choose the caption length yourself."
+            f"Not a PixArt model of this pack: got {got}, expected the output of Load PixArt Checkpoint. "
+            f"Load the file with that, GGUF too, or disconnect the model and choose the caption length yourself."
         )
     return config
 
