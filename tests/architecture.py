@@ -20,6 +20,11 @@ ROOMS = {
         ("torch", "safetensors"),
     ),
     "pixart.acceleration": ("the same numbers in less time", ("pixart",), ("torch",)),
+    "pixart.stages": (
+        "what a training begins with",
+        ("pixart", "pixart.weights"),
+        ("torch",),
+    ),
     "pixart.encoders": (
         "networks beside the transformer",
         ("pixart", "pixart.files", "pixart.weights"),
@@ -48,7 +53,7 @@ ROOMS = {
         "`python -m pixart <command>`",
         (
             *("pixart", "pixart.files", "pixart.weights", "pixart.lora", "pixart.acceleration", "pixart.encoders"),
-            *("pixart.drawing", "pixart.data", "pixart.training"),
+            *("pixart.drawing", "pixart.data", "pixart.training", "pixart.stages"),
         ),
         ("torch", "numpy", "safetensors", "PIL", "tqdm"),
     ),

@@ -5,9 +5,12 @@
     python -m pixart convert diffusers-folder/ model.pth
     python -m pixart convert peft-folder/ lora.safetensors --to kohya
     python -m pixart convert text_encoder/ t5xxl_bf16.safetensors --dtype bf16
+    python -m pixart convert DiT-XL-2-256x256.pt pixart.safetensors
+    python -m pixart convert PixArt-XL-2-512x512.pth grown.safetensors --grow alpha-1024
     python -m pixart convert text_encoder/ t5xxl_q8_0.gguf --gguf-type Q8_0
 
-What the file is, is read from its content. A name without an ending is a folder in diffusers' or PEFT's layout.
+What the file is, is read from its content. A DiT becomes a PixArt that is to be trained.
+A name without an ending is a folder in diffusers' or PEFT's layout.
 """
 
 import argparse
@@ -25,6 +28,8 @@ from ..files.atomic import write_atomically, write_folder_atomically
 from ..lora import LAYOUTS as LORA_LAYOUTS
 from ..lora import PEFT_CONFIG, export_notes, read_lora, save_lora
 from ..quoting import shorten
+from ..stages.dit import is_dit, is_dit_folder, read_dit
+from ..stages.growth import grow_checkpoint
 from ..weights.controlnets import read_controlnet, save_controlnet
 from ..weights.layouts import CONFIG_KEY, CONTROL, CONTROLNET, LORA, T5
 from ..weights.quantised.gguf_saving import PIXART, t5_fields, write_gguf
@@ -39,7 +44,7 @@ from .console import add_weights, make_parser, tell
 
 MODEL_LAYOUTS = ("original", "diffusers")
 T5_LAYOUTS = ("single", "folder")
-GGUF_KINDS = ("checkpoint", "t5")
+GGUF_KINDS = ("checkpoint", "dit", "t5")
 KIND_OF_LAYOUT = {CONTROL: "controlnet", CONTROLNET: "controlnet", LORA: "lora", T5: "t5"}
 
 
@@ -53,7 +58,16 @@ class Kind:
 
 def _convert_checkpoint(options, layout, dtype):
     hints = {"variant": options.variant} if options.variant else {}
-    checkpoint = read_checkpoint(options.source, weights=options.weights, **hints)
+    return _write_checkpoint(read_checkpoint(options.source, weights=options.weights, **hints), options, layout, dtype)
+
+
+def _convert_dit(options, layout, dtype):
+    return _write_checkpoint(read_dit(options.source, weights=options.weights), options, layout, dtype)
+
+
+def _write_checkpoint(checkpoint, options, layout, dtype):
+    if options.grow:
+        checkpoint = grow_checkpoint(checkpoint, options.grow)
     tell(options.source.name, checkpoint.remarks)
     found = f"PixArt-{checkpoint.detection.family} trained at {checkpoint.config.base_px} px"
     if options.target.suffix == GGUF_SUFFIX:
@@ -113,6 +127,7 @@ def _convert_t5(options, layout, dtype):
 
 KINDS = {
     "checkpoint": Kind(MODEL_LAYOUTS, _convert_checkpoint),
+    "dit": Kind(MODEL_LAYOUTS, _convert_dit),
     "controlnet": Kind(MODEL_LAYOUTS, _convert_controlnet),
     "lora": Kind(LORA_LAYOUTS, _convert_lora),
     "t5": Kind(T5_LAYOUTS, _convert_t5),
@@ -129,13 +144,14 @@ def detect_kind(source: Path) -> str:
         if any(source.glob(PEFT_CONFIG)) or any(source.glob(f"*/{PEFT_CONFIG}")):
             return "lora"
         if (source / "transformer").is_dir():
-            return "checkpoint"
+            return "dit" if is_dit_folder(source / "transformer") else "checkpoint"
         if is_t5_folder(source):
             return "t5"
         files = [path for path in sorted(source.iterdir()) if path.suffix in (".safetensors", ".bin")]
         return detect_kind(files[0]) if files else "checkpoint"
     with naming(source):
-        return KIND_OF_LAYOUT.get(identify(open_weights(source).content).layout, "checkpoint")
+        found = identify(open_weights(source).content)
+        return "dit" if is_dit(found) else KIND_OF_LAYOUT.get(found.layout, "checkpoint")
 
 
 def choose_layout(kind: Kind, options: argparse.Namespace) -> str:
@@ -196,6 +212,7 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: as it is")
     add_weights(parser)
     parser.add_argument("--variant", help="which released model it is, such as alpha-512, where the file does not say")
+    parser.add_argument("--grow", metavar="STAGE", help="bring a model to another size or family, see train --grow")
     parser.add_argument("--gguf-type", choices=GGUF_TYPES, default="Q8_0", help="of a .gguf target; default: Q8_0")
     parser.add_argument("--shard-gb", type=float, help="largest file of a diffusers folder; default: one file")
     parser.add_argument("--force", action="store_true", help="replace a target that is there")

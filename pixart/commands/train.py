@@ -21,13 +21,16 @@ from ..encoders.autoencoder import load_autoencoder
 from ..encoders.t5 import load_text_encoder
 from ..files.regular import read_text
 from ..quoting import plain, shorten
+from ..stages.dit import T5_XXL_CHANNELS, read_dit
+from ..stages.growth import grow_checkpoint
+from ..stages.records import only_stages
 from ..training.loop import Events, Progress
 from ..training.processes import AcceleratedProcesses, SingleProcess
 from ..training.run import choose_folder, train
 from ..training.settings import AUTO, WEIGHTS, RunConfig, read_config
 from ..training.validation import Decode, ValidationPrompt, read_prompts
 from ..transformer import PixArt
-from ..weights.reading import read_checkpoint
+from ..weights.reading import Checkpoint, read_checkpoint
 from .console import make_parser
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,8 @@ and begins no further one; a second Ctrl-C ends it at once."""
 EXAMPLES = """examples:
   python -m pixart train training.yaml
   python -m pixart train monday.yaml tuesday.yaml
+  python -m pixart train training.yaml --init DiT-XL-2-256x256.pt
+  python -m pixart train training.yaml --grow sigma-512
   accelerate launch --multi_gpu --num_processes 8 -m pixart train training.yaml
   ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 -m pixart train training.yaml  # on the CPU
 
@@ -58,6 +63,16 @@ def parse() -> argparse.ArgumentParser:
     parser = make_parser("train", DESCRIPTION, EXAMPLES)
     parser.add_argument("configs", nargs="+", help="YAML or JSON, as Export PixArt Training Config writes it")
     parser.add_argument("--device", help="of a training in one process; default: the GPU, or else the CPU")
+    stages = parser.add_argument_group("what the training begins with, in place of what the configurations say")
+    stages.add_argument(
+        "--init", metavar="PATH", help="a DiT's .pt or diffusers folder, which a PixArt is made of, in place of a model"
+    )
+    stages.add_argument(
+        "--grow",
+        metavar="STAGE",
+        help="go on at another size: a variant such as alpha-1024, sigma-512 or "
+        "sigma-1024-kvcompress, or a side in pixels",
+    )
     add = parser.add_argument_group("validation pictures, in place of what the configurations say").add_argument
     add(
         "--prompts",
@@ -74,11 +89,12 @@ def parse() -> argparse.ArgumentParser:
 def main(options) -> None:
     """Train. Raises ValueError and FileNotFoundError for what is wrong with a configuration."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    given = {name: getattr(options, name) for name in ("text_encoder", "tokenizer", "vae") if getattr(options, name)}
+    names = ("text_encoder", "tokenizer", "vae", "grow")
+    given = {name: getattr(options, name) for name in names if getattr(options, name)}
     if options.prompts:
         is_file = len(options.prompts) == 1 and options.prompts[0].endswith(".txt")
         given["prompts"] = options.prompts[0] if is_file else tuple(options.prompts)
-    run_configs([replace(read_config(each), **given) for each in options.configs], options.device)
+    run_configs([replace(read_config(each, options.init), **given) for each in options.configs], options.device)
 
 
 def run_configs(configs: Sequence[RunConfig], device: str | None = None) -> None:
@@ -110,10 +126,11 @@ def run_configs(configs: Sequence[RunConfig], device: str | None = None) -> None
 def run_config(config: RunConfig, device: str | None = None):
     """Train as a configuration says; returns the TrainingResult."""
     processes = _processes(config, device)
-    model = load_model(config.model, config.variant, config.weights)
+    features = open_features(config.features)
+    checkpoint = _beginning(config, features)
+    model, stages = build_model(checkpoint), only_stages(checkpoint.metadata)
     if config.base:
         _check_exported(read_sketch(Path(config.base)), model)
-    features = open_features(config.features)
     _check_data(config, features)
     prompts = _prompts(config, model.config, processes)
     if processes.world_size > 1 and processes.rank == 0:
@@ -130,6 +147,7 @@ def run_config(config: RunConfig, device: str | None = None):
             events=events,
             prompts=prompts,
             decode=_decoder(config, processes.device) if prompts else None,
+            texts=stages,
         )
     if processes.rank == 0:
         for note in result.notes:
@@ -226,7 +244,27 @@ def load_model(path: str, variant: str = AUTO, weights: str = WEIGHTS[0]) -> Pix
 
     variant: of config.CONFIGS, or AUTO. weights: of WEIGHTS.
     """
-    checkpoint = read_checkpoint(path, weights=weights, **({} if variant == AUTO else {"variant": variant}))
+    return build_model(read_checkpoint(path, weights=weights, **hints_of(variant)))
+
+
+def hints_of(variant: str) -> dict:
+    """What a chosen variant, or AUTO, says to the reader of a file."""
+    return {} if variant == AUTO else {"variant": variant}
+
+
+def _beginning(config: RunConfig, features: FeatureSet) -> Checkpoint:
+    """The model that a training begins with: a file's, or one made of a DiT, and grown where that is asked for."""
+    if config.init:
+        channels = features[0].caption.shape[-1] if len(features) else T5_XXL_CHANNELS
+        seed = config.settings.seed
+        checkpoint = read_dit(config.init, weights=config.weights, seed=seed, caption_channels=channels)
+    else:
+        checkpoint = read_checkpoint(config.model, weights=config.weights, **hints_of(config.variant))
+    return grow_checkpoint(checkpoint, config.grow, config.settings.seed) if config.grow else checkpoint
+
+
+def build_model(checkpoint: Checkpoint) -> PixArt:
+    """The PixArt of a checkpoint, in the dtype of its weights."""
     model = PixArt(checkpoint.config, device="meta")
     model.load_state_dict(checkpoint.state_dict, assign=True)
     return model

@@ -74,11 +74,12 @@ def train(
     decode: Decode | None = None,
     show: Callable[[Image.Image], None] | None = None,
     file: Path | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> TrainingResult:
     """Train, and write the result, loss.png, samples.png, log.jsonl, result.json and checkpoints into the folder.
 
     The model becomes part of the objective and is changed. prompts with decode: validation pictures, which `show`
-    gets too. file: of the result; None is folder/<folder's name>.safetensors.
+    gets too. file: of the result; None is folder/<folder's name>.safetensors. texts: for its header.
     Raises ValueError for data and settings that do not fit, before the first step.
     """
     check_features(features, model, settings)
@@ -98,7 +99,7 @@ def train(
         weights = trainer.trained_weights()
         curve, notes = trainer.report.curve(), [*sizes, *trainer.notes]
         if processes.rank == 0:
-            file, more = write_result(file, folder, objective, weights, settings)
+            file, more = write_result(file, folder, objective, weights, settings, texts)
             strip = validation.strip() if validation else None
             notes += more + _write_beside(folder, settings, step, file, {"loss.png": curve, "samples.png": strip})
         processes.wait()
@@ -124,7 +125,12 @@ def _alone(folder: Path, file: Path) -> Iterator[None]:
 
 
 def write_result(
-    file: Path, folder: Path, objective: Objective, weights: Mapping[str, Tensor], settings: TrainingSettings
+    file: Path,
+    folder: Path,
+    objective: Objective,
+    weights: Mapping[str, Tensor],
+    settings: TrainingSettings,
+    texts: Mapping[str, str] | None = None,
 ) -> tuple[Path, list[str]]:
     """Write what was trained to a file, or where that fails to the run's folder or the system's for temporary files.
 
@@ -135,7 +141,7 @@ def write_result(
     for place in dict.fromkeys((file, folder / file.name, None)):
         path = place or Path(tempfile.mkdtemp(prefix="pixart-")) / file.name
         try:
-            save_result(path, objective, weights, settings)
+            save_result(path, objective, weights, settings, texts)
         except OSError as error:
             faults.append(f"{plain(str(error.strerror or error), 200)}: {describe_room(path, needed)}")
             logger.warning("The result could not be written: %s", faults[-1])
@@ -285,10 +291,16 @@ def control_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("control."): tensor for name, tensor in weights.items()}
 
 
-def save_result(path: Path, objective: Objective, weights: Mapping[str, Tensor], settings: TrainingSettings) -> None:
-    """Write a `.safetensors` file of what was trained, whole or not at all, the settings in its header."""
+def save_result(
+    path: Path,
+    objective: Objective,
+    weights: Mapping[str, Tensor],
+    settings: TrainingSettings,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write a `.safetensors` file of what was trained, whole or not at all; settings and texts in its header."""
     dtype = DTYPES[settings.save_dtype]
-    texts = {SETTINGS_KEY: json.dumps(settings_to_dict(settings)), "pixart_objective": settings.kind}
+    texts = {**(texts or {}), SETTINGS_KEY: json.dumps(settings_to_dict(settings)), "pixart_objective": settings.kind}
     config = objective.model.config
     if settings.is_adapter:
         save_lora(path, lora_factors(objective, weights), metadata=texts, dtype=dtype)

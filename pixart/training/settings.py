@@ -326,6 +326,8 @@ class RunConfig:
     model: checkpoint file or folder. variant: of config.CONFIGS where the file does not tell it, or "auto". weights:
     "ema" or "model", of a file with both. base: file with a sketch of the model that the configuration was made from
     (see data.sketches), which the model is to equal, or None.
+    init: in place of a model, a DiT's file or folder to start from (see stages.dit). grow: the stage to bring the model
+    to before its first step (see stages.growth), or "".
     features: folder of encoded pictures. data: their identity, which they are to have, or None.
     output: folder that gets the run.
     name: of the run, a plain file name. resume: go on from its last checkpoint.
@@ -349,10 +351,15 @@ class RunConfig:
     prompts: tuple[str, ...] | str = ()
     text_encoder: str | None = None
     tokenizer: str | None = None
+    init: str | None = None
+    grow: str = ""
 
 
-def read_config(path: str | os.PathLike) -> RunConfig:
-    """Read a YAML or JSON configuration. Raises FileNotFoundError, and ValueError naming what is wrong in it."""
+def read_config(path: str | os.PathLike, init: str | None = None) -> RunConfig:
+    """Read a YAML or JSON configuration. Raises FileNotFoundError, and ValueError naming what is wrong in it.
+
+    init: in place of its model, see RunConfig.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -360,8 +367,18 @@ def read_config(path: str | os.PathLike) -> RunConfig:
             f"node Export PixArt Training Config."
         )
     values = _parse(path)
+    if init is not None:
+        values = {**{key: value for key, value in values.items() if key != "model"}, "init": os.path.abspath(init)}
     known = {field.name for field in fields(RunConfig)}
-    unknown, missing = sorted(set(values) - known, key=str), sorted({"model", "features"} - set(values))
+    unknown, missing = sorted(set(values) - known, key=str), sorted({"features"} - set(values))
+    begins = [key for key in ("model", "init") if values.get(key)]
+    if not begins:
+        missing.append("model")
+    if len(begins) == 2:
+        raise ValueError(
+            f"Two beginnings: got model and init in {shorten(path.name)}, expected a model to go on with, or a DiT to "
+            f"start from. Remove one of them."
+        )
     if unknown or missing:
         raise ValueError(
             f"Configuration does not fit: got {shorten(path.name)} with unknown {shorten(unknown, 200)} and without "
@@ -378,10 +395,12 @@ def read_config(path: str | os.PathLike) -> RunConfig:
     settings = settings_from_dict(given)
     if isinstance(values.get("prompts"), list):
         values["prompts"] = tuple(values["prompts"])
-    places = {key: _place(path.parent, values[key]) for key in _PLACES if values.get(key) is not None}
+    places = {key: _place(path.parent, values[key]) for key in _PLACES if values.get(key)}
     if isinstance(values.get("prompts"), str):
         places["prompts"] = _place(path.parent, values["prompts"])
-    return RunConfig(settings=settings, **{**values, **places})
+    if isinstance(values.get("grow"), int):
+        values["grow"] = str(values["grow"])
+    return RunConfig(settings=settings, **{"model": "", **values, **places})
 
 
 def _place(folder: Path, written: str) -> str:
@@ -391,14 +410,16 @@ def _place(folder: Path, written: str) -> str:
 def _fits(key: str, value) -> bool:
     if key == "resume":
         return isinstance(value, bool)
+    if key == "grow" and type(value) is int:
+        return True
     if key == "prompts" and isinstance(value, list):
         return all(isinstance(each, str) for each in value)
     chosen = {"weights": WEIGHTS, "variant": (AUTO, *CONFIGS)}.get(key)
     return isinstance(value, str) and (chosen is None or value in chosen) or (value is None and key in _OPTIONAL)
 
 
-_OPTIONAL = ("validation", "vae", "base", "data", "text_encoder", "tokenizer")
-_PLACES = ("model", "features", "output", "validation", "vae", "base", "text_encoder", "tokenizer")
+_OPTIONAL = ("validation", "vae", "base", "data", "text_encoder", "tokenizer", "init")
+_PLACES = ("model", "features", "output", "validation", "vae", "base", "text_encoder", "tokenizer", "init")
 
 
 def write_config(path: str | os.PathLike, config: RunConfig) -> None:
