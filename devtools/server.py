@@ -40,21 +40,17 @@ def link_pack(custom_nodes: Path, root: Path = ROOT) -> None:
 
 
 def prepare_base(base: Path, own_host: Path | None = None) -> Path:
-    """Make a ComfyUI base directory: this clone in custom_nodes, and a list of the folders that hold models.
+    """Make a ComfyUI base directory: this clone in custom_nodes, which offers the demo's models itself.
 
     own_host: the user's own ComfyUI, whose models are offered too. Returns base.
     """
     link_pack(base / "custom_nodes")
     remove_leftovers(base)
-    sources = {"demo": ROOT / "demo" / "models"}
-    if own_host:
-        sources["own"] = own_host / "models"
-    lists = {
-        name: {"base_path": str(path), **{folder.name: folder.name for folder in path.iterdir() if folder.is_dir()}}
-        for name, path in sources.items()
-        if path.is_dir()
-    }
-    (base / MODEL_PATHS).write_text(json.dumps(lists, indent=2), encoding="utf-8")  # JSON is YAML too
+    (base / MODEL_PATHS).unlink(missing_ok=True)
+    if own_host and (models := own_host / "models").is_dir():
+        kinds = {folder.name: folder.name for folder in models.iterdir() if folder.is_dir()}
+        own = {"own": {"base_path": str(models), **kinds}}
+        (base / MODEL_PATHS).write_text(json.dumps(own, indent=2), encoding="utf-8")  # JSON is YAML too
     return base
 
 

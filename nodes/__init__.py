@@ -18,6 +18,7 @@ from . import (
     training,
 )
 from .host.denoiser.sampling import register_samplers
+from .host.folders import register_demo
 from .host.replacements import register_replacements
 from .host.schema import guard
 from .host.server.users import register_users
@@ -32,6 +33,7 @@ class PixArtExtension(ComfyExtension):
         register_samplers()
         register_folders()
         register_t5_folder()
+        register_demo()
         register_users()
         await register_replacements(migration.REPLACEMENTS)
 

@@ -62,11 +62,10 @@ def _first(title: str) -> str:
 
 PLAIN = {
     "demo": Plain(
-        "### The built-in demo model\n\nNothing to download: press **Run**. It needs the files of the pack's "
-        "`demo/models/`, which `python dev.py serve` finds by itself; in your own ComfyUI copy the folders in it "
-        "into `ComfyUI/models/`.\n\nIt knows circles, squares, triangles and crosses, small or large, red, green, "
-        "blue, yellow, purple or cyan, at nine places, on white, black, gray, pink or brown: change the words and run "
-        "again. Sizes of about 128x128 px suit it.",
+        "### The built-in demo model\n\nNothing to download: press **Run**. The model came with the pack.\n\nIt knows "
+        "circles, squares, triangles and crosses, small or large, red, green, blue, yellow, purple or cyan, at nine "
+        "places, on white, black, gray, pink or brown: change the words and run again. Sizes of about 128x128 px suit "
+        "it.",
         checkpoint=files.DEMO_MODEL,
         vae=files.DEMO_VAE,
         side_px=128,

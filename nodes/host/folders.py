@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 FOLDERS_VARIABLE, FOLDERS_FILE = "PIXART_FOLDERS", "pixart_folders.txt"
 GGUF_KINDS = ("diffusion_models", "text_encoders", "t5")
+DEMO_MODELS = Path(__file__).resolve().parents[2] / "demo" / "models"
 _CLOCK_NS = 2_000_000_000  # what file systems tell times to, at the worst
 _DEPTH = 4  # as deep as a Hugging Face cache lies: models--x/snapshots/y/text_encoder
 
@@ -48,6 +49,12 @@ class _Tree:
 
 _trees: dict[Path, _Tree] = {}
 _ggufs: dict[str, tuple[object, list[str]]] = {}  # by kind: the host's list, and the names that it leaves out
+
+
+def register_demo() -> None:
+    """Offer the demo's models after all that the user has: of two files of one name the host takes the first."""
+    for folder in sorted(each for each in DEMO_MODELS.glob("*") if each.is_dir()):
+        folder_paths.add_model_folder_path(folder.name, str(folder))
 
 
 def find_folders(kinds: tuple[str, ...], wanted: Callable[[Path], bool]) -> dict[str, Path]:

@@ -474,7 +474,8 @@ def test_the_pack_is_linked_and_models_are_listed(tmp_path):
     base = server.prepare_base(tmp_path / "base", tmp_path / "own")
     assert (base / "custom_nodes" / "pixart_pack" / "dev.py").samefile(ROOT / "dev.py")
     lists = json.loads((base / "model_paths.yaml").read_text())
-    assert lists["own"] == {"base_path": str(tmp_path / "own" / "models"), "vae": "vae"}
+    assert lists == {"own": {"base_path": str(tmp_path / "own" / "models"), "vae": "vae"}}
+    assert not (server.prepare_base(base) / "model_paths.yaml").exists()
     other = make_clone(tmp_path / "clone")
     server.link_pack(base / "custom_nodes", other)
     assert (base / "custom_nodes" / "pixart_pack").resolve() == other

@@ -21,6 +21,25 @@ def test_a_folder_of_models_may_be_removed_while_the_host_runs(pack):
     assert not [name for name in folders.list_files(("loras",)) if "removed" in name]
 
 
+def test_the_demos_models_are_offered_after_the_users_own(pack):
+    folder_paths = importlib.import_module("folder_paths")
+    folders = importlib.import_module("pixart_pack.nodes.host.folders")
+    shipped = {path.parent.name: path for path in folders.DEMO_MODELS.glob("*/*.safetensors")}
+    assert shipped.keys() == {"controlnet", "diffusion_models", "text_encoders", "vae"}
+    for kind, path in shipped.items():
+        found = folder_paths.get_full_path(kind, path.name)
+        assert path.name in folder_paths.get_filename_list(kind) and path.samefile(found)
+        assert folders.show_path(found) == f"models/{kind}/{path.name}"
+        assert not path.is_relative_to(folder_paths.get_folder_paths(kind)[0])  # where the host and others write
+    own = Path(folder_paths.get_folder_paths("vae")[0]) / shipped["vae"].name
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_bytes(b"the user's")
+    try:
+        assert own.samefile(folder_paths.get_full_path("vae", own.name))
+    finally:
+        own.unlink()
+
+
 @pytest.fixture
 def models(pack, tmp_path, monkeypatch):
     """(the pack's module, a folder of the kind "tried", the list of what was walked)."""

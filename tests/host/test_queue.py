@@ -1,5 +1,6 @@
 """PixArt's MODEL with the host's own nodes, through the prompt queue of a real server."""
 
+import io
 import shutil
 import time
 
@@ -67,6 +68,22 @@ def test_same_seed_same_picture_after_unloading(server):
     server.unload()
     assert np.array_equal(plain(server)[0], before)
     assert differ(plain(server, seed=8)[0], before)
+
+
+DEMO = ("pixart_demo.safetensors", "pixart_demo_t5.safetensors")  # which the pack offers itself
+
+
+def test_previews_have_the_pictures_colours(host):
+    graph = PictureGraph(*DEMO, text="a large red circle in the center on a white background")
+    previews = []
+    queued = host.queue(graph.save(graph.sample(graph.empty(128, 128), steps=6)))
+    entry = host.wait(queued, on_event=lambda kind, data: previews.append(data["image"]) if kind == "preview" else None)
+    [picture] = host.images(entry)
+    latent_px = (16, 16)
+    shown = np.asarray(previews[-1].convert("RGB").resize(latent_px, Image.Resampling.BOX), np.float32)
+    wanted = Image.open(io.BytesIO(picture)).convert("RGB").resize(latent_px, Image.Resampling.BOX)
+    assert np.asarray(wanted).std() > 60
+    assert np.abs(shown - np.asarray(wanted, np.float32)).mean() < 12  # of 255; by SD 1.5's factors 77
 
 
 def test_custom_sampler_with_previews_and_interrupt(server):

@@ -4,7 +4,6 @@ import functools
 import inspect
 from typing import NamedTuple
 
-import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
@@ -26,6 +25,7 @@ from .block_cache import BLOCK_CACHE
 from .compilation import COMPILED, compiled_blocks
 from .conditions import RATIO_UNITS, CaptionCond, MaskCond, SizeCond, in_window
 from .kv_compression import compress_keys
+from .latent import latent_format
 from .noise_levels import PixArtSampling, check_noise_levels, share_row
 from .patcher import make_named
 from .patches import read_patches
@@ -333,7 +333,7 @@ class PixArtModelConfig(comfy.supported_models_base.BASE):
     text_encoder_key_prefix = ["text_encoders."]
 
     def __init__(self, config: PixArtConfig):
-        self.latent_format = comfy.latent_formats.SDXL if config.is_sigma else comfy.latent_formats.SD15
+        self.latent_format = latent_format(config)
         super().__init__(
             {
                 "image_model": "pixart_sigma" if config.is_sigma else "pixart_alpha",
