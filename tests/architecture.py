@@ -49,11 +49,16 @@ ROOMS = {
         ),
         ("torch", "numpy", "safetensors", "PIL", "accelerate", "tqdm", "wandb", "yaml"),
     ),
+    "pixart.scores": (
+        "how good pictures are",
+        ("pixart", "pixart.files", "pixart.weights", "pixart.drawing", "pixart.data"),
+        ("torch", "numpy", "PIL", "tqdm"),
+    ),
     "pixart.commands": (
         "`python -m pixart <command>`",
         (
             *("pixart", "pixart.files", "pixart.weights", "pixart.lora", "pixart.acceleration", "pixart.encoders"),
-            *("pixart.drawing", "pixart.data", "pixart.training", "pixart.stages"),
+            *("pixart.drawing", "pixart.data", "pixart.training", "pixart.stages", "pixart.scores"),
         ),
         ("torch", "numpy", "safetensors", "PIL", "tqdm"),
     ),
@@ -77,7 +82,9 @@ LADDER = ("pixart.config", "pixart.layers", "pixart.transformer", "pixart.contro
 OPTIONAL = {
     "pixart.text": {"transformers", "sentencepiece", "ftfy"},
     "pixart.resolution": {"PIL"},
-    "pixart.commands.scores": {"torchmetrics", "transformers"},
+    "pixart.scores.measures": {"torchmetrics", "transformers"},
+    "pixart.scores.finding": {"transformers", "torchvision"},
+    "pixart.scores.asking": {"transformers"},
     "pixart.weights.quantised.gguf_file": {"gguf"},
     "pixart.weights.quantised.gguf_saving": {"gguf"},
     "pixart.encoders.t5": {"transformers"},

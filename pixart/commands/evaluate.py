@@ -4,12 +4,16 @@
         --real val2014/ --inception weights-inception.pth --clip clip-vit-large-patch14/
     python -m pixart evaluate color_val.txt --output color/ --per-prompt 10 --compbench \\
         --workflow workflow_api.json --prompt-node 6.text --seed-node 3.seed
+    python -m pixart evaluate color_val.txt --output color/ --per-prompt 10 --model PixArt-XL-2-1024-MS/ \\
+        --score compbench --vqa blip-vqa-base/
+    python -m pixart evaluate evaluation_metadata.jsonl --output geneval/ --per-prompt 4 --model PixArt-XL-2-1024-MS/ \\
+        --score geneval --detector mask2former/ --clip clip-vit-large-patch14/
 
-Prompt files: one prompt on each line (T2I-CompBench's too), COCO's captions, or a JSON list of texts or of objects with
-`prompt`. Pictures come from a running ComfyUI with --workflow (in API format), or from this process with --model.
-Run it again to go on; pictures that are there are not made again. Without ComfyUI, --batch makes several at a time; a
-picture depends on its seed, whatever the batch. With `accelerate launch` (or RANK and WORLD_SIZE set) each process
-makes its share, and the one that finishes last scores.
+Prompt files: one prompt on each line (T2I-CompBench's too), COCO's captions, a JSON list of texts or of objects with
+`prompt`, or GenEval's metadata. Pictures come from a running ComfyUI with --workflow (in API format), or from this
+process with --model. Run it again to go on; pictures and scores that are there are not made again. Without ComfyUI,
+--batch makes several at a time; a picture depends on its seed, whatever the batch. With `accelerate launch` (or RANK
+and WORLD_SIZE set) each process makes its share, and the one that finishes last scores.
 """
 
 import argparse
@@ -25,10 +29,14 @@ from PIL import Image
 from ..files.atomic import write_atomically
 from ..files.documents import TABLE_LIMIT, load_json
 from ..quoting import shorten
+from ..scores.benchmarks import BENCHMARKS, Benchmark
+from ..scores.compbench import MEASURES
+from ..scores.geneval import read_metadata
+from ..scores.measures import INCEPTION, Scores, load_scorer, measure
+from ..scores.report import write_report
 from .compare import fill, make_cell, parse_target, read_workflow
 from .console import make_parser, own_device, process_rank
 from .sample import add_models, add_settings, load_pipeline, picture_size, read_settings, to_pictures
-from .scores import INCEPTION, Scores, load_scorer, measure, write_report
 from .server import ComfyServer
 
 SETTINGS = "settings.json"
@@ -53,7 +61,9 @@ def read_prompts(path: Path, count: int | None = None) -> list[str]:
 
     Raises FileNotFoundError, and ValueError for a file without prompts.
     """
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() == ".jsonl":
+        prompts = [row["prompt"] for row in read_metadata(path)]
+    elif path.suffix.lower() == ".json":
         try:
             prompts = _json_prompts(load_json(path, TABLE_LIMIT))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -82,14 +92,21 @@ def _json_prompts(content) -> list[str]:
     return [each if isinstance(each, str) else each["prompt"] for each in content]
 
 
-def plan(prompts: Sequence[str], folder: Path, per_prompt: int, seed: int, compbench: bool) -> list[Task]:
-    """All pictures, each with a seed of its own. compbench: under the names that T2I-CompBench's scripts look for."""
+def plan(prompts: Sequence[str], folder: Path, per_prompt: int, seed: int, names: str = "numbers") -> list[Task]:
+    """All pictures, each with a seed of its own.
+
+    names: "numbers", or "compbench" or "geneval" for those that their scripts look for.
+    """
     tasks = []
     for index, prompt in enumerate(prompts):
         for number in range(per_prompt):
             count = index * per_prompt + number
-            name = f"{prompt.replace('/', ' ')[:NAME_LIMIT]}_{count:06}" if compbench else f"{count:06}"
-            tasks.append(Task(index, prompt, seed + count, folder / "samples" / f"{name}.png"))
+            path = {
+                "numbers": f"samples/{count:06}",
+                "compbench": f"samples/{prompt.replace('/', ' ')[:NAME_LIMIT]}_{count:06}",
+                "geneval": f"{index:05}/samples/{number:04}",
+            }[names]
+            tasks.append(Task(index, prompt, seed + count, folder / f"{path}.png"))
     return tasks
 
 
@@ -154,6 +171,27 @@ def make_pictures(tasks: Sequence[Task], make: Maker, batch_size: int, force: bo
             bar.update(len(batch))
 
 
+def read_benchmark(options: argparse.Namespace) -> Benchmark | None:
+    """The benchmark that is asked for. Raises ValueError for prompts in another format than its own."""
+    if options.score == "geneval" and options.prompts.suffix.lower() != ".jsonl":
+        raise ValueError(
+            f"Not GenEval's prompts: got {shorten(options.prompts.name)}, expected its evaluation_metadata.jsonl. Name "
+            f"that file."
+        )
+    models = (options.vqa, options.detector, options.clip)
+    return (
+        Benchmark(options.score, options.prompts, options.category, *models, options.device) if options.score else None
+    )
+
+
+def write_metadata(prompts: Path, tasks: Sequence[Task]) -> None:
+    """Write each prompt's metadata where GenEval's script looks for it."""
+    rows = read_metadata(prompts)
+    for folder, index in {task.path.parent.parent: task.prompt_index for task in tasks}.items():
+        text = json.dumps(rows[index], ensure_ascii=False)
+        write_atomically(folder / "metadata.jsonl", lambda file, text=text: file.write_text(text, encoding="utf-8"))
+
+
 def main(options: argparse.Namespace) -> None:
     """Makes this process's pictures; scores when all are there."""
     if min(options.per_prompt, options.batch, 1 if options.count is None else options.count) < 1:
@@ -162,13 +200,19 @@ def main(options: argparse.Namespace) -> None:
         raise ValueError("Which pictures: got both or none, expected one of --workflow and --model. Name one.")
     options.device = own_device(options.device)
     scores = Scores(options.real, options.inception, options.clip, load_scorer(options.scorer), options.device)
+    benchmark = read_benchmark(options)
     prompts = read_prompts(options.prompts, options.count)
-    tasks = plan(prompts, options.output, options.per_prompt, options.seed, options.compbench)
+    names = "geneval" if options.score == "geneval" else "compbench" if options.compbench else "numbers"
+    tasks = plan(prompts, options.output, options.per_prompt, options.seed, names)
     scores.check(len(tasks))
+    if benchmark:
+        benchmark.load()  # so that what is missing is said before the pictures are made
     make, settings = (remote_maker if options.workflow else local_maker)(options)
     digest = sha256("\n".join(prompts).encode()).hexdigest()
     settings |= {"prompts": digest, "seed": options.seed, "per_prompt": options.per_prompt}
     check_settings(options.output, settings, options.force)
+    if names == "geneval":
+        write_metadata(options.prompts, tasks)
     rank, world_size = process_rank()
     # Through a server one by one: each is kept as soon as it is made.
     make_pictures(tasks[rank::world_size], make, 1 if options.workflow else options.batch, options.force)
@@ -177,7 +221,8 @@ def main(options: argparse.Namespace) -> None:
         sys.stderr.write(f"{missing} pictures of other processes are not there yet; run it again to score.\n")
         return
     pictures = [(task.path, task.prompt) for task in tasks]
-    report = write_report(options.output, options.prompts.name, settings, pictures, measure(scores, pictures))
+    results = measure(scores, pictures) | (benchmark.measure(pictures, options.output) if benchmark else {})
+    report = write_report(options.output, options.prompts.name, settings, pictures, results)
     sys.stdout.write(f"{report}\n")
 
 
@@ -205,6 +250,14 @@ def parse() -> argparse.ArgumentParser:
     scores.add_argument("--real", type=Path, help="folder of real pictures, for FID")
     scores.add_argument("--inception", type=Path, help=f"torch-fidelity's {INCEPTION}")
     scores.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
+    scores.add_argument("--score", choices=BENCHMARKS, help="a benchmark's own score, of the pictures of its prompts")
+    scores.add_argument(
+        "--category", choices=list(MEASURES), help="of T2I-CompBench; default: by the prompt file's name"
+    )
+    scores.add_argument("--vqa", type=Path, help="folder of a BLIP for questions, for T2I-CompBench's attributes")
+    scores.add_argument(
+        "--detector", type=Path, help="folder of OWL-ViT, OWLv2 or Mask2Former, for places, numbers and GenEval"
+    )
     scores.add_argument(
         "--scorer", metavar="MODULE:FUNCTION", help="(picture, prompt) -> {name: number}, for scores of your own"
     )

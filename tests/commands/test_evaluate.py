@@ -16,7 +16,7 @@ from pixart_pack.demo.scenes import caption, draw_scene, random_scene
 from pixart_pack.pixart.commands import evaluate
 from pixart_pack.pixart.commands.console import run_command
 from pixart_pack.pixart.commands.evaluate import plan, read_prompts
-from pixart_pack.pixart.commands.scores import (
+from pixart_pack.pixart.scores.measures import (
     INCEPTION,
     INCEPTION_URL,
     clip_scores,
@@ -62,10 +62,10 @@ def test_other_files_are_refused(tmp_path, name, content):
 
 
 def test_every_picture_has_a_seed_and_a_name_of_its_own(tmp_path):
-    tasks = plan(["a/b", "c"], tmp_path, 2, 10, compbench=True)
+    tasks = plan(["a/b", "c"], tmp_path, 2, 10, "compbench")
     assert [task.seed for task in tasks] == [10, 11, 12, 13]
     assert [task.path.name for task in tasks] == ["a b_000000.png", "a b_000001.png", "c_000002.png", "c_000003.png"]
-    assert plan(["x" * 999], tmp_path, 1, 0, compbench=True)[0].path.name == "x" * 200 + "_000000.png"
+    assert plan(["x" * 999], tmp_path, 1, 0, "compbench")[0].path.name == "x" * 200 + "_000000.png"
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_bad_input_is_told_before_pictures_are_made(run, arguments, message):
 def test_a_folder_without_clip_is_told_before_pictures_are_made(run, tmp_path):
     pytest.importorskip("torchmetrics")
     code, seeds, said = run("--clip", tmp_path)
-    assert (code, seeds) == (1, []) and said.startswith(f"error: Not a CLIP model: got '{tmp_path}' (")
+    assert (code, seeds) == (1, []) and said.splitlines()[-1].startswith(f"error: Not a CLIP model: got '{tmp_path}' (")
     assert said.count("\n") == 1 and "hf download openai/clip-vit-large-patch14" in said
 
 

@@ -1,7 +1,6 @@
 """Scores of pictures: FID and CLIP score by torchmetrics with local weights, and any function's own."""
 
 import importlib
-import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,10 @@ import torch
 from PIL import Image
 
 from ..data.pictures import FilePicture, decode_picture
-from ..drawing.sheets import labelled_sheet
-from ..files.atomic import write_atomically
-from ..files.inside import check_folder
 from ..quoting import plain, shorten
-from ..weights.folders import TEXT_ENCODER_STEMS, find_weights
 from ..weights.pickles import check_pth
-from ..weights.reading import read_tensors, require_file
+from ..weights.reading import require_file
+from .local import LOAD_ERRORS, first_line, load_model, load_processor, refusal
 
 PICTURE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 INCEPTION_FEATURES = 2048
@@ -30,9 +26,6 @@ GET_CLIP = (
     "its folder with --clip."
 )
 CLIP_SIDE_PX = 512  # CLIP sees 224 or 336; larger pictures only take time
-SHOWN_PICTURES, SHOWN_PX = 16, 256
-# What torch, safetensors and transformers raise for files of another kind.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError)
 Scorer = Callable[[Image.Image, str], Mapping[str, float]]
 
 
@@ -118,7 +111,7 @@ def measure(scores: Scores, pictures: Sequence[tuple[Path, str]]) -> dict[str, l
     if scores.clip:
         results["CLIP score"] = clip_scores(load_clip(scores.clip), pictures, scores.device)
     if scores.scorer:
-        rows = [scores.scorer(_open(path), prompt) for path, prompt in pictures]
+        rows = [scores.scorer(open_picture(path), prompt) for path, prompt in pictures]
         names = dict.fromkeys(name for row in rows for name in row)
         results |= {name: [float(row.get(name, float("nan"))) for row in rows] for name in names}
     if scores.real:
@@ -140,9 +133,9 @@ def load_fid(weights: Path):
         return FrechetInceptionDistance(
             INCEPTION_FEATURES, feature_extractor_weights_path=str(weights), antialias=False
         )
-    except (*_LOAD_ERRORS, pickle.UnpicklingError) as error:
+    except (*LOAD_ERRORS, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"Not Inception's weights: got {shorten(weights.name)} ({plain(_first_line(error), 200)}), "
+            f"Not Inception's weights: got {shorten(weights.name)} ({plain(first_line(error), 200)}), "
             f"expected {INCEPTION}. {GET_INCEPTION}"
         ) from error
 
@@ -162,30 +155,12 @@ def load_clip(folder: Path):
             return _tensor_of(super().get_text_features(*args, **kwargs))
 
     def local():
-        check_folder(folder)
-        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        files, _ = find_weights(folder, TEXT_ENCODER_STEMS)
-        if all(file.suffix == ".safetensors" for file in files):
-            source, options = folder, {"local_files_only": True, "use_safetensors": True}
-        else:  # read here, so that transformers reads no pickles
-            config = CLIPConfig.from_pretrained(folder, local_files_only=True)
-            source, options = None, {"config": config, "state_dict": read_tensors(folder, TEXT_ENCODER_STEMS)[0]}
-        model, found = PlainCLIP.from_pretrained(source, output_loading_info=True, **options)
-        if found["missing_keys"]:
-            raise ValueError(f"{len(found['missing_keys'])} weights too few")
-        return model, processor
+        return load_model(folder, PlainCLIP, CLIPConfig), load_processor(folder, CLIPProcessor)
 
     try:
         return CLIPScore(model_name_or_path=local)
-    except _LOAD_ERRORS as error:
-        raise ValueError(
-            f"Not a CLIP model: got {shorten(str(folder), 300)} ({plain(_first_line(error), 200)}), "
-            f"expected a folder with CLIP's weights, tokenizer and preprocessor, as transformers saves them. {GET_CLIP}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return shorten(Exception((str(error).splitlines() or [type(error).__name__])[0]), 200)
+    except LOAD_ERRORS as error:
+        raise refusal("a CLIP model", folder, error, GET_CLIP) from error
 
 
 def _tensor_of(features) -> torch.Tensor:
@@ -198,7 +173,7 @@ def clip_scores(metric, pictures: Sequence[tuple[Path, str]], device: str = "cpu
     metric = metric.to(device)
     scores = []
     for path, prompt in pictures:
-        picture = _open(path)
+        picture = open_picture(path)
         picture.thumbnail((CLIP_SIDE_PX, CLIP_SIDE_PX))
         metric.reset()
         metric.update(_pixels(picture).to(device), prompt)
@@ -206,16 +181,52 @@ def clip_scores(metric, pictures: Sequence[tuple[Path, str]], device: str = "cpu
     return scores
 
 
+def clip_similarity(metric) -> Callable[[Image.Image, str], float]:
+    """(picture, text) -> the cosine of what CLIP makes of them; texts as long as it reads them. metric: load_clip's."""
+
+    def similarity(picture: Image.Image, text: str) -> float:
+        return float((_of_pictures(metric, [picture]) @ _of_texts(metric, [text]).T)[0, 0])
+
+    return similarity
+
+
+def clip_chooser(metric) -> Callable[[Sequence[Image.Image], Sequence[Sequence[str]]], list[int]]:
+    """(pictures, texts of each class) -> the class nearest to each picture. metric: load_clip's."""
+
+    def choose(pictures: Sequence[Image.Image], classes: Sequence[Sequence[str]]) -> list[int]:
+        means = torch.stack([_of_texts(metric, texts).mean(0) for texts in classes])
+        means /= means.norm(dim=-1, keepdim=True)
+        return (_of_pictures(metric, pictures) @ means.T).argmax(1).tolist() if pictures else []
+
+    return choose
+
+
+@torch.no_grad()
+def _of_pictures(metric, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """(count, channels), of length 1."""
+    inputs = metric.processor(images=list(pictures), return_tensors="pt").to(metric.device)
+    features = metric.model.get_image_features(inputs["pixel_values"])
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def _of_texts(metric, texts: Sequence[str]) -> torch.Tensor:
+    """(count, channels), of length 1."""
+    inputs = metric.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(metric.device)
+    features = metric.model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+    return features / features.norm(dim=-1, keepdim=True)
+
+
 @torch.no_grad()
 def frechet_distance(metric, real: Sequence[Path], made: Sequence[Path]) -> float:
     """FID of two sets of pictures of any sizes. metric: torchmetrics' FrechetInceptionDistance."""
     for paths, is_real in ((real, True), (made, False)):
         for path in paths:
-            metric.update(_pixels(_open(path))[None].to(metric.device), real=is_real)
+            metric.update(_pixels(open_picture(path))[None].to(metric.device), real=is_real)
     return float(metric.compute())
 
 
-def _open(path: Path) -> Image.Image:
+def open_picture(path: Path) -> Image.Image:
     picture = FilePicture(path)
     return decode_picture(picture, picture.content()).convert("RGB")
 
@@ -223,49 +234,3 @@ def _open(path: Path) -> Image.Image:
 def _pixels(picture: Image.Image) -> torch.Tensor:
     """(3, H, W) uint8."""
     return torch.from_numpy(np.array(picture)).movedim(-1, 0)
-
-
-def write_report(
-    folder: Path, title: str, settings: dict, pictures: Sequence[tuple[Path, str]], results: Mapping
-) -> Path:
-    """Write scores.json, the first pictures as one sheet, and report.md, whose path is returned.
-
-    results: of `measure`. Means leave out what a scorer did not tell.
-    """
-    means = {name: _mean(values) for name, values in results.items()}
-    rows = [
-        {"picture": path.name, "prompt": prompt}
-        | {name: values[index] for name, values in results.items() if isinstance(values, list)}
-        for index, (path, prompt) in enumerate(pictures)
-    ]
-    scores = json.dumps({"means": means, "pictures": rows}, indent=1, ensure_ascii=False)
-    write_atomically(folder / "scores.json", lambda file: file.write_text(scores, encoding="utf-8"))
-    shown = pictures[:SHOWN_PICTURES]
-    cells = [_open(path) for path, _ in shown]
-    for cell in cells:
-        cell.thumbnail((SHOWN_PX, SHOWN_PX))
-    sheet = labelled_sheet(cells, [prompt for _, prompt in shown])
-    write_atomically(folder / "pictures.png", lambda file: sheet.save(file, "PNG"))
-    lines = [
-        f"# {title}",
-        "",
-        f"{len(pictures)} pictures of {len({prompt for _, prompt in pictures})} prompts.",
-        "",
-        *(["| score | value |", "| --- | --- |"] if means else []),
-        *(f"| {name} | {value:.4f} |" for name, value in means.items()),
-        *([""] if means else []),
-        "![The first pictures](pictures.png)",
-        "",
-        "```json",
-        json.dumps(settings, indent=1, sort_keys=True),
-        "```",
-        "",
-    ]
-    report = folder / "report.md"
-    write_atomically(report, lambda file: file.write_text("\n".join(lines), encoding="utf-8"))
-    return report
-
-
-def _mean(values: Sequence[float] | float) -> float:
-    told = [value for value in np.atleast_1d(values) if not np.isnan(value)]
-    return float(np.mean(told)) if told else float("nan")
