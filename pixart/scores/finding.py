@@ -19,6 +19,7 @@ GET_DETECTOR = (
 )
 OPEN_CLASSES = {"owlvit": "OwlViT", "owlv2": "Owlv2"}  # model_type: the prefix of its classes
 FIXED_CLASSES = "mask2former"
+KINDS = (*OPEN_CLASSES, FIXED_CLASSES)
 SAME_THING = 0.5  # detectors of open classes frame one thing several times: above this intersection over union
 # What names mean to a detector of COCO's classes.
 _PERSONS = frozenset(("girl", "boy", "man", "woman", "child"))
@@ -51,10 +52,10 @@ def load_detector(folder: Path, device: str = "cpu") -> Detector:
         kind = load_json(folder / "config.json").get("model_type")
     except LOAD_ERRORS as error:
         raise refusal("a detector", folder, error, GET_DETECTOR) from error
-    if kind not in (*OPEN_CLASSES, FIXED_CLASSES):
+    if kind not in KINDS:
         raise ValueError(
             f"Unknown detector: got model_type {plain(shorten(kind))} in {shorten(folder.name)}, expected one of "
-            f"{', '.join((*OPEN_CLASSES, FIXED_CLASSES))}. {GET_DETECTOR}"
+            f"{', '.join(KINDS)}. {GET_DETECTOR}"
         )
     make = _fixed_classes if kind == FIXED_CLASSES else _open_classes
     try:
