@@ -1,9 +1,9 @@
 """Teach the demo model something new with the pack's own trainer, and measure what it learned and what it forgot.
 
-`python dev.py run -m pixart_pack.demo.finetune lora | dreambooth | lcm` prints a Markdown table.
+`python dev.py run -m pixart_pack.demo.finetune lora | dreambooth | lcm | dmd` prints a Markdown table.
 
 lora: a new shape under a new word, from 20 captioned pictures. dreambooth: a few pictures of one special thing of a
-class, with and without pictures of the class beside them. lcm: pictures in 4 steps without guidance.
+class, with and without pictures of the class beside them. lcm: pictures in 4 steps without guidance. dmd: in one.
 """
 
 import argparse
@@ -24,7 +24,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..pixart.config import LATENT_DOWNSCALE
 from ..pixart.data.examples import Example, ListFeatures
+from ..pixart.data.pairs import noise_of
+from ..pixart.sampling import Captions, Settings, sample_latents
 from ..pixart.training.build import make_objective
 from ..pixart.training.loop import Events, Progress, Trainer
 from ..pixart.training.run import save_result
@@ -75,6 +78,19 @@ LCM = replace(
     weighting="none",
     caption_dropout=0.0,
     lcm_guidance=1.0,  # of the form x + w (x - null): guidance 2
+)
+DMD = replace(
+    COMMON,
+    kind="dmd_lora",
+    targets="blocks",
+    rank=32,
+    learning_rate=5e-4,
+    steps=150,
+    batch_size=16,
+    weighting="none",
+    caption_dropout=0.0,
+    dmd_guidance=2.0,
+    dmd_regression=1.0,
 )
 LESSONS, TEST_PICTURES, OLD_PICTURES = 20, 50, 200
 REMINDERS = 400  # pictures that the model makes of what it knows
@@ -309,6 +325,40 @@ def teach_lcm(model: DemoModel, settings: TrainingSettings, options: argparse.Na
     return make_table(rows, [*ATTRIBUTES, "all"])
 
 
+@torch.no_grad()
+def make_pairs(model: DemoModel, scenes: Sequence[Scene], captions: Sequence[str], sampling: Sampling) -> ListFeatures:
+    """Noises, and what the model makes of them in many steps."""
+    states, examples, side = encode_captions(model, captions), [], SIDE_PX // LATENT_DOWNSCALE
+    settings = Settings(sampling.sampler, sampling.schedule, sampling.steps, sampling.guidance)
+    nothing = encode_captions(model, [""])
+    for start in range(0, len(scenes), BATCH):
+        part, seeds = states[start : start + BATCH], list(range(start, start + BATCH))[: len(states) - start]
+        given = Captions.of(part), Captions.of(nothing * len(part))
+        latents = sample_latents(model.denoiser, *given, SIDE_PX, SIDE_PX, seeds, settings)
+        for seed, state, latent in zip(seeds, part, latents, strict=True):
+            examples.append(Example(latent, state, (SIDE_PX, SIDE_PX), 1.0, noise=noise_of(seed, (4, side, side))))
+    return ListFeatures(examples)
+
+
+def teach_dmd(model: DemoModel, settings: TrainingSettings, options: argparse.Namespace) -> str:
+    """The table of a generator by distribution matching: what is right in pictures of one step without guidance."""
+    tests = held_out_scenes(options.count or OLD_PICTURES, SIDE_PX, SIDE_PX)
+    rng = Random("distillation")
+    scenes = [random_scene(rng, 1 + number % 3) for number in range(options.scenes)]
+    captions = [describe(scene, rng) for scene in scenes]
+    one = Sampling(1, 1.0, "dmd", "dmd")
+    pictures = [draw(model, tests, sampling) for sampling in (Sampling(), one)]
+    rows = {"steps 20, guidance 4": measure(pictures[0], tests), "steps 1": measure(pictures[1], tests)}
+    began = time.perf_counter()
+    pairs = make_pairs(model, scenes, captions, Sampling(guidance=settings.dmd_guidance))
+    made_s = time.perf_counter() - began
+    taken_s = train(model, pairs, settings, options.save)
+    pictures.append(draw(model, tests, one))
+    rows[f"DMD of {made_s / 60:.1f} + {taken_s / 60:.1f} minutes: steps 1"] = measure(pictures[-1], tests)
+    save_sheet(options.sheet, [picture for part in pictures for picture in part[:10]])
+    return make_table(rows, [*ATTRIBUTES, "all"])
+
+
 def save_sheet(path: Path | None, pictures: list[np.ndarray]) -> None:
     """Ten pictures in a row."""
     if path is not None:
@@ -316,7 +366,12 @@ def save_sheet(path: Path | None, pictures: list[np.ndarray]) -> None:
         sheet.save(path)
 
 
-LESSON_KINDS = {"lora": (teach_lora, LORA), "dreambooth": (teach_dreambooth, DREAMBOOTH), "lcm": (teach_lcm, LCM)}
+LESSON_KINDS = {
+    "lora": (teach_lora, LORA),
+    "dreambooth": (teach_dreambooth, DREAMBOOTH),
+    "lcm": (teach_lcm, LCM),
+    "dmd": (teach_dmd, DMD),
+}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -326,7 +381,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("kind", choices=list(LESSON_KINDS))
     parser.add_argument("--steps", type=int, help="of training; default: what the README's table was made with")
     parser.add_argument("--count", type=int, help="pictures for each figure of the table")
-    parser.add_argument("--scenes", type=int, default=DISTILLATION_SCENES, help="pictures to distil from (lcm)")
+    parser.add_argument("--scenes", type=int, default=DISTILLATION_SCENES, help="pictures to distil from (lcm, dmd)")
     parser.add_argument("--save", type=Path, help="write the LoRA to this .safetensors file")
     parser.add_argument("--sheet", type=Path, help="write pictures from before and after as one PNG")
     parser.add_argument("--threads", type=int, default=2)

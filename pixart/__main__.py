@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "make a picture for every prompt of a list, and score them",
     "caption": "describe pictures with a vision-language model",
     "encode": "encode a dataset for training",
+    "pairs": "make pairs of noises and pictures, for the training of a model of one step",
     "train": "train by a configuration file, in one process or many",
 }
 

@@ -9,6 +9,7 @@ if __package__ == "pixart":
     from samplers.noise import SampleNoise, noise_seeds
     from samplers.presets import PRESETS
     from samplers.schedules import (
+        DMD_TIMESTEP,
         NUM_TIMESTEPS,
         SCHEDULES,
         make_betas,
@@ -24,6 +25,7 @@ else:
     from ..samplers.noise import SampleNoise, noise_seeds
     from ..samplers.presets import PRESETS
     from ..samplers.schedules import (
+        DMD_TIMESTEP,
         NUM_TIMESTEPS,
         SCHEDULES,
         make_betas,
@@ -33,6 +35,7 @@ else:
     )
 
 __all__ = [
+    "DMD_TIMESTEP",
     "NUM_TIMESTEPS",
     "PRESETS",
     "SAMPLERS",

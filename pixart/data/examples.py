@@ -20,6 +20,7 @@ class Example:
     caption: (L, D) T5 states, cut to the caption's true length.
     size_px: (height, width) for the size condition; aspect_ratio: height / width for the ratio condition.
     hint: (4, h, w) latent of the control picture, not scaled either, or None.
+    noise: (4, h, w) of unit variance, which a teacher made the latent of (see data.pairs), or None.
     is_prior: a picture of the class that DreamBooth is to keep. text: the caption as it was encoded.
     """
 
@@ -31,6 +32,7 @@ class Example:
     hint: torch.Tensor | None = None
     is_prior: bool = False
     text: str = ""
+    noise: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Batch:
     is_prior: torch.Tensor
     deviation: torch.Tensor | None = None
     hint: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.latent.shape[0]
@@ -59,7 +62,7 @@ class Batch:
         for field in fields(self):
             tensor = getattr(self, field.name)
             if tensor is not None:
-                cast = dtype if field.name in ("latent", "deviation", "caption", "hint") else None
+                cast = dtype if field.name in ("latent", "deviation", "caption", "hint", "noise") else None
                 moved[field.name] = tensor.to(device=device, dtype=cast)
         return replace(self, **moved)
 
@@ -80,7 +83,7 @@ def collate(examples: Sequence[Example]) -> Batch:
             f"Control pictures are missing: got {len(hints)} for {len(examples)} pictures, expected one for each. "
             f"Add those that are missing to the dataset, or encode it with a control method."
         )
-    deviations = [example.deviation for example in examples]
+    deviations, noises = [example.deviation for example in examples], [example.noise for example in examples]
     caption, mask = batch_captions([example.caption[None] for example in examples])
     return Batch(
         latent=torch.stack([example.latent for example in examples]),
@@ -90,6 +93,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         resolution=torch.tensor([example.size_px for example in examples], dtype=torch.float32),
         aspect_ratio=torch.tensor([[example.aspect_ratio] for example in examples], dtype=torch.float32),
         hint=torch.stack(hints) if hints else None,
+        noise=None if any(each is None for each in noises) else torch.stack(noises),
         is_prior=torch.tensor([example.is_prior for example in examples]),
     )
 
@@ -105,7 +109,7 @@ def _check_equal(what: str, found: set) -> None:
 
 def check_finite(example: Example, name: str) -> Example:
     """The example. Raises ValueError naming the picture when one of its tensors holds NaN or infinity."""
-    for part in ("latent", "deviation", "caption", "hint"):
+    for part in ("latent", "deviation", "caption", "hint", "noise"):
         tensor = getattr(example, part)
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(
@@ -142,7 +146,7 @@ def identify_examples(features: "FeatureSet") -> str:
     """The identity of pictures that are in memory: a hash of sizes, marks and spread numbers of the tensors."""
     parts = []
     for example in map(features.__getitem__, range(len(features))):
-        tensors = ((name, getattr(example, name)) for name in ("latent", "deviation", "caption", "hint"))
+        tensors = ((name, getattr(example, name)) for name in ("latent", "deviation", "caption", "hint", "noise"))
         size = f"{tuple(example.size_px)} {example.aspect_ratio} {example.is_prior}"
         parts += [fingerprint((name, tensor) for name, tensor in tensors if tensor is not None), size]
     return digest(*parts)

@@ -16,6 +16,7 @@ from .objectives import (
     AdapterDistillation,
     ControlPrediction,
     Distillation,
+    DistributionMatching,
     FullDistillation,
     NoisePrediction,
     Objective,
@@ -79,6 +80,34 @@ def _lcm(model, settings, dtype, null_caption):
     return FullDistillation(model, settings, dtype, null_caption, teacher, target)
 
 
+def _dmd_lora(model, settings, dtype, null_caption):
+    if settings.dmd_fake == "full":
+        _check_base_dtype(settings)
+        fake, fake_adapters = deepcopy(model).float().requires_grad_(True), {}
+        adapters = add_adapters(freeze(model, dtype), settings)
+    else:
+        fake = _twin(freeze(model, dtype, settings.base_dtype))
+        adapters, fake_adapters = add_adapters(model, settings), add_adapters(fake, settings)
+    return DistributionMatching(model, settings, dtype, null_caption, fake, fake_adapters, adapters)
+
+
+def _dmd(model, settings, dtype, null_caption):
+    _check_base_dtype(settings)
+    frozen = freeze(deepcopy(model), dtype)
+    model.float().requires_grad_(True)
+    if settings.dmd_fake == "full":
+        fake = deepcopy(model)
+        return DistributionMatching(model, settings, dtype, null_caption, fake, {}, {}, teacher=frozen)
+    fake_adapters = add_adapters(frozen, settings)
+    return DistributionMatching(model, settings, dtype, null_caption, frozen, fake_adapters, {})
+
+
+def _twin(model: PixArt) -> PixArt:
+    """A model of the same weights, not of copies: what is put on its layers is its own."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return deepcopy(model, shared)
+
+
 _MAKERS = {
     "lora": _lora,
     "full": _full,
@@ -86,6 +115,8 @@ _MAKERS = {
     "controlnet": _controlnet,
     "lcm": _lcm,
     "lcm_lora": _lcm_lora,
+    "dmd": _dmd,
+    "dmd_lora": _dmd_lora,
 }
 
 
@@ -102,6 +133,8 @@ def _trained_blocks(objective: Objective) -> list[nn.Module]:
     blocks = list(objective.model.blocks)
     if isinstance(objective, ControlPrediction):
         blocks += list(objective.control.controlnet)
+    if isinstance(objective, DistributionMatching):
+        blocks += list(objective.fake.blocks)
     return blocks
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quoting import shorten
-from .settings import TrainingSettings
+from .settings import MATCHED, TrainingSettings
 
 _SHARDED_OPTIMIZERS = ("adamw", "lion")  # the others' states are not one number for each weight
 
@@ -109,6 +109,11 @@ def _check_sharded(settings: TrainingSettings, is_second: bool) -> None:
         raise ValueError(
             f"Optimiser cannot be sharded: got {shorten(settings.optimizer)}, expected "
             f"{' or '.join(_SHARDED_OPTIMIZERS)}. Choose one of them, or train with DDP."
+        )
+    if settings.kind in MATCHED:
+        raise ValueError(
+            f"Cannot be sharded: got kind {shorten(settings.kind)} with FSDP, expected DDP, since its networks have "
+            f"weights in common. Launch without FSDP."
         )
     if settings.dtype == "fp16":
         raise ValueError(

@@ -280,7 +280,8 @@ def _factors_of(name, module, lora_down, lora_up, dora_scale):
 def model_weights(objective: Objective, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The whole model in the original layout: trained weights, and what is never trained."""
     model = objective.model
-    state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    own = {name: tensor for name, tensor in weights.items() if name.startswith("model.")}
+    state = {name.removeprefix("model."): tensor for name, tensor in own.items()}
     if model.has_null_caption:
         state["y_embedder.y_embedding"] = model.y_embedder.y_embedding.detach().to("cpu", torch.float32)
     return state

@@ -16,9 +16,12 @@ from ..quoting import list_names, plain, shorten
 from ..weights import saving
 
 AUTO, WEIGHTS = "auto", ("ema", "model")  # of a checkpoint: its variant, and which of its weights
-KINDS = ("lora", "full", "dreambooth", "controlnet", "lcm", "lcm_lora")
-ADAPTED = ("lora", "lcm_lora")
+KINDS = ("lora", "full", "dreambooth", "controlnet", "lcm", "lcm_lora", "dmd", "dmd_lora")
+ADAPTED = ("lora", "lcm_lora", "dmd_lora")
 DISTILLED = ("lcm", "lcm_lora")
+MATCHED = ("dmd", "dmd_lora")
+NEEDS_NULL = (*DISTILLED, *MATCHED)  # their teachers are guided
+FAKES = ("lora", "full")
 LOSSES = ("mse", "huber")
 PRIOR_TARGETS = ("picture", "model")
 WEIGHTINGS = ("none", "min_snr", "velocity")
@@ -55,6 +58,8 @@ class TrainingSettings:
     caption_dropout: share of captions replaced by the null caption. prior_weight: of pictures marked as prior.
     prior_target: of PRIOR_TARGETS, what is learned from those: the pictures, or what the frozen model makes of them.
     lcm_*: guidance w of the teacher (x + w (x - null)), its DDIM steps, and the decay of the target's average.
+    dmd_*: guidance of the teacher, the weight of its pictures of known noises (see data.pairs; 0 leaves them out), and
+    what is trained of the network that follows the generator, of FAKES.
     checkpoint_every, sample_every, log_every: in steps, 0 is never. keep_last: checkpoints that stay.
     sample_steps, sample_guidance: of the validation pictures; sample_seed: of their noise.
     tensorboard: log there too where it is installed. wandb: log to Weights & Biases as well, offline
@@ -105,6 +110,9 @@ class TrainingSettings:
     lcm_guidance: float = 4.5
     lcm_steps: int = 50
     lcm_decay: float = 0.95
+    dmd_guidance: float = 4.5
+    dmd_regression: float = 0.25
+    dmd_fake: str = "lora"
     checkpoint_every: int = 250
     keep_last: int = 2
     log_every: int = 1
@@ -166,6 +174,8 @@ _RANGES = {
     "lcm_guidance": (0, 100, "a guidance scale"),
     "lcm_steps": (1, TRAIN_STEPS, "a number of DDIM steps"),
     "lcm_decay": (0, 0.999999, "a decay"),
+    "dmd_guidance": (0, 100, "a guidance scale"),
+    "dmd_regression": (0, 1000, "a factor"),
     "checkpoint_every": (0, 10_000_000, "a number of steps, 0 for never"),
     "keep_last": (1, 1000, "a number of checkpoints"),
     "log_every": (1, 1_000_000, "a number of steps"),
@@ -186,6 +196,7 @@ _CHOICES = {
     "prior_target": PRIOR_TARGETS,
     "weighting": WEIGHTINGS,
     "timesteps": TIMESTEPS,
+    "dmd_fake": FAKES,
 }
 _HIGHEST_LEARNING_RATE = {"prodigy": 10.0, "lion": 0.01}
 

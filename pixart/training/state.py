@@ -36,6 +36,7 @@ _FREE = {
     "steps", "learning_rate", "weight_decay", "schedule", "warmup_steps", "floor", "clip_norm", "checkpointing",
     "loss", "huber_c", "weighting", "min_snr_gamma", "timestep_weights", "timesteps", "timestep_mean", "timestep_std",
     "timestep_min", "timestep_max", "caption_dropout", "noise_offset", "prior_weight", "prior_target", "lcm_guidance",
+    "dmd_guidance", "dmd_regression",
     "dropout", "checkpoint_every", "keep_last", "log_every", "sample_every", "sample_steps", "sample_guidance",
     "sample_seed", "tensorboard", "wandb", "dtype", "base_dtype", "save_dtype", "batch_size",
 }  # fmt: skip
@@ -165,7 +166,9 @@ def check_origin(state: Mapping, data: str, base: Mapping | None) -> None:
 def check_continues(state: Mapping, settings: TrainingSettings, shapes: Mapping[str, tuple]) -> None:
     """Raises ValueError when a checkpoint is of a training that these settings or this model do not continue."""
     then, now = dict(state["settings"]), settings_to_dict(settings)
-    changed = {name: (then[name], now[name]) for name in now if name not in _FREE and then.get(name) != now[name]}
+    usual = settings_to_dict(TrainingSettings())  # of settings that an earlier version did not have
+    then = {name: then.get(name, usual[name]) for name in now}
+    changed = {name: (then[name], now[name]) for name in now if name not in _FREE and then[name] != now[name]}
     if changed:
         listed = ", ".join(f"{name} {shorten(new)} instead of {shorten(old)}" for name, (old, new) in changed.items())
         raise ValueError(

@@ -18,7 +18,7 @@ from ..drawing.strips import join_column, join_row, label_above, label_columns
 from ..files.atomic import write_atomically
 from ..sampling import Captions, Settings, sample_latents
 from ..weights.reading import require_file
-from .objectives import ControlPrediction, Distillation, Objective
+from .objectives import ControlPrediction, Distillation, DistributionMatching, Objective
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class Validation:
         sampling = Settings(steps=settings.sample_steps, guidance=settings.sample_guidance)
         if isinstance(objective, Distillation):
             sampling = Settings("lcm", "lcm", steps=settings.sample_steps, guidance=1.0)
+        elif isinstance(objective, DistributionMatching):
+            sampling = Settings("dmd", "dmd", steps=1, guidance=1.0)
         elif objective.null_caption is None:
             sampling = Settings(steps=settings.sample_steps, guidance=1.0)
         positive = negative = Captions(caption, mask)

@@ -19,7 +19,7 @@ from pixart_pack.pixart.training.state import Checkpoints
 from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
 
 PACKAGES = {"adamw8bit": "bitsandbytes", "came": "came_pytorch", "prodigy": "prodigyopt", "lion": "lion_pytorch"}
-KINDS = ("lora", "full", "controlnet", "lcm", "lcm_lora")
+KINDS = ("lora", "full", "controlnet", "lcm", "lcm_lora", "dmd", "dmd_lora")
 
 
 class StopAfter(Events):

@@ -9,11 +9,11 @@ from torch import nn
 
 from pixart_pack.pixart.data.examples import collate
 from pixart_pack.pixart.diffusion import Diffusion
+from pixart_pack.pixart.solvers import boundary_scalings
 from pixart_pack.pixart.training.build import make_objective
 from pixart_pack.pixart.training.draws import draw_batch
 from pixart_pack.pixart.training.objectives import (
     Distillation,
-    boundary_scalings,
     huber,
     replace_captions,
     timestep_weights,
