@@ -6,6 +6,7 @@ from pathlib import Path
 import comfy.controlnet
 import comfy.latent_formats
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
@@ -18,6 +19,7 @@ from ...pixart.weights.detection import SIGMA
 from .denoiser.model import cast_weight, name_tables, with_table
 from .folders import find_file, find_folder, find_folders, list_files
 from .loading import DTYPES, class_name, hints_of, make_model
+from .weights.packed import PackedOperations, is_packed
 
 FILE_KINDS, FOLDER_KINDS = ("controlnet",), ("controlnet", "diffusers")
 
@@ -54,9 +56,9 @@ class Residual:
 class ControlNetModel(PixArtControlNet):
     """The control branch behind the calling convention of the host's ControlNets."""
 
-    def __init__(self, config: PixArtConfig, num_copies: int, dtype: torch.dtype):
+    def __init__(self, config: PixArtConfig, num_copies: int, dtype: torch.dtype, packed: bool = False):
         # Weights are cast to the base's dtype, whatever theirs. Built without memory: the file's tensors are assigned.
-        operations = with_table(comfy.ops.manual_cast)
+        operations = with_table(PackedOperations if packed else comfy.ops.manual_cast)
         super().__init__(config, num_copies, operations=operations, dtype=dtype, device="meta")
         self.dtype = dtype
         self.captions = WeakTensorKeyDictionary()  # of the run: see ControlBranch
@@ -213,14 +215,18 @@ def load_controlnet(name: str, variant: str, dtype: str):
         path = find_folder(FOLDER_KINDS, _is_controlnet, name)
     else:
         path = find_file(FILE_KINDS, name)
-    checkpoint = read_controlnet(path, **hints_of(variant))
+    checkpoint = _read(path, variant, dtype)
     control = make_control(checkpoint, DTYPES[dtype])
     return control, None if checkpoint.base is None else _base_model(checkpoint, path, variant, dtype)
 
 
+def _read(path, variant, dtype):
+    return read_controlnet(path, packed=DTYPES[dtype] is None, **hints_of(variant))
+
+
 def load_base(path, variant, dtype, disable_dynamic=False):
     """The MODEL in a combined file: what the host calls to load the same once more."""
-    return _base_model(read_controlnet(path, **hints_of(variant)), path, variant, dtype, disable_dynamic)
+    return _base_model(_read(path, variant, dtype), path, variant, dtype, disable_dynamic)
 
 
 def _base_model(checkpoint, path, variant, dtype, disable_dynamic=False):
@@ -232,19 +238,23 @@ def _base_model(checkpoint, path, variant, dtype, disable_dynamic=False):
 def make_control(checkpoint: ControlNetCheckpoint, dtype: torch.dtype | None = None) -> PixArtControl:
     """A CONTROL_NET. dtype: of the weights; None lets the host choose by the file and the device."""
     management = comfy.model_management
-    state_dict = checkpoint.state_dict
+    state_dict, packed = checkpoint.state_dict, is_packed(checkpoint.state_dict)
     if dtype is None:
         dtype = management.unet_dtype(
             model_params=comfy.utils.calculate_parameters(state_dict),
             supported_dtypes=[torch.float16, torch.bfloat16, torch.float32],
             weight_dtype=comfy.utils.weight_dtype(state_dict),
         )
-    model = ControlNetModel(checkpoint.config, checkpoint.num_copies, dtype)
+    model = ControlNetModel(checkpoint.config, checkpoint.num_copies, dtype, packed)
     state_dict = name_tables({key: cast_weight(key, value, dtype) for key, value in state_dict.items()})
     model.load_state_dict(state_dict, strict=True, assign=True)
     model.eval().requires_grad_(False)
     management.archive_model_dtypes(model)
-    return PixArtControl(model, checkpoint.family, load_device=management.get_torch_device())
+    control = PixArtControl(model, checkpoint.family, load_device=management.get_torch_device())
+    if packed:  # without the host's dynamic memory: these layers cast by themselves
+        devices = {"load_device": control.load_device, "offload_device": management.unet_offload_device()}
+        control.control_model_wrapped = comfy.model_patcher.ModelPatcher(model, **devices)
+    return control
 
 
 def _is_controlnet(folder: Path) -> bool:

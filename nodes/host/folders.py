@@ -22,7 +22,7 @@ from ...pixart.quoting import shorten
 log = logging.getLogger(__name__)
 
 FOLDERS_VARIABLE, FOLDERS_FILE = "PIXART_FOLDERS", "pixart_folders.txt"
-GGUF_KINDS = ("diffusion_models", "text_encoders", "t5")
+GGUF_KINDS = ("diffusion_models", "text_encoders", "t5", "controlnet")
 DEMO_MODELS = Path(__file__).resolve().parents[2] / "demo" / "models"
 _CLOCK_NS = 2_000_000_000  # what file systems tell times to, at the worst
 _DEPTH = 4  # as deep as a Hugging Face cache lies: models--x/snapshots/y/text_encoder

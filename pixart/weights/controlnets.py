@@ -42,10 +42,13 @@ class ControlNetCheckpoint:
     base: Checkpoint | None
 
 
-def read_controlnet(path: str | os.PathLike, *, weights: str = "ema", **hints) -> ControlNetCheckpoint:
-    """Read a ControlNet from a file (.pth, .safetensors, ...) or a diffusers folder.
+def read_controlnet(
+    path: str | os.PathLike, *, weights: str = "ema", packed: bool = False, **hints
+) -> ControlNetCheckpoint:
+    """Read a ControlNet from a file (.pth, .safetensors, .gguf, ...) or a diffusers folder.
 
-    weights: "ema" or "model", see `wrappers.identify`. hints: for the base model, see `detection.detect`.
+    weights: "ema" or "model", see `wrappers.identify`. packed: GGUF's weights as `quantised.packed.Packed`, not as
+    numbers. hints: for the base model, see `detection.detect`.
     Raises FileNotFoundError for a missing file and ValueError for everything else, naming the file.
     """
     path = Path(path)
@@ -55,7 +58,7 @@ def read_controlnet(path: str | os.PathLike, *, weights: str = "ema", **hints) -
         config_file = path / "config.json"
         model_config = read_json(config_file) if config_file.is_file() else {}
         identified = identify_control(opened.content, weights, opened.metadata)
-        found = read_weights(opened, identified, quantisation_settings(model_config))
+        found = read_weights(opened, identified, quantisation_settings(model_config), packed=packed)
         saved = saved_fields(found)
         base_weights, state_dict = part_controlnet(found)
         base = None

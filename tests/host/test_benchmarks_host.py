@@ -145,3 +145,14 @@ def test_graphs_of_a_series_of_pictures_are_counted(comfy, tmp_path):
     text = benchmark.describe({"counts": {**counts, "ComfyUI": refused}, "times": {"block": times}})
     assert "| the first again | 3 and 0 | fails: RuntimeError: odd |" in text
     assert "| block | 2.0 s | 1.0 s | 0.1 s | 50 ms |" in text
+
+
+def test_a_text_encoder_in_blocks(pack, tmp_path):
+    from pixart_pack.benchmarks import packed
+
+    path, case = tmp_path / "t5.gguf", {"encoder": "T5", "layers": 1, "kind": "Q4_K", "threads": 1, "clock": "cpu"}
+    packed.write_encoder(path, {**packed.SIZES["base"], "d_ff": 256, "num_layers": 1}, "Q4_K")
+    run = packed.encode_once(path, "cpu")
+    assert run["finite"] and 20 < run["tokens"] < 120
+    text = packed.publish([{"case": case, "file_bytes": path.stat().st_size, "runs": [run]}], tmp_path)
+    assert "| T5, 1 layers | Q4_K | 0.02 GB |" in text

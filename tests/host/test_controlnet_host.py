@@ -1,6 +1,7 @@
 """PixArt's ControlNet as the host's CONTROL_NET, in this process: what it computes and with what it combines."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 from pixart_pack.demo.train import VAE_FILE
 from pixart_pack.pixart.controlnet import PixArtControlNet
 from pixart_pack.pixart.weights.controlnets import save_controlnet
+from pixart_pack.tests.gguf_files import matrices, write_gguf
 from pixart_pack.tests.host.test_model import caption, count_forwards, sample
 from pixart_pack.tests.tiny_pixart import make_model, make_weights, tiny_config
 
@@ -493,7 +495,7 @@ def test_what_must_be_connected_is_said(comfy, core_nodes, adapter, patcher, vae
 
 def test_loading_by_node(comfy, run_node, adapter):
     folders = importlib.import_module("folder_paths")
-    folder = importlib.import_module("pathlib").Path(folders.get_folder_paths("controlnet")[0])
+    folder = Path(folders.get_folder_paths("controlnet")[0])
     folder.mkdir(parents=True, exist_ok=True)
     save_controlnet(folder / "both.pth", control_weights(), CONFIG, base=make_weights(CONFIG))
     save_controlnet(folder / "alone.safetensors", control_weights(), CONFIG)
@@ -517,6 +519,32 @@ def test_loading_by_node(comfy, run_node, adapter):
     for outside in ("../both.pth", "nowhere.pth", "../", "nowhere/"):
         with pytest.raises(FileNotFoundError):
             run_node("PixArtLoadControlNet", controlnet=outside)
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_gguf_stays_packed(comfy, run_node, adapter, host_model, vae, with_base):
+    config = tiny_config("alpha-1024", depth=3, hidden_size=96, num_heads=4)
+    folder = Path(importlib.import_module("folder_paths").get_folder_paths("controlnet")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = control_weights(config)
+    if with_base:
+        weights |= {f"base_model.{name}": weight for name, weight in make_weights(config).items()}
+    path = folder / f"edges_alpha_{with_base}.gguf"
+    write_gguf(path, weights, matrices("Q8_0"), "pixart")
+    assert path.name in adapter.list_controlnets()
+    base = host_model.make_patcher(make_weights(config), config, dtype=torch.float32)
+    found = []
+    for dtype in ("default", "fp32"):
+        control, model = run_node("PixArtLoadControlNet", controlnet=path.name, weight_dtype=dtype)
+        packed_layers = importlib.import_module("pixart_pack.nodes.host.weights.packed").packed_layers
+        packed = [layer.is_packed() for layer in packed_layers(control.control_model)]
+        assert all(packed) and len(packed) == (dtype == "default") * (2 * 7 + 3)  # of the blocks, and the projections
+        bytes_of_base = packed_layers(model.model) if with_base else []
+        assert bool(bytes_of_base) == (with_base and dtype == "default")
+        found.append(sample(comfy, base, *apply(adapter, control, vae)))
+    # Tables, norms and biases are fp16 beside packed weights; guidance of 4.5 at a sigma of 157 multiplies that.
+    assert torch.nn.functional.cosine_similarity(found[0].flatten(), found[1].flatten(), dim=0) > 0.9999
+    path.unlink()
 
 
 def test_windows_of_a_wide_picture_see_their_part_of_the_image(comfy, core_nodes, adapter, patcher, vae, make_control):
