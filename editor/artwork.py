@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ..devtools.process import ROOT
+from .templates.collection import TITLES
 
 DOCS = ROOT / "docs"
 ICON_PX, BANNER_PX = 400, (1260, 540)  # the registry asks for at most 800x400 and 21:9
@@ -85,7 +86,8 @@ def main() -> int:
     (DOCS / "icon.svg").write_text(icon_svg(), encoding="utf-8")
     draw_icon(ICON_PX).save(DOCS / "icon.png", optimize=True)
     names = ("demo", "text_to_image_1024", "text_to_image_512", "text_to_image_256", "sigma_300_tokens")
-    draw_banner([ROOT / "workflows" / f"{name}.jpg" for name in names]).save(DOCS / "banner.png", optimize=True)
+    pictures = [ROOT / "workflows" / f"{TITLES[name]}.jpg" for name in names]
+    draw_banner(pictures).save(DOCS / "banner.png", optimize=True)
     return 0
 
 

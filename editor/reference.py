@@ -24,6 +24,11 @@ INTRODUCTION = """# Nodes and workflows
 Every node has a help page in the editor, in English and Chinese: select the node, then the *i* above it.
 This page is written by `python dev.py run -m pixart_pack.editor.reference`.
 """
+BLUEPRINTS_INTRODUCTION = """## Blueprints
+
+Ready-made subgraphs: in the editor's node library under **Subgraph Blueprints**, and by a double click on the canvas.
+The files are in `subgraphs/`.
+"""
 CORE_INTRODUCTION = """# ComfyUI's own nodes
 
 What each of ComfyUI's nodes that take a MODEL, CONDITIONING, LATENT, SIGMAS, GUIDER or CONTROL_NET means on PixArt. A
@@ -57,6 +62,7 @@ def nodes_page() -> str:
     nodes = sorted((entry["display_name"], node_id, entry["description"]) for node_id, entry in definitions.items())
     rows = [f"| [{name}](../web/docs/{node_id}.md) | {_cell(text)} |" for name, node_id, text in nodes]
     workflows = [f"| `{path.stem}` | {_cell(_note_of(path))} |" for path in sorted((ROOT / "workflows").glob("*.json"))]
+    blueprints = [_blueprint_row(path) for path in sorted((ROOT / "subgraphs").glob("*.json"))]
     return "\n".join(
         [
             *(INTRODUCTION, "## Nodes", "", "| node | what it does |", "| --- | --- |", *rows, ""),
@@ -72,8 +78,14 @@ def nodes_page() -> str:
                 "| --- | --- |",
             ),
             *(*workflows, ""),
+            *(BLUEPRINTS_INTRODUCTION, "| blueprint | what it does |", "| --- | --- |", *blueprints, ""),
         ]
     )
+
+
+def _blueprint_row(path) -> str:
+    about = json.loads(path.read_text(encoding="utf-8"))["extra"]["BlueprintDescription"]
+    return f"| `{path.stem}` | {_cell(about)} |"
 
 
 def _cell(text: str) -> str:

@@ -1,28 +1,26 @@
-"""Write `workflows/`: every workflow as the editor has it, its twin for the API, and its picture.
+"""Write `workflows/` and `subgraphs/`: each workflow for the editor and for the API, its picture, and the blueprints.
 
 A server of its own shows what the nodes look like. With --thumbnails each workflow runs on it with the demo model.
 """
 
 import argparse
-import io
 import json
 import sys
-import textwrap
 from pathlib import Path
-
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ...demo.client import ComfyClient
 from ...devtools.process import ROOT, stop_on_signals
 from ..connection import connect
 from .api import to_api
-from .collection import WORKFLOWS
+from .blueprints import BLUEPRINTS
+from .collection import TITLES, WORKFLOWS
 from .files import FILES
 from .graph import Workflow
-from .rehearsal import NEEDS, halve_bins, prepare, rehearse
+from .rehearsal import NEEDS, prepare
+from .subgraph import to_blueprint
+from .thumbnails import write_thumbnail
 
-WORKFLOWS_FOLDER = ROOT / "workflows"
-THUMBNAIL_PX, INSET_PX, INSET_GAP_PX = 400, 110, 8
+WORKFLOWS_FOLDER, BLUEPRINTS_FOLDER = ROOT / "workflows", ROOT / "subgraphs"
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -37,53 +35,10 @@ def make(name: str, object_info: dict) -> dict:
     return workflow.to_editor()
 
 
-def write_thumbnail(client: ComfyClient, api: dict, path: Path) -> None:
-    """Run a workflow with the demo model; its pictures become the thumbnail."""
-    if path.stem in NEEDS:
-        first = WORKFLOWS_FOLDER / "api" / f"{NEEDS[path.stem]}.json"
-        client.wait(client.queue(rehearse(json.loads(first.read_text(encoding="utf-8")))))
-    entry = client.wait(client.queue(halve_bins(rehearse(api))))
-    texts = [text for output in entry["outputs"].values() for text in output.get("text", ())]
-    pictures, previews = (shown(client, api, entry, kind) for kind in ("SaveImage", "PreviewImage"))
-    picture = card("\n".join(texts)) if not pictures else pictures[0] if len(pictures) == 1 else tile(pictures)
-    scale = THUMBNAIL_PX / max(picture.size)
-    picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
-    inset(picture, previews)
-    picture.save(path, quality=88)
-
-
-def shown(client: ComfyClient, api: dict, entry: dict, node_type: str) -> list[Image.Image]:
-    """The pictures that nodes of a type show, of a prompt's entry in the history."""
-    outputs = {number: each for number, each in entry["outputs"].items() if api[number]["class_type"] == node_type}
-    return [Image.open(io.BytesIO(content)).convert("RGB") for content in client.images({"outputs": outputs})]
-
-
-def inset(picture: Image.Image, previews: list[Image.Image]) -> None:
-    """Put small copies of previews, such as the edges or the loss, into the bottom left corner, beside one another."""
-    left = INSET_GAP_PX
-    for preview in previews:
-        small = preview.copy()
-        small.thumbnail((2 * INSET_PX, INSET_PX))
-        small = ImageOps.expand(small, 2, "#dde")
-        picture.paste(small, (left, picture.height - small.height - INSET_GAP_PX))
-        left += small.width + INSET_GAP_PX
-
-
-def card(text: str) -> Image.Image:
-    """A text on a square card, for a workflow without pictures."""
-    sheet = Image.new("RGB", (THUMBNAIL_PX, THUMBNAIL_PX), "#223")
-    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, 30) or [""]]
-    ImageDraw.Draw(sheet).multiline_text((24, 28), "\n".join(lines[:12]), "#dde", ImageFont.load_default(21), spacing=9)
-    return sheet
-
-
-def tile(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures of one size in two columns."""
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (2 * width, -(-len(pictures) // 2) * height))
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % 2 * width, index // 2 * height))
-    return sheet
+def make_blueprints(object_info: dict) -> dict[str, dict]:
+    """The blueprints by their titles, as files of `subgraphs/`."""
+    insides = [make(Workflow("blueprints", object_info, FILES)) for make in BLUEPRINTS]
+    return {inside.title: to_blueprint(inside) for inside in insides}
 
 
 def write_all(client: ComfyClient, names: list[str], thumbnails: bool) -> None:
@@ -92,11 +47,14 @@ def write_all(client: ComfyClient, names: list[str], thumbnails: bool) -> None:
     for name in names:
         workflow = make(name, object_info)
         api = to_api(workflow, object_info)
-        write_json(WORKFLOWS_FOLDER / f"{name}.json", workflow)
+        write_json(WORKFLOWS_FOLDER / f"{TITLES[name]}.json", workflow)
         write_json(WORKFLOWS_FOLDER / "api" / f"{name}.json", api)
         if thumbnails:
-            write_thumbnail(client, api, WORKFLOWS_FOLDER / f"{name}.jpg")
+            first = WORKFLOWS_FOLDER / "api" / f"{NEEDS[name]}.json" if name in NEEDS else None
+            write_thumbnail(client, name, api, first, WORKFLOWS_FOLDER / f"{TITLES[name]}.jpg")
         sys.stdout.write(f"{name}\n")
+    for title, blueprint in make_blueprints(object_info).items():
+        write_json(BLUEPRINTS_FOLDER / f"{title}.json", blueprint)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import files
-from .graph import Node, Output, Workflow
+from .graph import Workflow
+from .node import Node, Output
 
 
 @dataclass
@@ -35,6 +36,18 @@ def load(
 ) -> Loaded:
     """The first two groups: what this is, with the files, and the loaders. device: of T5. more: files to name."""
     read_me(workflow, note, checkpoint, t5, vae, *more)
+    return load_models(workflow, checkpoint, vae, t5, device, **precision)
+
+
+def load_models(
+    workflow: Workflow,
+    checkpoint: str | Output,
+    vae: str | Output,
+    t5: str | Output = files.T5_FP16,
+    device: str = "default",
+    **precision,
+) -> Loaded:
+    """The group of the loaders alone."""
     workflow.group("Models", "models")
     model = workflow.node("PixArtLoadCheckpoint", checkpoint=checkpoint, **precision)
     clip = workflow.node("PixArtLoadT5", text_encoder=t5, device=device)
@@ -74,24 +87,27 @@ def make_picture(
     save(workflow, sample(workflow, model or loaded.model, prompts, latent, **settings), loaded.vae)
 
 
+def make_picture_by_preset(workflow: Workflow, loaded: Loaded, prompts: Sequence, latent: Node, preset: str) -> None:
+    """The same as make_picture, by a published setting."""
+    save(workflow, sample_preset(workflow, loaded, prompts, latent, preset), loaded.vae)
+
+
 def sample_preset(
-    workflow: Workflow, loaded: Loaded, prompts: Sequence, latent: Node, preset: str, model: Node | None = None
-) -> None:
-    """The same as make_picture, by a published setting and the sampler that it drives."""
-    model = model or loaded.model
-    chosen = workflow.node("PixArtSamplingPreset", model=model, preset=preset)
-    sampled = workflow.node(
+    workflow: Workflow, loaded: Loaded, prompts: Sequence, latent: Node, preset: str, seed: int | Output = 1
+) -> Node:
+    """A published setting, and the sampler that it drives."""
+    chosen = workflow.node("PixArtSamplingPreset", model=loaded.model, preset=preset)
+    return workflow.node(
         "SamplerCustom",
-        model=model,
+        model=loaded.model,
         positive=prompts[0],
         negative=prompts[1],
         sampler=chosen["sampler"],
         sigmas=chosen["sigmas"],
         cfg=chosen["guidance"],
         latent_image=latent,
-        noise_seed=1,
+        noise_seed=seed,
     )
-    save(workflow, sampled, loaded.vae)
 
 
 def save(workflow: Workflow, latent: Node, vae: Node, prefix: str = "pixart") -> Node:

@@ -2,7 +2,7 @@
 
 from . import files
 from .blocks import describe, load, make_picture, picture_size
-from .graph import Node, Workflow
+from .graph import Workflow
 from .pictures import CACTUS, LIGHTHOUSE, TEAPOT
 
 
@@ -11,11 +11,6 @@ def _control(workflow: Workflow, note: str, more: tuple[str, ...]):
     control = workflow.node("PixArtLoadControlNet", controlnet=files.CONTROL_1024)
     workflow.group("What steers the picture", "picture")
     return loaded, control, workflow.node("LoadImage", image="example.png")
-
-
-def _finish(workflow: Workflow, loaded, prompts: tuple, edges: Node) -> None:
-    workflow.group("Sampling", "sampling")
-    make_picture(workflow, loaded, prompts, picture_size(workflow, edges["width"], edges["height"]))
 
 
 def controlnet_hed(workflow: Workflow) -> None:
@@ -29,10 +24,11 @@ def controlnet_hed(workflow: Workflow) -> None:
     edges = workflow.node("PixArtHEDPreprocessor", image=picture, method="hed", hed_model=files.HED, fit="1024")
     workflow.node("PreviewImage", "Edges", images=edges)
     positive, negative = describe(workflow, loaded, TEAPOT)
-    workflow.column()
     links = {"control_net": control, "image": edges, "vae": loaded.vae}
     applied = workflow.node("PixArtControlNetApply", positive=positive, negative=negative, **links, strength=0.9)
-    _finish(workflow, loaded, (applied["positive"], applied["negative"]), edges)
+    workflow.group("Sampling", "sampling")
+    size = picture_size(workflow, edges["width"], edges["height"])
+    make_picture(workflow, loaded, (applied["positive"], applied["negative"]), size)
 
 
 def two_controlnets(workflow: Workflow) -> None:
@@ -45,7 +41,8 @@ def two_controlnets(workflow: Workflow) -> None:
     edges = workflow.node("PixArtHEDPreprocessor", "Soft edges", image=picture, method="soft edges", fit="1024")
     lines = workflow.node("PixArtHEDPreprocessor", "Thin lines", image=picture, method="canny", fit="1024")
     prompts = describe(workflow, loaded, TEAPOT)
-    workflow.column()
+    size = picture_size(workflow, edges["width"], edges["height"])
+    workflow.group("Control and sampling", "sampling")
     for title, image, settings in (
         ("First control", edges, {"strength": 0.6}),
         ("Second control", lines, {"strength": 0.4, "end_percent": 0.5}),
@@ -54,7 +51,7 @@ def two_controlnets(workflow: Workflow) -> None:
         ends = {"positive": prompts[0], "negative": prompts[1]}
         applied = workflow.node("PixArtControlNetApply", title, **ends, **links, **settings)
         prompts = applied["positive"], applied["negative"]
-    _finish(workflow, loaded, prompts, edges)
+    make_picture(workflow, loaded, prompts, size)
 
 
 def lora(workflow: Workflow) -> None:
@@ -65,6 +62,7 @@ def lora(workflow: Workflow) -> None:
         "for several."
     )
     loaded = load(workflow, note, files.SIGMA_1024, files.SIGMA_VAE)
+    workflow.group("LoRA", "models")
     changed = workflow.node("PixArtLoadLoRA", model=loaded.model, lora="my_lora_001.safetensors", strength=0.9)
     workflow.node("PreviewAny", "What fitted", source=changed["info"], height_px=160)
     prompts = describe(workflow, loaded, LIGHTHOUSE)

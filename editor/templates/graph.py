@@ -5,6 +5,8 @@ import uuid
 from typing import Any
 
 from ...devtools.process import ROOT
+from .layout import lead_wires, place, size_of
+from .node import OWN_PREFIX, Node, Output
 from .schema import Input, inputs_of
 
 # The editor's own palette: (title, body, group).
@@ -17,22 +19,8 @@ COLOURS = {
     "training": ("#322", "#533", "#A88"),
     "notes": ("#222", "#000", "#999"),
 }
-TITLE_PX, SLOT_PX, WIDGET_PX, LINE_PX = 30, 20, 24, 18
-MARGIN_PX, GAP_PX = 15, 40  # inside a group, and between nodes
-GROUP_TITLE_PX = 44
-GROUP_GAP_PX = 30
-NODE_PX, NOTE_PX = 300, 320
-# What a node shows below its widgets once it has run: a picture, the preview of one, or a line of text.
-PICTURE_PX, PREVIEW_PX, CHART_PX, TEXT_PX = 340, 240, 220, 70
-SHOWN_PX = {
-    **dict.fromkeys(("SaveImage", "PreviewImage", "LoadImage", "PixArtCompareSheet"), PICTURE_PX),
-    **dict.fromkeys(("KSampler", "SamplerCustom", "SamplerCustomAdvanced"), PREVIEW_PX),
-    **dict.fromkeys(("PixArtResolution", "PixArtScheduler"), CHART_PX),
-    "PixArtEncodeDataset": TEXT_PX + PREVIEW_PX,
-}
 NAMESPACE = uuid.UUID("6f2d1f0e-9a63-4a52-8f0c-3d5e7f1b2a90")
 FORMAT_VERSION = 0.4
-OWN_PREFIX = "PixArt"
 
 
 def _pack() -> dict[str, str]:
@@ -45,52 +33,6 @@ def _pack() -> dict[str, str]:
 PACK = _pack()
 
 
-class Node:
-    """A node of a workflow. `node["latent"]` is the output of that name; the node itself stands for its first one."""
-
-    def __init__(self, number: int, node_type: str, info: dict, title: str | None):
-        self.number, self.type, self.info, self.title = number, node_type, info, title
-        self.values: dict[str, Any] = {}
-        self.sources: dict[str, Output] = {}
-        self.height_px: int | None = None
-        self.width_px = NODE_PX
-        self.position = (0, 0)
-        self.colours: tuple[str, str] = ("", "")
-
-    def __getitem__(self, output: str) -> "Output":
-        return Output(self, self.info["output_name"].index(output))
-
-    def sockets(self) -> list[Input]:
-        """The inputs that the editor saves: those without a widget, then the widgets that a link feeds."""
-        inputs = inputs_of(self.info)
-        linked = [each for each in inputs if each.is_widget and each.name in self.sources]
-        return [each for each in inputs if not each.is_widget] + linked
-
-    def widgets(self) -> list[Input]:
-        return [each for each in inputs_of(self.info) if each.is_widget]
-
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels, the title not counted."""
-        sockets = [each for each in inputs_of(self.info) if not each.is_widget]
-        slots = max(len(sockets), len(self.info["output"]))
-        height = slots * SLOT_PX + (14 if self.widgets() else 6)
-        for widget in self.widgets():
-            text = str(self.values.get(widget.name, "")) if widget.is_multiline else ""
-            rows = sum(1 + len(line) // 40 for line in text.splitlines())
-            plain = WIDGET_PX * (1 + len(widget.extra_values))
-            height += max(54, 20 + LINE_PX * rows) if widget.is_multiline else plain
-        says = "UNIQUE_ID" in str(self.info["input"].get("hidden"))
-        height += SHOWN_PX.get(self.type, TEXT_PX if says else 0)
-        return self.width_px, max(height, self.height_px or 0)
-
-
-class Output:
-    """An output of a node, to be given as another's input."""
-
-    def __init__(self, node: Node, slot: int):
-        self.node, self.slot = node, slot
-
-
 class Workflow:
     """A workflow in the making: `group`, `column`, `node` and `note` add to it in the order of reading."""
 
@@ -98,6 +40,8 @@ class Workflow:
         """files: by the names of model files, what the editor's dialog of missing models is to say of them."""
         self.name, self.object_info, self.files = name, object_info, files
         self.nodes: list[Node] = []
+        self.subgraphs: list[Any] = []
+        self.page: dict[str, Any] = {}
         self.groups: list[tuple[str, str, list[list[Node]]]] = []
 
     def group(self, title: str, colour: str) -> None:
@@ -113,10 +57,21 @@ class Workflow:
 
         Raises ValueError for names that the node does not have.
         """
-        node = Node(len(self.nodes) + 1, node_type, self.object_info[node_type], title)
+        return self._connect(
+            Node(len(self.nodes) + 1, node_type, self.object_info[node_type], title), height_px, inputs
+        )
+
+    def insert(self, subgraph: Any, **inputs: Any) -> Node:
+        """Add a Subgraph as a node; inputs as in `node`."""
+        self.subgraphs.append(subgraph)
+        node = Node(len(self.nodes) + 1, subgraph.id, subgraph.info(), subgraph.title)
+        node.is_subgraph = True
+        return self._connect(node, None, {**subgraph.values, **inputs})
+
+    def _connect(self, node: Node, height_px: int | None, inputs: dict[str, Any]) -> Node:
         known = {each.name: each for each in inputs_of(node.info)}
         if unknown := inputs.keys() - known.keys():
-            raise ValueError(f"Unknown inputs of {node_type}: got {sorted(unknown)}, expected of {sorted(known)}")
+            raise ValueError(f"Unknown inputs of {node.type}: got {sorted(unknown)}, expected of {sorted(known)}")
         for name, value in inputs.items():
             if value is None:
                 continue
@@ -135,29 +90,29 @@ class Workflow:
         widget = {"text": ["STRING", {"multiline": True}]}
         info = {"input": {"required": widget}, "output": [], "output_name": []}
         node = Node(len(self.nodes) + 1, "MarkdownNote", info, "Note")
-        node.values["text"] = text
-        node.width_px, node.colours = NOTE_PX, COLOURS["notes"][:2]
-        rows = sum(1 + len(line) // 44 for line in text.splitlines())
-        node.height_px = 60 + 14 * rows
+        node.values["text"], node.colours = text, COLOURS["notes"][:2]
         self._place(node)
 
     def _place(self, node: Node) -> None:
         self.nodes.append(node)
         self.groups[-1][2][-1].append(node)
 
+    def present(self, inputs: list[tuple[Node, str, str]], outputs: list[Node]) -> None:
+        """Let the editor open it as an app: a page of widgets, and of what nodes show. inputs: node, widget, label."""
+        for node, widget, label in inputs:
+            node.labels[widget] = label
+        shown = [[node.number, widget] for node, widget, _ in inputs]
+        self.page = {
+            "linearMode": True,
+            "linearData": {"inputs": shown, "outputs": [node.number for node in outputs]},
+        }
+
     def to_editor(self) -> dict:
         """The workflow as the editor saves it."""
-        groups = self._lay_out()
-        links, nodes = [], []
-        ends = {}
-        for node in self.nodes:
-            for slot, socket in enumerate(node.sockets()):
-                if source := node.sources.get(socket.name):
-                    kind = source.node.info["output"][source.slot]
-                    links.append([len(links) + 1, source.node.number, source.slot, node.number, slot, kind])
-                    ends[node.number, slot] = len(links)
-        for order, node in enumerate(self.nodes):
-            nodes.append(self._saved_node(node, order, links, ends))
+        groups, nodes, links = self.saved()
+        reroutes, extensions = lead_wires(self.nodes, links)
+        inner = [each.definition() for each in self.subgraphs]
+        wires = {"reroutes": reroutes, "linkExtensions": extensions} if reroutes else {}
         return {
             "id": str(uuid.uuid5(NAMESPACE, self.name)),
             "revision": 0,
@@ -166,35 +121,39 @@ class Workflow:
             "nodes": nodes,
             "links": links,
             "groups": groups,
+            **({"definitions": {"subgraphs": inner}} if inner else {}),
             "config": {},
-            "extra": {"ds": {"scale": 0.7, "offset": [60, 100]}},
+            "extra": {"ds": {"scale": 0.7, "offset": [60, 100]}, **self.page, **wires},
             "version": FORMAT_VERSION,
         }
 
-    def _lay_out(self) -> list[dict]:
-        """Give every node its place; returns the groups."""
-        saved, left = [], 0
-        for number, (title, colour, columns) in enumerate(self.groups, start=1):
-            x, bottom = left + MARGIN_PX, 0
-            for column in columns:
-                y = GROUP_TITLE_PX + TITLE_PX
-                for node in column:
-                    node.position = (x, y)
-                    y += node.size()[1] + GAP_PX + TITLE_PX
-                bottom = max(bottom, y - GAP_PX - TITLE_PX)
-                x += max(node.size()[0] for node in column) + GAP_PX
-            width = x - GAP_PX + MARGIN_PX - left
-            bounding = [left, 0, width, bottom + MARGIN_PX]
-            saved.append({"id": number, "title": title, "bounding": bounding, "color": COLOURS[colour][2], "flags": {}})
-            left += width + GROUP_GAP_PX
-        return saved
+    def saved(self) -> tuple[list[dict], list[dict], list[list]]:
+        """The groups, the nodes and the links."""
+        boxes = place(self.groups)
+        links, ends = [], {}
+        for node in self.nodes:
+            for slot, socket in enumerate(node.sockets()):
+                if source := node.sources.get(socket.name):
+                    kind = source.node.info["output"][source.slot]
+                    links.append([len(links) + 1, source.node.number, source.slot, node.number, slot, kind])
+                    ends[node.number, slot] = len(links)
+        nodes = [self.saved_node(node, order, links, ends) for order, node in enumerate(self.nodes)]
+        return [self._saved_group(number, box) for number, box in enumerate(boxes)], nodes, links
 
-    def _saved_node(self, node: Node, order: int, links: list, ends: dict) -> dict:
+    def _saved_group(self, number: int, box: tuple) -> dict:
+        title, colour, _ = self.groups[number]
+        bounding = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+        return {"id": number + 1, "title": title, "bounding": bounding, "color": COLOURS[colour][2], "flags": {}}
+
+    def saved_node(self, node: Node, order: int, links: list, ends: dict) -> dict:
         inputs = []
         for slot, socket in enumerate(node.sockets()):
             saved = {"name": socket.name, "type": socket.type, "link": ends.get((node.number, slot))}
             optional = {"shape": 7} if socket.optional else {}
-            inputs.append({**saved, **optional, **({"widget": {"name": socket.name}} if socket.is_widget else {})})
+            label = {"label": node.labels[socket.name]} if socket.name in node.labels else {}
+            inputs.append(
+                {**saved, **optional, **label, **({"widget": {"name": socket.name}} if socket.is_widget else {})}
+            )
         outputs = []
         for slot, (name, kind) in enumerate(zip(node.info["output_name"], node.info["output"], strict=True)):
             leaving = [link[0] for link in links if link[1:3] == [node.number, slot]]
@@ -206,10 +165,11 @@ class Workflow:
             "id": node.number,
             "type": node.type,
             "pos": list(node.position),
-            "size": list(node.size()),
+            "size": list(size_of(node)),
             "flags": {},
             "order": order,
             "mode": 0,
+            **({"showAdvanced": True} if node.unfolds else {}),
             "inputs": inputs,
             "outputs": outputs,
             **({"title": node.title} if node.title else {}),

@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field
 
 from . import files
-from .blocks import Loaded, describe, load, make_picture, picture_size, read_me, sample, sample_preset
+from .blocks import Loaded, describe, load, make_picture, make_picture_by_preset, picture_size, read_me, sample
 from .graph import Workflow
 
 CACTUS = "A small cactus with a happy face in the Sahara desert, soft morning light, highly detailed"
 LIGHTHOUSE = "A lighthouse on a cliff above a stormy sea at dusk, a warm light in its window, oil painting"
 TEAPOT = "A blue porcelain teapot on a wooden table beside an open window, photograph, shallow depth of field"
 BOAT = "A paper boat on a puddle after the rain, autumn leaves around it, macro photograph"
+KITE = "A red kite over a field of ripe wheat, a windy summer afternoon, watercolour"
 DEMO_CAPTION = "a large purple square on the left and a small cyan cross in the bottom right on a white background"
 LONG_CAPTION = (
     "A quiet harbour town in northern Europe on a winter morning. In the foreground a fisherman in a yellow raincoat "
@@ -47,7 +48,7 @@ class Plain:
         workflow.group("Sampling", "sampling")
         size = picture_size(workflow, self.side_px, self.side_px, self.batch_size)
         if self.preset:
-            sample_preset(workflow, loaded, prompts, size, self.preset)
+            make_picture_by_preset(workflow, loaded, prompts, size, self.preset)
         else:
             make_picture(workflow, loaded, prompts, size, **self.settings)
 
@@ -154,11 +155,11 @@ def image_to_image(workflow: Workflow) -> None:
         "nearly nothing."
     )
     loaded = load(workflow, note, files.SIGMA_1024, files.SIGMA_VAE)
+    prompts = describe(workflow, loaded, LIGHTHOUSE)
     workflow.group("Your picture", "picture")
     picture = workflow.node("LoadImage", image="example.png")
     fitted = workflow.node("PixArtFitImage", image=picture, mode="into the nearest bin", base="1024")
     latent = workflow.node("VAEEncode", pixels=fitted, vae=loaded.vae)
-    prompts = describe(workflow, loaded, LIGHTHOUSE)
     workflow.group("Sampling", "sampling")
     latent = sample(workflow, loaded.model, prompts, latent, denoise=0.6)
     workflow.group("Picture", "result")
@@ -176,12 +177,12 @@ def inpaint(workflow: Workflow) -> None:
         "model. A picture whose transparent part is the mask works as well."
     )
     loaded = load(workflow, note, files.SIGMA_1024, files.SIGMA_VAE)
+    prompts = describe(workflow, loaded, TEAPOT)
     workflow.group("Your picture and its mask", "picture")
     picture = workflow.node("LoadImage", image="example.png")
     latent = workflow.node("VAEEncode", pixels=picture, vae=loaded.vae)
     mask = workflow.node("GrowMask", mask=picture["MASK"], expand=8)
     latent = workflow.node("SetLatentNoiseMask", samples=latent, mask=mask)
-    prompts = describe(workflow, loaded, TEAPOT)
     workflow.group("Sampling", "sampling")
     make_picture(workflow, loaded, prompts, latent, denoise=0.9)
 
@@ -229,15 +230,16 @@ def compare_settings(workflow: Workflow) -> None:
     )
     loaded = load(workflow, note, files.SIGMA_1024, files.SIGMA_VAE)
     prompts = describe(workflow, loaded, CACTUS)
-    workflow.group("Sampling", "sampling")
+    workflow.group("What varies", "picture")
     names = {"x_name": "steps", "y_name": "guidance"}
     axes = workflow.node("PixArtCompareAxes", x_values="8, 14, 20", y_values="2.0, 4.5, 7.0", **names)
     varying = {"steps": axes["x"], "cfg": axes["y"]}
-    latent = sample(workflow, loaded.model, prompts, picture_size(workflow, 1024, 1024), **varying)
+    size = picture_size(workflow, 1024, 1024)
+    workflow.group("Sampling", "sampling")
+    latent = sample(workflow, loaded.model, prompts, size, **varying)
     workflow.group("Sheet", "result")
     pictures = workflow.node("VAEDecode", samples=latent, vae=loaded.vae)
     sheet = workflow.node("PixArtCompareSheet", images=pictures, grid=axes["grid"], title="Steps and guidance")
-    workflow.column()
     workflow.node("SaveImage", images=sheet, filename_prefix="pixart_sheet")
 
 
@@ -251,8 +253,8 @@ def styles(workflow: Workflow) -> None:
     workflow.group("Prompt", "prompt")
     styled = workflow.node("PixArtStyle", text=BOAT, style="Photograph", more_styles="Anime\nPixel Art")
     links = {"clip": loaded.clip, "model": loaded.model}
-    positive = workflow.node("PixArtTextEncode", "Prompt", text=styled, **links)
     workflow.column()
+    positive = workflow.node("PixArtTextEncode", "Prompt", text=styled, **links)
     negative = {"mode": "text", "text": styled["negative"], "positive": positive, **links}
     prompts = positive, workflow.node("PixArtNegative", "Negative", **negative)
     workflow.group("Sampling", "sampling")
@@ -260,7 +262,6 @@ def styles(workflow: Workflow) -> None:
     workflow.group("Sheet", "result")
     pictures = workflow.node("VAEDecode", samples=latent, vae=loaded.vae)
     sheet = workflow.node("PixArtCompareSheet", images=pictures, labels=styled["style"])
-    workflow.column()
     workflow.node("SaveImage", images=sheet, filename_prefix="pixart_styles")
 
 
@@ -268,13 +269,13 @@ def save_prompt_embeddings(workflow: Workflow) -> None:
     """Encode prompts once, and keep them."""
     note = (
         "### Save prompt embeddings\n\nEncodes a prompt and its negative with T5, once, into files in ComfyUI's "
-        "output folder. The workflow `load_prompt_embeddings` makes pictures of them with no T5 in memory. "
+        "output folder. The workflow **Prompts in files, use without T5** makes pictures of them with no T5 in memory. "
         "**caption_length**: 300 for Sigma, 120 for alpha."
     )
     read_me(workflow, note, files.T5_FP16)
     workflow.group("Models", "models")
     loaded = Loaded(clip=workflow.node("PixArtLoadT5", text_encoder=files.T5_FP16))
-    prompts = describe(workflow, loaded, BOAT, caption_length="300")
+    prompts = describe(workflow, loaded, KITE, caption_length="300")
     workflow.group("Files", "result")
     for title, prompt, prefix in zip(("Save the prompt", "Save the negative"), prompts, EMBEDDINGS, strict=True):
         workflow.node("PixArtSavePromptEmbeddings", title, conditioning=prompt, filename_prefix=prefix)
@@ -283,7 +284,7 @@ def save_prompt_embeddings(workflow: Workflow) -> None:
 def load_prompt_embeddings(workflow: Workflow) -> None:
     """A picture of saved prompts, without T5."""
     note = (
-        "### Load prompt embeddings\n\nMakes a picture of prompts that the workflow `save_prompt_embeddings` wrote: "
+        "### Load prompt embeddings\n\nMakes a picture of prompts that the workflow **Prompts in files, save** wrote: "
         "the nine gigabytes of T5 are not needed. Press R after saving some, and choose them."
     )
     read_me(workflow, note, files.SIGMA_1024, files.SIGMA_VAE)

@@ -16,6 +16,7 @@ CAPTIONS = {
     "small blue cross in the top left on a pink background",
     pictures.BOAT: "a large yellow square in the top right and a large cyan square in the bottom left on a black "
     "background",
+    pictures.KITE: "a large red triangle in the center on a gray background",
     pictures.TEAPOT: "a large red circle in the center on a brown background",
     pictures.LONG_CAPTION: "a small yellow circle in the top right and a small red cross in the bottom right and a "
     "small yellow triangle in the bottom left on a brown background",
@@ -110,10 +111,15 @@ def prepare(client) -> None:
             client.upload(Image.fromarray(draw_scene(scene, SIDE_PX, SIDE_PX)), f"{folder}/{number}.png")
 
 
-def input_picture(side_px: int = SIDE_PX) -> Image.Image:
-    """The picture that workflows with Load Image get: a shape in the center, over which a square is transparent."""
+def input_picture(side_px: int = SIDE_PX, opaque: bool = False) -> Image.Image:
+    """The picture that workflows with Load Image get: a shape in the center, over which a square is transparent.
+
+    opaque: with nothing transparent, as it is seen.
+    """
     scene = Scene("gray", (Item("circle", "yellow", "center", "large"),))
     pixels = draw_scene(scene, side_px, side_px)
+    if opaque:
+        return Image.fromarray(pixels)
     opacity = np.full((side_px, side_px, 1), 255, np.uint8)
     hole = slice(side_px // 5, -(side_px // 5))
     opacity[hole, hole] = 0

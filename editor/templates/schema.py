@@ -26,6 +26,10 @@ class Input:
         return self.type == "STRING" and bool(self.options.get("multiline"))
 
     @property
+    def is_advanced(self) -> bool:
+        return bool(self.options.get("advanced"))
+
+    @property
     def default(self) -> Any:
         if self.type == "COMBO":
             choices = self.options.get("options") or [""]

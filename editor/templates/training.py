@@ -1,8 +1,10 @@
 """The workflows that prepare data and train, each with a picture of what was learned."""
 
 from . import files
-from .blocks import Loaded, describe, load, make_picture, picture_size, sample_preset
-from .graph import Node, Workflow
+from .blocks import Loaded, load
+from .blueprints import make_a_picture
+from .graph import Workflow
+from .node import Node
 from .pictures import TEAPOT
 
 SUBJECT, CLASS = "my_pictures", "class_pictures"
@@ -21,27 +23,15 @@ def _dataset(workflow: Workflow, path: str = SUBJECT, caption: str = SUBJECT_CAP
 
 def _encode(workflow: Workflow, loaded: Loaded, dataset: Node, **settings) -> Node:
     links = {"clip": loaded.clip, "vae": loaded.vae, "model": loaded.model}
-    encoded = workflow.node("PixArtEncodeDataset", dataset=dataset, **links, **settings)
-    workflow.column()
-    workflow.node("PreviewAny", "Report", source=encoded["report"], height_px=220)
-    return encoded
+    return workflow.node("PixArtEncodeDataset", dataset=dataset, **links, **settings)
 
 
 def _train(workflow: Workflow, node_type: str, loaded: Loaded, features: Node, **settings) -> Node:
     workflow.group("Training", "training")
     links = {"model": loaded.model, "features": features, "vae": loaded.vae}
-    trained = workflow.node(node_type, **links, sample_every=SAMPLE_EVERY, height_px=1120, **settings)
-    workflow.column()
-    workflow.node("PreviewImage", "Loss", images=trained["loss_curve"])
+    trained = workflow.node(node_type, **links, sample_every=SAMPLE_EVERY, **settings)
     workflow.node("PreviewImage", "Validation pictures", images=trained["samples"])
     return trained
-
-
-def _use(workflow: Workflow, loaded: Loaded, trained: Node, side_px: int) -> None:
-    """A picture of what was learned."""
-    prompts = describe(workflow, loaded, PROMPT)
-    workflow.group("Sampling", "sampling")
-    make_picture(workflow, loaded, prompts, picture_size(workflow, side_px, side_px), model=trained)
 
 
 def _note(title: str, text: str) -> str:
@@ -53,7 +43,9 @@ def dataset_to_features(workflow: Workflow) -> None:
     text = "Encodes captions and pictures once, into a cache below `output/pixart_cache`, which every training can use."
     loaded = load(workflow, _note("Dataset to features", text), files.SIGMA_1024, files.SIGMA_VAE)
     workflow.group("Data", "training")
-    _encode(workflow, loaded, _dataset(workflow))
+    encoded = _encode(workflow, loaded, _dataset(workflow))
+    workflow.column()
+    workflow.node("PreviewAny", "Report", source=encoded["report"], height_px=220)
 
 
 def lora_training(workflow: Workflow) -> None:
@@ -66,7 +58,7 @@ def lora_training(workflow: Workflow) -> None:
     workflow.group("Data", "training")
     features = _encode(workflow, loaded, _dataset(workflow))
     trained = _train(workflow, "PixArtTrainLoRA", loaded, features, name="my_lora", steps=1000, rank=16)
-    _use(workflow, loaded, trained, 1024)
+    make_a_picture(workflow, loaded, trained, PROMPT, 1024)
 
 
 def dreambooth(workflow: Workflow) -> None:
@@ -83,7 +75,7 @@ def dreambooth(workflow: Workflow) -> None:
     features = _encode(workflow, loaded, both)
     settings = {"name": "my_dreambooth", "method": "DreamBooth", "steps": 800, "learning_rate": 5e-6}
     trained = _train(workflow, "PixArtTrain", loaded, features, **settings)
-    _use(workflow, loaded, trained, 512)
+    make_a_picture(workflow, loaded, trained, PROMPT, 512)
 
 
 def lcm_distillation(workflow: Workflow) -> None:
@@ -96,31 +88,25 @@ def lcm_distillation(workflow: Workflow) -> None:
     workflow.group("Data", "training")
     features = _encode(workflow, loaded, _dataset(workflow))
     trained = _train(workflow, "PixArtDistillLCM", loaded, features, name="my_lcm", steps=2000)
-    prompts = describe(workflow, loaded, PROMPT)
-    workflow.group("Sampling", "sampling")
-    sample_preset(workflow, loaded, prompts, picture_size(workflow, 1024, 1024), "alpha LCM 4", model=trained)
+    make_a_picture(workflow, loaded, trained, PROMPT, 1024, preset="alpha LCM 4")
 
 
 def controlnet_training(workflow: Workflow) -> None:
     """Train a ControlNet and use it."""
     text = (
         "Trains a ControlNet on edges that are drawn from the pictures. It takes thousands of pictures and steps: "
-        "control appears late, and then suddenly. Below the training the result is used with a picture's edges."
+        "control appears late, and then suddenly. At the end it is used with a picture's edges."
     )
     loaded = load(workflow, _note("ControlNet training", text), files.SIGMA_1024, files.SIGMA_VAE)
     workflow.group("Data", "training")
     features = _encode(workflow, loaded, _dataset(workflow), control="soft edges")
     trained = _train(workflow, "PixArtTrainControlNet", loaded, features, name="my_controlnet", steps=10000)
-    workflow.group("Use it", "picture")
+    workflow.group("A picture to follow", "picture")
     picture = workflow.node("LoadImage", image="example.png")
     edges = workflow.node("PixArtHEDPreprocessor", image=picture, method="soft edges", fit="1024")
-    positive, negative = describe(workflow, loaded, TEAPOT)
-    workflow.column()
-    links = {"control_net": trained, "image": edges, "vae": loaded.vae}
-    applied = workflow.node("PixArtControlNetApply", positive=positive, negative=negative, **links)
-    workflow.group("Sampling", "sampling")
-    size = picture_size(workflow, edges["width"], edges["height"])
-    make_picture(workflow, loaded, (applied["positive"], applied["negative"]), size)
+    sides = edges["width"], edges["height"]
+    control = {"control_net": trained["control_net"], "image": edges["edges"]}
+    make_a_picture(workflow, loaded, loaded.model, TEAPOT, sides, control=control)
 
 
 TRAINING = {

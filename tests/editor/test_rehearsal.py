@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pixart_pack.editor.templates.__main__ import INSET_GAP_PX, INSET_PX, card, inset, tile
 from pixart_pack.editor.templates.files import DEMO_MODEL, FILES
 from pixart_pack.editor.templates.rehearsal import CAPTIONS, LESSONS, halve_bins, rehearse
+from pixart_pack.editor.templates.thumbnails import INSET_GAP_PX, INSET_PX, card, change, inset, label, tile
 
 API = Path(__file__).parents[2] / "workflows" / "api"
 
@@ -56,3 +56,12 @@ def test_previews_are_inset_side_by_side():
     assert row.count((255, 0, 0)) == INSET_PX and row.count((0, 255, 0)) == 2 * INSET_PX
     assert card("two\nlines").size == (400, 400)
     assert tile([picture] * 3).size == (800, 800)
+
+
+def test_a_thumbnail_shows_what_goes_in_and_what_comes_out_and_says_what_is_special():
+    both = change(Image.new("RGB", (400, 400), "red"), Image.new("RGB", (400, 400), "lime"))
+    assert (
+        both.size == (400, 400) and both.getpixel((40, 40)) == (255, 0, 0) and both.getpixel((350, 350)) == (0, 255, 0)
+    )
+    said = label(both, "four steps")
+    assert said.size == (400, 400) and len({said.getpixel((x, 380)) for x in range(100, 300)}) > 2

@@ -8,23 +8,34 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pixart_pack.editor.templates.__main__ import make
+from pixart_pack.editor.templates.__main__ import make, make_blueprints
 from pixart_pack.editor.templates.api import to_api, widget_values
-from pixart_pack.editor.templates.collection import WORKFLOWS
+from pixart_pack.editor.templates.collection import TITLES, WORKFLOWS
 from pixart_pack.editor.templates.files import FILES
 from pixart_pack.editor.templates.graph import PACK
 from pixart_pack.editor.templates.rehearsal import NEEDS, prepare, rehearse
 
 FOLDER = Path(__file__).parent.parent.parent / "workflows"
+BLUEPRINTS = sorted((FOLDER.parent / "subgraphs").glob("*.json"))
 # The last published version of the graphs whose nodes or settings have changed since.
 PUBLISHED = Path(__file__).parent.parent / "published"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+NAMES = list(WORKFLOWS)
 TITLE_PX = 30
 LARGEST_THUMBNAIL = 100_000
 
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_workflow(name: str) -> dict:
+    return read(FOLDER / f"{TITLES[name]}.json")
+
+
+def all_nodes(workflow: dict) -> list[dict]:
+    """The nodes of a workflow and of its subgraphs."""
+    inside = (workflow.get("definitions") or {}).get("subgraphs", [])
+    return [node for graph in (workflow, *inside) for node in graph["nodes"]]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +51,7 @@ def ready_host(start_host):
 
 
 def run(host, api: dict) -> tuple[list, list]:
-    """Run a workflow small; returns the pictures that it saves, and its texts."""
+    """Run a workflow in API format small; returns the pictures that it saves, and its texts."""
     entry = host.wait(host.queue(rehearse(api, steps=2, side_px=64)))
     saving = {number for number, node in api.items() if node["class_type"] == "SaveImage"}
     entry["outputs"] = {
@@ -52,7 +63,7 @@ def run(host, api: dict) -> tuple[list, list]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_who_opens_one_without_the_pack_is_offered_it(name):
-    for node in read(FOLDER / f"{name}.json")["nodes"]:
+    for node in all_nodes(read_workflow(name)):
         known = {key: node["properties"][key] for key in ("cnr_id", "ver") if key in node["properties"]}
         assert known == (PACK if node["type"].startswith("PixArt") else {})
     assert PACK["cnr_id"] == "pixart-pack"
@@ -76,8 +87,10 @@ def overlap(one: tuple, other: tuple) -> bool:
 
 
 def test_every_workflow_of_the_collection_is_there():
-    assert NAMES == sorted(WORKFLOWS)
-    assert NAMES == sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
+    titles = list(TITLES.values())
+    assert sorted(NAMES) == sorted(TITLES) == sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
+    assert titles == sorted(titles) == sorted(path.stem for path in FOLDER.glob("*.json"))
+    assert titles == sorted(path.stem for path in FOLDER.glob("*.jpg"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,12 +98,19 @@ def test_is_what_the_tool_writes(name, object_info):
     # Mend with: python dev.py run -m pixart_pack.editor.templates
     if not object_info["SaveImage"]["output"]:
         pytest.skip("ComfyUI's own nodes had other outputs in this version")
-    assert read(FOLDER / f"{name}.json") == make(name, object_info)
+    assert read_workflow(name) == make(name, object_info)
+
+
+def test_the_blueprints_are_what_the_tool_writes(object_info):
+    # Mend with: python dev.py run -m pixart_pack.editor.templates
+    if not object_info["SaveImage"]["output"]:
+        pytest.skip("ComfyUI's own nodes had other outputs in this version")
+    assert {path.stem: read(path) for path in BLUEPRINTS} == make_blueprints(object_info)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_formats_are_equal(name, object_info):
-    shipped, converted = read(FOLDER / "api" / f"{name}.json"), to_api(read(FOLDER / f"{name}.json"), object_info)
+    shipped, converted = read(FOLDER / "api" / f"{name}.json"), to_api(read_workflow(name), object_info)
     for node in (*shipped.values(), *converted.values()):
         del node["_meta"]  # the titles of ComfyUI's own nodes, which change with its version
     assert shipped == converted
@@ -98,7 +118,7 @@ def test_both_formats_are_equal(name, object_info):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_is_tidy(name):
-    workflow = read(FOLDER / f"{name}.json")
+    workflow = read_workflow(name)
     places = boxes(workflow)
     assert not [pair for pair in combinations(places, 2) if overlap(places[pair[0]], places[pair[1]])]
     groups = [group["bounding"] for group in workflow["groups"]]
@@ -112,9 +132,9 @@ def test_is_tidy(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_the_files_it_needs(name, object_info):
-    workflow = read(FOLDER / f"{name}.json")
+    workflow = read_workflow(name)
     notes = " ".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
-    for node in workflow["nodes"]:
+    for node in all_nodes(workflow):
         if node["type"] not in object_info:
             continue
         for value in widget_values(node, object_info[node["type"]]).values():
@@ -125,10 +145,26 @@ def test_names_the_files_it_needs(name, object_info):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_has_a_small_thumbnail(name):
-    assert 1000 < (FOLDER / f"{name}.jpg").stat().st_size < LARGEST_THUMBNAIL
+    assert 1000 < (FOLDER / f"{TITLES[name]}.jpg").stat().st_size < LARGEST_THUMBNAIL
 
 
-@pytest.mark.parametrize("name", NAMES)
+RUN = [name for name in NAMES if not name.endswith("_app")]  # an app is another workflow's graph, with a page
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(RUN)))
+def test_an_app_shows_inputs_and_outputs_that_are_there(name, object_info):
+    workflow = read_workflow(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    data = workflow["extra"]["linearData"]
+    assert workflow["extra"]["linearMode"] is True and data["outputs"]
+    for number, widget in data["inputs"]:
+        assert widget in widget_values(nodes[number], object_info[nodes[number]["type"]])
+        assert next(each for each in nodes[number]["inputs"] if each["name"] == widget)["label"]
+    for number in data["outputs"]:
+        assert object_info[nodes[number]["type"]]["output_node"]
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_runs_with_the_demo_model(name, ready_host):
     if name in NEEDS:
         run(ready_host, read(FOLDER / "api" / f"{NEEDS[name]}.json"))
