@@ -138,7 +138,22 @@ def _source(scope: Scope, link_id: int | None, seen: tuple = ()) -> list | Const
 def _from_outside(scope: Scope, slot: int, seen: tuple) -> list | Constant | None:
     name = scope.definition["inputs"][slot]["name"]
     socket = next((each for each in scope.holder.get("inputs", ()) if each["name"] == name), {})
-    return _source(scope.parent, socket.get("link"), seen)
+    if socket.get("link") is None:
+        return _own_value(scope, slot)
+    return _source(scope.parent, socket["link"], seen)
+
+
+def _own_value(scope: Scope, slot: int) -> Constant | None:
+    """What the node of a subgraph itself has for an input: it keeps a value for each that feeds a widget inside."""
+    fed = {
+        link.origin_slot
+        for link in scope.links.values()
+        if link.origin_id == SUBGRAPH_INPUT
+        and link.target_id in scope.nodes
+        and "widget" in scope.nodes[link.target_id]["inputs"][link.target_slot]
+    }
+    values = dict(zip(sorted(fed), scope.holder.get("widgets_values") or (), strict=False))
+    return Constant(values[slot]) if slot in values else None
 
 
 def _from_inside(inner: Scope, slot: int, seen: tuple) -> list | Constant | None:

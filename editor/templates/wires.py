@@ -13,7 +13,7 @@ Box = tuple[float, float, float, float]
 
 # How LiteGraph bends a wire between its ends and its reroutes.
 BEND, MOST_BEND_PX = 0.25, 80
-SAMPLES = 12  # of a curve
+SAMPLES, SAMPLE_PX = 12, 14  # of a curve, at least so many, and so far apart at the most
 HARMLESS_PX = 6  # of a wire that may be hidden
 RIM_PX, NEAR_PX = 30, 24
 CLEAR_PX = 4  # that a curve may come near a node
@@ -32,7 +32,8 @@ def curve(points: Sequence[Point]) -> list[Point]:
         arriving = bend if index == len(points) - 2 else min(bend, MOST_BEND_PX)
         near = _beside(start, angles[index], leaving)
         far = _beside(end, angles[index + 1], -arriving)
-        way += [_bezier(start, near, far, end, step / SAMPLES) for step in range(SAMPLES + 1)]
+        steps = max(SAMPLES, round(math.dist(start, end) / SAMPLE_PX))
+        way += [_bezier(start, near, far, end, step / steps) for step in range(steps + 1)]
     return way
 
 

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from pixart_pack.editor.templates.collection import TITLES
+
 PACK = "pixart_pack"
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 TIMEOUT_MS = 120_000
@@ -28,6 +30,7 @@ OPEN_TEMPLATE = """async ([pack, name]) => {
     const answer = await app.api.fetchApi(`/workflow_templates/${pack}/${name}.json`);
     await app.loadGraphData(await answer.json(), true, true, name, {openSource: 'template'});
 }"""
+MIDDLE = (720, 300)  # of the canvas, and of nothing that lies above it
 CARDS = "[data-testid^='template-workflow-']"
 MORE_CARDS = f'count => document.querySelectorAll("{CARDS}").length > count'
 FILL = """api => {
@@ -94,13 +97,13 @@ class Editor:
             self.page.evaluate(A_DIALOG_LESS)
 
     def browse_templates(self) -> list[str]:
-        """Open the template browser at this pack's; returns their names."""
+        """Open the template browser at this pack's; returns their titles."""
         content = self.page.get_by_test_id("template-workflows-content")
         if content.count() == 0:  # by its command: the editor may open it itself just now, over its own button
             self.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         content.first.wait_for()
         self.page.get_by_text(PACK, exact=True).first.click()
-        self.page.get_by_test_id("template-workflow-demo").wait_for()
+        self.page.get_by_test_id(f"template-workflow-{TITLES['demo']}").wait_for()
         cards, shipped = self.page.locator(CARDS), len(list(WORKFLOWS.glob("*.json")))
         while (count := cards.count()) < shipped:  # the browser shows two dozen, and more when one scrolls to the last
             cards.last.scroll_into_view_if_needed()
@@ -112,15 +115,26 @@ class Editor:
         """Click a card of the template browser."""
         self.browse_templates()
         self.page.evaluate("app.graph.clear()")  # so that what is there afterwards is the template
-        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.get_by_test_id(f"template-workflow-{TITLES[name]}").click()
         self.page.wait_for_function("app.graph.nodes.length > 2")
 
     def open_template(self, name: str) -> None:
         """What a click on a template's card does, without the seconds in which the cards are drawn."""
         self.close_dialogs()
         self.page.evaluate("app.graph.clear()")
-        self.page.evaluate(OPEN_TEMPLATE, [PACK, name])
+        self.page.evaluate(OPEN_TEMPLATE, [PACK, TITLES[name]])
         self.page.wait_for_function("app.graph.nodes.length > 2")
+
+    def insert_blueprint(self, title: str) -> None:
+        """Find a blueprint by a double click on an empty canvas, and put it there."""
+        self.close_dialogs()
+        self.page.evaluate("app.graph.clear()")
+        self.page.mouse.dblclick(*MIDDLE)
+        self.page.keyboard.type(title)
+        self.page.get_by_role("dialog").get_by_text(title, exact=True).first.click()
+        self.page.wait_for_function("title => app.graph.nodes[0]?.title === title", arg=title)
+        self.page.mouse.click(*MIDDLE)
+        self.page.wait_for_function("!app.graph.nodes[0].flags.ghost")
 
     def load(self, workflow: dict) -> None:
         """Load a workflow, again where the editor then puts the one of its last session in its place."""

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from pixart_pack.editor.templates.api import to_api
+from pixart_pack.editor.templates.collection import TITLES
 from pixart_pack.editor.templates.rehearsal import rehearse
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
-NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+NAMES = list(TITLES)
 FIRST_PICTURE_S = 30  # on two cores that others leave alone
 HAS_PICTURE = "app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0"
 HAS_THUMBNAILS = (
@@ -51,6 +53,10 @@ ENCLOSE = """() => {
 }"""
 
 
+def shipped_workflow(name: str) -> dict:
+    return read(ROOT / "workflows" / f"{TITLES[name]}.json")
+
+
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -74,7 +80,7 @@ def test_from_opening_to_the_first_picture(editor, record_property):
 
 
 def test_the_template_browser_shows_every_workflow_with_its_picture(editor):
-    assert sorted(editor.browse_templates()) == NAMES
+    assert sorted(editor.browse_templates()) == list(TITLES.values())
     editor.page.wait_for_function(HAS_THUMBNAILS, timeout=60_000)
     editor.shoot("templates")
     editor.choose_template("demo")
@@ -86,7 +92,7 @@ def test_the_template_browser_shows_every_workflow_with_its_picture(editor):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_template_opens_whole(editor, name):
     editor.open_template(name)
-    shipped, opened = read(ROOT / "workflows" / f"{name}.json"), editor.export()
+    shipped, opened = shipped_workflow(name), editor.export()
     editor.shoot(f"template_{name}")
     assert opened["unknown"] == []
     twin = read(ROOT / "workflows" / "api" / f"{name}.json")
@@ -108,7 +114,7 @@ HAS_DIAGRAM = "app.graph.nodes.find(node => node.type === 'PixArtResolution').im
 
 @pytest.mark.parametrize("name", ["any_aspect_ratio", "lora_training", "compare_settings"])
 def test_what_nodes_show_stays_in_their_places(editor, name):
-    editor.load(read(ROOT / "workflows" / f"{name}.json"))
+    editor.load(shipped_workflow(name))
     # Nodes that are out of sight load no pictures.
     editor.page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     editor.fill(rehearse(read(ROOT / "workflows" / "api" / f"{name}.json"), steps=4))
@@ -117,7 +123,7 @@ def test_what_nodes_show_stays_in_their_places(editor, name):
     editor.page.wait_for_function(HAS_PICTURE)
     if name == "any_aspect_ratio":
         editor.page.wait_for_function(HAS_DIAGRAM)
-    shipped = {node["id"]: node for node in read(ROOT / "workflows" / f"{name}.json")["nodes"]}
+    shipped = {node["id"]: node for node in shipped_workflow(name)["nodes"]}
     for node in editor.export()["workflow"]["nodes"]:
         assert node["size"][1] <= shipped[node["id"]]["size"][1] + 1, node["type"]
     editor.shoot(f"ran_{name}")
@@ -125,7 +131,7 @@ def test_what_nodes_show_stays_in_their_places(editor, name):
 
 def test_nodes_tell_of_results_from_the_cache_too(editor):
     for _ in range(2):
-        editor.load(read(ROOT / "workflows" / "demo.json"))
+        editor.load(shipped_workflow("demo"))
         end, report = editor.run()
         assert end == "execution_success", report
         editor.page.wait_for_function(SAYS, arg=["PixArtTextEncode", " tokens"])
@@ -198,7 +204,7 @@ def test_the_language_can_be_chinese(editor):
         editor.close_dialogs()
         titles = editor.page.evaluate(TITLES, list(names))
         assert titles == [names[name]["display_name"] for name in names]
-        editor.load(read(ROOT / "workflows" / "demo.json"))
+        editor.load(shipped_workflow("demo"))
         editor.select("PixArtTextEncode")
         editor.page.get_by_test_id("info-button").click()
         heading = (ROOT / "web" / "docs" / "PixArtTextEncode" / "zh.md").read_text(encoding="utf-8").splitlines()[0]
@@ -211,7 +217,7 @@ def test_the_language_can_be_chinese(editor):
 
 def test_our_conversion_equals_the_editors(editor, editor_host):
     object_info = editor_host.object_info()
-    editor.load(read(ROOT / "workflows" / "demo.json"))
+    editor.load(shipped_workflow("demo"))
     for change in (REARRANGE, ENCLOSE):
         editor.page.evaluate(change)
         exported = editor.export()

@@ -1,5 +1,8 @@
 """A graph made for ComfyUI_ExtraModels' PixArt nodes, opened in the editor, gets ours in their place."""
 
+import pytest
+
+pytestmark = pytest.mark.slow
 CAPTION = "a large red circle in the center on a white background"
 # By number: type, inputs (name, type, link; None: no widget), outputs (type, links), widgets' values.
 NODES = {

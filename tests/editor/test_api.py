@@ -104,6 +104,25 @@ def test_a_subgraph_is_opened():
     assert api["3"]["inputs"]["model"] == ["2:10", 0]
 
 
+def test_a_subgraph_has_values_of_its_own():
+    inner = {
+        "id": "sub",
+        "inputs": [{"name": "model"}, {"name": "how much"}],
+        "outputs": [{"name": "MODEL"}],
+        "nodes": [node(10, "Change", [0.25], [("model", "MODEL", 1), ("strength", "FLOAT", 3)], ["MODEL"])],
+        "links": [
+            {"id": 1, "origin_id": -10, "origin_slot": 0, "target_id": 10, "target_slot": 0, "type": "MODEL"},
+            {"id": 2, "origin_id": 10, "origin_slot": 0, "target_id": -20, "target_slot": 0, "type": "MODEL"},
+            {"id": 3, "origin_id": -10, "origin_slot": 1, "target_id": 10, "target_slot": 1, "type": "FLOAT"},
+        ],
+    }
+    inner["nodes"][0]["inputs"][1]["widget"] = {"name": "strength"}
+    workflow = {**chain(middle="sub", values=(0.75,)), "definitions": {"subgraphs": [inner]}}
+    assert to_api(workflow, INFO)["2:10"]["inputs"] == {"strength": 0.75, "model": ["1", 0]}
+    workflow["nodes"][1]["widgets_values"] = []
+    assert to_api(workflow, INFO)["2:10"]["inputs"]["strength"] == 0.25
+
+
 def test_an_unknown_node_is_named():
     with pytest.raises(ValueError, match="Unknown node type: got Other"):
         to_api(chain(middle="Other"), INFO)
