@@ -11,6 +11,7 @@ import torch
 from ..data import cache, records, sources
 from ..data.identity import digest, fingerprint
 from ..data.original_features import write_original_features
+from ..data.storage.index import MANIFEST
 from ..encoders.autoencoder import load_autoencoder
 from ..encoders.edges import canny_edges, soft_edges
 from ..encoders.hed import detect_edges, make_hed
@@ -40,7 +41,7 @@ def parse() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("dataset", type=Path, help="folder of pictures with .txt captions, table, or any of --kind")
     add("--output", type=Path, required=True, help="folder of the encoded dataset; it may hold others")
-    add("--name", default=cache.MANIFEST, help="name of the dataset's list in it (default: %(default)s)")
+    add("--name", default=MANIFEST, help="name of the dataset's list in it (default: %(default)s)")
     add("--text-encoder", type=Path, required=True, help="T5 file or folder")
     add("--tokenizer", type=Path, help="its folder (default: beside the text encoder, or in COMFYUI_PATH)")
     add("--vae", type=Path, required=True, help="autoencoder file or folder")

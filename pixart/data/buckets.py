@@ -1,8 +1,56 @@
 """Batches of pictures of one size, in an order that can be continued and shared out among processes."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from random import Random
+
+import numpy as np
+
+from ..config import LATENT_DOWNSCALE
+from ..resolution import ASPECT_RATIOS
+
+GRID_PX = 2 * LATENT_DOWNSCALE
+_DRAWN_AT_ONCE = 2**16
+_SWAPPED_ONE_BY_ONE = 64
+
+
+class Bins(Sequence):
+    """(h_latent, w_latent) of many pictures in two or four bytes each.
+
+    sizes: (K, 2) integers, all sizes that there are. ids: (N,) integers below K, which of them each picture has.
+    """
+
+    def __init__(self, sizes: np.ndarray, ids: np.ndarray):
+        self.sizes, self.ids = np.asarray(sizes), ids
+
+    @classmethod
+    def of(cls, bins: Sequence[tuple[int, int]]) -> "Bins":
+        """The same bins in this form."""
+        if isinstance(bins, Bins):
+            return bins
+        numbers: dict[tuple[int, int], int] = {}
+        ids = array("I", (numbers.setdefault((int(height), int(width)), len(numbers)) for height, width in bins))
+        return cls(np.array(list(numbers), np.int32).reshape(-1, 2), np.array(ids, id_type(len(numbers))))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return tuple(self.sizes[self.ids[index]].tolist())
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        sizes = [tuple(size) for size in self.sizes.tolist()]
+        return (sizes[number] for number in self.ids)
+
+    def counts(self, shown: np.ndarray | slice = slice(None)) -> dict[tuple[int, int], int]:
+        """How many pictures each size has, of all or of those shown; sizes without any are left out."""
+        found = np.bincount(self.ids[shown], minlength=len(self.sizes)).tolist()
+        return {tuple(size): count for size, count in zip(self.sizes.tolist(), found, strict=True) if count}
+
+
+def id_type(count: int) -> type:
+    """The smallest integers that count so many."""
+    return np.uint16 if count <= 2**16 else np.uint32
 
 
 class BucketSampler:
@@ -16,6 +64,7 @@ class BucketSampler:
     pictures as the other in an epoch, so that a few pictures of a subject are not lost among many of its class.
     world_size, rank: all processes together see what one process with world_size times the batch size would see.
     `epoch` and `position` (global batches of this epoch that were given out) tell where the iterator is.
+    An order takes about eight bytes a picture.
     Raises ValueError for no pictures, for a batch size below 1, and when drop_last leaves nothing.
     """
 
@@ -31,14 +80,15 @@ class BucketSampler:
     ):
         if batch_size < 1:
             raise ValueError(f"Batch size out of range: got {batch_size}, expected at least 1. Enter 1 or more.")
-        if not bins:
+        if not len(bins):
             raise ValueError("Empty dataset: got no pictures, expected at least one. Connect a dataset with pictures.")
-        self.bins, self.batch_size, self.seed, self.drop_last = list(bins), batch_size, seed, drop_last
+        self.bins, self.batch_size, self.seed, self.drop_last = Bins.of(bins), batch_size, seed, drop_last
         self.world_size, self.rank = world_size, rank
-        self._shown = _balanced(is_prior or [False] * len(bins))
+        self._shown = _balanced(is_prior)
+        self._counts = self.bins.counts(slice(None) if self._shown is None else self._shown)
         self.epoch, self.position = 0, 0
-        self._order = self._shuffle(0)
-        if not self._order:
+        self._order: tuple[int, np.ndarray, array] | None = None
+        if not self.batches_per_epoch:
             raise ValueError(
                 f"No full batch: got {len(bins)} pictures, none of whose sizes has {self._global_size} of them, "
                 f"expected one. Lower the batch size, or keep incomplete batches."
@@ -51,18 +101,24 @@ class BucketSampler:
     @property
     def batches_per_epoch(self) -> int:
         """How many batches each process gets in an epoch; it is the same for every epoch."""
-        return len(self._order)
+        return sum(map(self._batches_of, self._counts.values()))
+
+    def _batches_of(self, count: int) -> int:
+        return (count if self.drop_last else count + self._global_size - 1) // self._global_size
 
     def __iter__(self) -> "BucketSampler":
         return self
 
     def __next__(self) -> list[int]:
-        if self.position == len(self._order):
+        if self.position >= self.batches_per_epoch:
             self.epoch, self.position = self.epoch + 1, 0
-            self._order = self._shuffle(self.epoch)
-        batch = self._order[self.position]
+        if self._order is None or self._order[0] != self.epoch:
+            self._order = None  # before the next one takes its room
+            self._order = (self.epoch, *self._shuffle(self.epoch))
+        _, batches, places = self._order
+        batch = batches[places[self.position]]
         self.position += 1
-        return batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        return batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size].tolist()
 
     def state_dict(self) -> dict:
         """Where the iterator is, in plain numbers."""
@@ -82,35 +138,105 @@ class BucketSampler:
                 f"Use the dataset and batch size that it was begun with, or begin a new training."
             )
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
-        self._order = self._shuffle(self.epoch)
+        self._order = None
 
     def _identity(self) -> dict:
-        counts: dict[str, int] = defaultdict(int)
-        for height, width in (self.bins[index] for index in self._shown):
-            counts[f"{height}x{width}"] += 1
+        counts = {f"{height}x{width}": count for (height, width), count in self._counts.items()}
         return {"bins": dict(sorted(counts.items())), "global_batch": self._global_size, "drop_last": self.drop_last}
 
-    def _shuffle(self, epoch: int) -> list[list[int]]:
-        rng = Random(f"{self.seed} {epoch}")  # of a text: its hash does not depend on the process
-        buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index in rng.sample(self._shown, len(self._shown)):
-            buckets[tuple(self.bins[index])].append(index)
-        batches = [batch for bucket in buckets.values() for batch in self._cut(bucket)]
-        rng.shuffle(batches)
-        return batches
-
-    def _cut(self, bucket: list[int]) -> list[list[int]]:
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, array]:
+        """((M, global batch) indices, the order of these batches), as Random.sample and Random.shuffle would give."""
+        draws = _Draws(f"{self.seed} {epoch}")  # of a text: its hash does not depend on the process
+        count = len(self.bins) if self._shown is None else len(self._shown)
+        order = np.frombuffer(_permute(count, draws.falling(count, 1)), np.uint32)[::-1]
+        order = order if self._shown is None else self._shown[order]
+        ids = self.bins.ids[order]
+        grouped = np.argsort(ids, kind="stable")
+        ends = np.cumsum(np.bincount(ids, minlength=len(self.bins.sizes)))
+        runs = [run for run in np.split(grouped, ends[:-1]) if len(run)]
+        runs.sort(key=lambda run: run[0])  # the bin of the first picture first
         size = self._global_size
-        if self.drop_last:
-            return [bucket[start : start + size] for start in range(0, len(bucket) - size + 1, size)]
-        filled = bucket + [bucket[i % len(bucket)] for i in range(-len(bucket) % size)]
-        return [filled[start : start + size] for start in range(0, len(filled), size)]
+        batches = [np.resize(order[run], (self._batches_of(len(run)), size)) for run in runs]
+        joined = np.concatenate(batches)
+        return joined, _permute(len(joined), draws.falling(len(joined), 2))
 
 
-def _balanced(is_prior: Sequence[bool]) -> list[int]:
-    """The pictures that an epoch shows: each group as often as the larger one, where there are both."""
-    groups = [[index for index, prior in enumerate(is_prior) if prior == kind] for kind in (False, True)]
-    if not all(groups):
-        return list(range(len(is_prior)))
+class _Draws:
+    """The numbers that Python's Random draws, many at once."""
+
+    def __init__(self, seed: str):
+        words = Random(seed).getstate()[1]
+        self._words = np.random.MT19937()
+        self._words.state = {
+            "bit_generator": "MT19937",
+            "state": {"key": np.array(words[:-1], np.uint32), "pos": words[-1]},
+        }
+
+    def falling(self, most: int, least: int) -> Iterator[np.ndarray]:
+        """Numbers below most, below most - 1, and so on to below least, as Random._randbelow gives them one by one."""
+        while most >= least:
+            bits = most.bit_length()
+            wanted = min(most - max(least, 1 << (bits - 1)) + 1, _DRAWN_AT_ONCE)
+            drawn = self._words.random_raw(wanted) >> np.uint64(32 - bits)
+            kept = _accept(drawn, most)
+            most -= len(kept)
+            yield kept
+
+
+def _accept(drawn: np.ndarray, most: int) -> np.ndarray:
+    """Those drawn that are below a limit, which begins at `most` and falls by one with each that is."""
+    is_kept = drawn < most - len(drawn) + 1
+    before, extra = np.cumsum(is_kept), 0
+    for place in np.flatnonzero(~is_kept & (drawn < most)).tolist():
+        if drawn[place] < most - before[place] - extra:
+            is_kept[place] = True
+            extra += 1
+    return drawn[is_kept]
+
+
+def _permute(count: int, draws: Iterator[np.ndarray]) -> array:
+    """0 ... count - 1 in the order that Random.shuffle would give them.
+
+    Runs of swaps are made at once where none of them touches what another one does, which in long lists is the rule.
+    """
+    items, last = array("I", range(count)), count - 1
+    view = np.frombuffer(items, np.uint32)
+    for drawn in draws:
+        start = 0
+        while start < len(drawn):
+            places = drawn[start : start + max(int((last / 8) ** 0.5), _SWAPPED_ONE_BY_ONE)].astype(np.intp)
+            start += len(places)
+            lasts = slice(last - len(places) + 1, last + 1)
+            ordered = np.sort(places)
+            if len(places) > _SWAPPED_ONE_BY_ONE and ordered[-1] < lasts.start and (ordered[1:] > ordered[:-1]).all():
+                view[lasts], view[places] = view[places[::-1]], view[lasts][::-1].copy()
+            else:
+                for offset, place in enumerate(places.tolist()):
+                    items[place], items[last - offset] = items[last - offset], items[place]
+            last -= len(places)
+    return items
+
+
+def _balanced(is_prior: Sequence[bool]) -> np.ndarray | None:
+    """The pictures that an epoch shows, where there are two groups: each as often as the larger; None for all once."""
+    marks = np.asarray(is_prior, bool)
+    groups = [np.flatnonzero(marks == kind).astype(np.uint32) for kind in (False, True)]
+    if not all(map(len, groups)):
+        return None
     most = max(map(len, groups))
-    return [group[number % len(group)] for group in groups for number in range(most)]
+    return np.concatenate([np.resize(group, most) for group in groups])
+
+
+def training_bins(base_px: int, square: bool = False) -> dict[float, tuple[int, int]]:
+    """{nominal ratio: (height_px, width_px)}: PixArt's table, or for another size the table scaled to whole tokens."""
+    if square:
+        side = _to_grid(base_px)
+        return {1.0: (side, side)}
+    if base_px in ASPECT_RATIOS:
+        return ASPECT_RATIOS[base_px]
+    table = ASPECT_RATIOS[1024].items()
+    return {ratio: (_to_grid(h * base_px / 1024), _to_grid(w * base_px / 1024)) for ratio, (h, w) in table}
+
+
+def _to_grid(side_px: float) -> int:
+    return max(round(side_px / GRID_PX), 1) * GRID_PX

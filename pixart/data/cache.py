@@ -1,6 +1,5 @@
 """Encodes a dataset once: captions by T5, pictures by the autoencoder, into a cache of content-keyed shards."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,26 +7,22 @@ from pathlib import Path
 import torch
 
 from ..config import LATENT_DOWNSCALE
-from ..files.atomic import write_atomically
-from ..files.documents import parse_json
-from ..files.regular import TABLE_BYTES, read_text
 from ..quoting import shorten
-from ..resolution import ASPECT_RATIOS, fit_images
+from ..resolution import fit_images
 from ..text import clean_prompt
 from ..weights.saving import DTYPES
-from .examples import Example
+from .buckets import GRID_PX, training_bins
+from .features import CachedFeatures, complete_index, open_cached, write_list
 from .identity import digest
 from .pictures import Picture, measure_picture, read_picture
 from .records import Record
-from .shards import ShardFolder, ShardWriter
+from .storage.index import MANIFEST, VERSION
+from .storage.shards import ShardFolder, ShardWriter
 
-VERSION = 1  # of keys and manifests: raised when the same settings come to mean something else
 CAPTION_DTYPES = ("fp16", "bf16", "fp32")
 SIZE_CONDITIONS = ("bin", "picture")
-MANIFEST = "features.json"
 LANCZOS_FROM_PX = 2048  # PixArt-Sigma prepared its largest pictures so
 _LATENT_CHANNELS = 4
-_GRID_PX = 2 * LATENT_DOWNSCALE
 _CAPTIONS_AT_ONCE = 16
 _SHOWN_CUT = 5
 
@@ -63,26 +58,11 @@ class EncodeSettings:
                     f"Unknown {name}: got {shorten(getattr(self, name))}, expected one of {', '.join(allowed)}. Choose "
                     f"one."
                 )
-        if self.base_px < _GRID_PX:
+        if self.base_px < GRID_PX:
             raise ValueError(
-                f"Resolution out of range: got {self.base_px}, expected at least {_GRID_PX}. Enter the size in pixels "
+                f"Resolution out of range: got {self.base_px}, expected at least {GRID_PX}. Enter the size in pixels "
                 f"that the model was trained at, or connect the model and enter 0."
             )
-
-
-def training_bins(base_px: int, square: bool = False) -> dict[float, tuple[int, int]]:
-    """{nominal ratio: (height_px, width_px)}: PixArt's table, or for another size the table scaled to whole tokens."""
-    if square:
-        side = _to_grid(base_px)
-        return {1.0: (side, side)}
-    if base_px in ASPECT_RATIOS:
-        return ASPECT_RATIOS[base_px]
-    table = ASPECT_RATIOS[1024].items()
-    return {ratio: (_to_grid(h * base_px / 1024), _to_grid(w * base_px / 1024)) for ratio, (h, w) in table}
-
-
-def _to_grid(side_px: float) -> int:
-    return max(round(side_px / _GRID_PX), 1) * _GRID_PX
 
 
 @dataclass(frozen=True)
@@ -212,18 +192,10 @@ class DatasetEncoder:
         Raises FileNotFoundError while other processes have not encoded their share.
         """
         self.shards.scan()
-        content = {
-            "version": VERSION,
-            "settings": asdict(self.settings),
-            "null_caption": self.null_key,
-            "notes": list(notes),
-            "items": self.items,
-        }
         path = self.shards.folder / manifest
-        features = CachedFeatures(self.shards, content, path)
-        text = json.dumps(content, ensure_ascii=False, indent=1)
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        return features
+        index = complete_index(self.items, self.null_key, self.shards)
+        write_list(path, index, asdict(self.settings), notes)
+        return open_cached(path)
 
     def _share(self, entries: Iterable[tuple]) -> list[tuple]:
         return list(entries)[self._rank :: self._world_size]
@@ -316,91 +288,3 @@ def _check_latents(mean: torch.Tensor, batch: list[_Job]) -> None:
         )
     for job, latent in zip(batch, mean, strict=True):
         _check_finite(latent, f"the picture {job.name}", "VAE")
-
-
-_IDENTIFYING = ("caption", "picture", "hint", "bin_px", "size_px", "aspect_ratio", "is_prior")
-
-
-class CachedFeatures:
-    """A FeatureSet over a cache: only what is asked for is read. It can be copied into other processes.
-
-    path: the dataset's list, with which open_features gives the same again. settings: the fields of EncodeSettings.
-    notes: what was noticed when it was encoded, in lines.
-    """
-
-    def __init__(self, shards: ShardFolder, content: dict, path: Path):
-        self.shards, self.items, self.settings, self.path = shards, content["items"], content["settings"], path
-        self._null_key = content["null_caption"]
-        self.notes = [str(note) for note in content.get("notes", ())]
-        wanted = {item[part] for item in self.items for part in ("caption", "picture", "hint") if item[part]}
-        missing = sum(key not in shards for key in {*wanted, self._null_key})
-        if missing:
-            raise FileNotFoundError(
-                f"Cache is not complete: got {missing} of {len(wanted) + 1} entries missing in "
-                f"{shorten(str(shards.folder), 300)}, expected all. Let the other processes finish, or encode the "
-                f"dataset again; only those are encoded."
-            )
-        self.bins = [self.shards.shape_of(item["picture"], "mean")[-2:] for item in self.items]
-        self.is_prior = [item["is_prior"] for item in self.items]
-
-    @property
-    def null_caption(self) -> torch.Tensor:
-        return self.shards.read(self._null_key)["caption"]
-
-    @property
-    def identity(self) -> str:
-        """Of what is encoded, wherever the cache lies: its keys are hashes of contents, models and settings."""
-        return digest(self._null_key, *(repr([item[part] for part in _IDENTIFYING]) for item in self.items))
-
-    def name_of(self, index: int) -> str:
-        return self.items[index]["name"]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Example:
-        item = self.items[index]
-        picture = self.shards.read(item["picture"])
-        return Example(
-            latent=picture["mean"],
-            deviation=picture.get("deviation"),
-            caption=self.shards.read(item["caption"])["caption"],
-            size_px=tuple(item["size_px"]),
-            aspect_ratio=item["aspect_ratio"],
-            hint=self.shards.read(item["hint"])["mean"] if item["hint"] else None,
-            is_prior=item["is_prior"],
-            text=item["text"],
-        )
-
-
-def open_cached(path: str | Path) -> CachedFeatures:
-    """A dataset that was encoded before. path: its list, or a cache's folder that holds a single one.
-
-    Raises FileNotFoundError where there is none, or entries are missing, and ValueError for another file.
-    """
-    path = Path(path)
-    lists = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
-    if not lists:
-        raise FileNotFoundError(
-            f"Encoded dataset not found: got {shorten(str(path), 300)}, expected {MANIFEST}. Encode a dataset first."
-        )
-    if len(lists) > 1:
-        names = ", ".join(entry.name for entry in lists)
-        raise ValueError(
-            f"Which encoded dataset is meant: got {names} in {shorten(str(path), 300)}, expected one. Enter the file's "
-            f"path."
-        )
-    try:
-        content = parse_json(read_text(lists[0], TABLE_BYTES), TABLE_BYTES)
-        if content["version"] == VERSION and content["items"]:
-            return CachedFeatures(ShardFolder(lists[0].parent), content, lists[0])
-    except (ValueError, KeyError, TypeError) as error:
-        raise _wrong_list(lists[0]) from error
-    raise _wrong_list(lists[0])
-
-
-def _wrong_list(path: Path) -> ValueError:
-    return ValueError(
-        f"Not an encoded dataset: got '{path.name}', expected a list of version {VERSION} with pictures in it. "
-        f"Encode the dataset again."
-    )

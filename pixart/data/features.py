@@ -1,11 +1,22 @@
-"""Encoded datasets on disk, of whichever layout."""
+"""Encoded datasets on disk, of whichever layout, and the list by which one is found again."""
 
+import contextlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from .cache import open_cached
-from .examples import FeatureSet
+import torch
+
+from ..files.atomic import write_atomically
+from ..files.documents import load_json, parse_json
+from ..files.inside import is_plain_name
+from ..files.regular import TABLE_BYTES, read_text
+from ..quoting import shorten
+from .examples import Example, FeatureSet
 from .original_features import find_original_features, is_original
 from .pairs import PAIRS, open_pairs
+from .storage.index import INDEX_SUFFIX, MANIFEST, PARTS, VERSION, Index, make_index, open_index, write_index
+from .storage.shards import OpenShards, ShardFolder
 
 
 def open_features(path: str | Path) -> FeatureSet:
@@ -18,3 +29,151 @@ def open_features(path: str | Path) -> FeatureSet:
     if (path / PAIRS).is_file():
         return open_pairs(path)
     return find_original_features(path) if path.is_dir() and is_original(path) else open_cached(path)
+
+
+def complete_index(items: Sequence[dict], null_key: str, shards: ShardFolder) -> Index:
+    """The index of rows (see index.make_index). Raises FileNotFoundError while some of their entries are missing."""
+    wanted = {item[part] for item in items for part in PARTS if item[part]} | {null_key}
+    missing = sum(key not in shards for key in wanted)
+    if missing:
+        raise _incomplete(missing, len(wanted), shards.folder)
+    return make_index(items, null_key, shards)
+
+
+def _incomplete(missing: int, wanted: int, folder: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"Cache is not complete: got {missing} of {wanted} entries missing in {shorten(str(folder), 300)}, expected "
+        f"all. Let the other processes finish, or encode the dataset again; only those are encoded."
+    )
+
+
+def write_list(path: Path, index: Index, settings: dict, notes: Sequence[str] = ()) -> None:
+    """Write a dataset's list: an index, and then the small file that names it, in the place of an older one.
+
+    settings: the fields of EncodeSettings.
+    """
+    old, name = _index_of(path), f"{path.stem}.{index.fingerprint()[:16]}{INDEX_SUFFIX}"
+    if not _is_index(path.with_name(name)):  # else it is the same, and others may have it open
+        write_index(path.with_name(name), index.columns)
+    head = {
+        "version": VERSION,
+        "settings": settings,
+        "null_caption": index.null_key,
+        "notes": list(notes),
+        "pictures": len(index),
+        "identity": index.identify(),
+        "index": name,
+    }
+    text = json.dumps(head, ensure_ascii=False, indent=1)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    if old is not None and old.name != name:
+        with contextlib.suppress(OSError):  # Windows keeps what another process has mapped
+            old.unlink(missing_ok=True)
+
+
+def _is_index(file: Path) -> bool:
+    try:
+        open_index(file)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _index_of(path: Path) -> Path | None:
+    """The file that a list names, if there is such a list."""
+    try:
+        name = load_json(path)["index"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return path.with_name(name) if is_plain_name(name) and name.endswith(INDEX_SUFFIX) else None
+
+
+class CachedFeatures:
+    """A FeatureSet over a cache: only what is asked for is read. It can be copied into other processes.
+
+    path: the dataset's list, with which open_features gives the same again. settings: the fields of EncodeSettings.
+    notes: what was noticed when it was encoded, in lines. identity: of what is encoded, wherever the cache lies; its
+    keys are hashes of contents, models and settings.
+    """
+
+    def __init__(self, index: Index, path: Path, content: dict, identity: str):
+        self.index, self.path, self.shards = index, path, OpenShards(path.parent)
+        self.settings, self.identity = content["settings"], identity
+        self.notes = [str(note) for note in content.get("notes", ())]
+        self.bins, self.is_prior = index.bins, index.is_prior
+        lost = index.lost(path.parent)
+        if lost.any():
+            raise _incomplete(index.count_entries(lost), index.count_entries(), path.parent)
+
+    @property
+    def null_caption(self) -> torch.Tensor:
+        return self.shards.tensor(*self.index.null_place, "caption")
+
+    def name_of(self, index: int) -> str:
+        return self.index.text("name", index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: int) -> Example:
+        columns, picture = self.index.columns, self.index.place("picture", index)
+        hint = self.index.place("hint", index)
+        return Example(
+            latent=self.shards.tensor(*picture, "mean"),
+            deviation=self.shards.tensor(*picture, "deviation") if columns["has_deviation"][index] else None,
+            caption=self.shards.tensor(*self.index.place("caption", index), "caption"),
+            size_px=tuple(columns["size_px"][index].tolist()),
+            aspect_ratio=float(columns["aspect_ratio"][index]),
+            hint=None if hint is None else self.shards.tensor(*hint, "mean"),
+            is_prior=bool(self.is_prior[index]),
+            text=self.index.text("text", index),
+        )
+
+
+def open_cached(path: str | Path) -> CachedFeatures:
+    """A dataset that was encoded before. path: its list, or a cache's folder that holds a single one.
+
+    Raises FileNotFoundError where there is none, or entries are missing, and ValueError for another file.
+    """
+    path = Path(path)
+    lists = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+    if not lists:
+        raise FileNotFoundError(
+            f"Encoded dataset not found: got {shorten(str(path), 300)}, expected {MANIFEST}. Encode a dataset first."
+        )
+    if len(lists) > 1:
+        names = ", ".join(entry.name for entry in lists)
+        raise ValueError(
+            f"Which encoded dataset is meant: got {names} in {shorten(str(path), 300)}, expected one. Enter the file's "
+            f"path."
+        )
+    try:
+        return _open_list(lists[0])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _wrong_list(lists[0]) from error
+
+
+def _open_list(path: Path) -> CachedFeatures:
+    content = parse_json(read_text(path, TABLE_BYTES), TABLE_BYTES)
+    if content["version"] != VERSION:
+        raise ValueError("another version")
+    if "items" in content:  # as lists were before they had an index
+        index = complete_index(content["items"], content["null_caption"], ShardFolder(path.parent))
+        return CachedFeatures(index, path, content, index.identify())
+    file = _index_of(path)
+    if file is None:
+        raise ValueError("no name of an index")
+    try:
+        index = open_index(file)
+    except FileNotFoundError:
+        if file != _index_of(path):  # another process has just put a new list in the place of this one
+            return _open_list(path)
+        raise
+    return CachedFeatures(index, path, content, str(content["identity"]))
+
+
+def _wrong_list(path: Path) -> ValueError:
+    return ValueError(
+        f"Not an encoded dataset: got '{path.name}', expected a list of version {VERSION} with pictures in it. "
+        f"Encode the dataset again."
+    )

@@ -9,13 +9,28 @@ _DIGEST_BYTES = 20
 _SAMPLES = 256  # numbers read of each tensor: enough that any training or merge of it shows
 
 
+class Digest:
+    """A content hash of texts and bytes that come one by one; it depends on where one ends and the next begins."""
+
+    def __init__(self):
+        self._state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+
+    def add(self, part: bytes | str) -> None:
+        """Take in one more."""
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        self._state.update(len(data).to_bytes(8, "little"))
+        self._state.update(data)
+
+    def hexdigest(self) -> str:
+        """Of all that was added so far."""
+        return self._state.hexdigest()
+
+
 def digest(*parts: bytes | str) -> str:
     """A content hash of texts and bytes, as hexadecimal; it depends on where one part ends and the next begins."""
-    state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    state = Digest()
     for part in parts:
-        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        state.update(len(data).to_bytes(8, "little"))
-        state.update(data)
+        state.add(part)
     return state.hexdigest()
 
 

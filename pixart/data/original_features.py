@@ -22,7 +22,7 @@ from ..files.atomic import write_atomically
 from ..files.documents import parse_json
 from ..files.regular import TABLE_BYTES, open_regular, read_text
 from ..quoting import shorten
-from .cache import training_bins
+from .buckets import training_bins
 from .examples import Example, FeatureSet
 from .identity import digest
 

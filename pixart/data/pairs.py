@@ -16,7 +16,7 @@ from ..files.regular import TABLE_BYTES, read_text
 from ..quoting import shorten
 from .examples import Example, FeatureSet
 from .identity import digest
-from .shards import ShardFolder, ShardWriter
+from .storage.shards import ShardFolder, ShardWriter
 
 PAIRS = "pairs.json"
 VERSION = 1

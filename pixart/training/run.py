@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import LATENT_DOWNSCALE, PixArtConfig
+from ..data.buckets import Bins
 from ..data.examples import FeatureSet
 from ..data.sketches import sketch_model
 from ..files.atomic import sweep, write_atomically
@@ -203,14 +205,16 @@ _FAR = 1.25  # PixArt's bins of one size lie within a tenth of it
 def describe_sizes(features: FeatureSet, config: PixArtConfig) -> list[str]:
     """A line where pictures were encoded at another size than the model was trained at; it may be meant so."""
     own = config.base_px
-    sizes = [round((height * width) ** 0.5 * LATENT_DOWNSCALE) for height, width in features.bins]
-    others = [size for size in sizes if not own / _FAR < size < own * _FAR]
+    counts: Counter[int] = Counter()
+    for (height, width), count in Bins.of(features.bins).counts().items():
+        counts[round((height * width) ** 0.5 * LATENT_DOWNSCALE)] += count
+    others = Counter({size: count for size, count in counts.items() if not own / _FAR < size < own * _FAR})
     if not others:
         return []
-    common = max(set(others), key=others.count)
+    common = others.most_common(1)[0][0]
     return [
-        f"{len(others)} of {len(sizes)} pictures are of another size than the model's: about {common} px, and it was "
-        f"trained at {own}"
+        f"{others.total()} of {counts.total()} pictures are of another size than the model's: about {common} px, and "
+        f"it was trained at {own}"
     ]
 
 

@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pixart_pack.pixart.data.cache import DatasetEncoder, EncodeSettings, training_bins
+from pixart_pack.pixart.data.buckets import training_bins
+from pixart_pack.pixart.data.cache import DatasetEncoder, EncodeSettings
 from pixart_pack.pixart.data.examples import collate
 from pixart_pack.pixart.data.features import open_features
 from pixart_pack.pixart.data.identity import fingerprint
 from pixart_pack.pixart.data.pictures import FilePicture, TensorPicture
 from pixart_pack.pixart.data.records import Record, check_records
-from pixart_pack.pixart.data.shards import ShardFolder, ShardWriter
 from pixart_pack.pixart.data.sources import read_dataset
+from pixart_pack.pixart.data.storage.shards import ShardFolder, ShardWriter
 from pixart_pack.pixart.training.validation import read_prompts
 from pixart_pack.tests.training_data import interrupting
 
@@ -161,7 +162,7 @@ def test_names_and_captions_that_are_no_unicode(tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     records = check_records(read_dataset(folder)).records
     features, _ = encode(records, tmp_path / "cache", replace(SETTINGS, caption_dtype="fp32"))
-    assert [item["name"] for item in features.items] == ["caf\ufffd.png", "b.png"]
+    assert [features.name_of(index) for index in range(2)] == ["caf\ufffd.png", "b.png"]
     assert features[1].text == open_features(tmp_path / "cache")[1].text == "wow \ufffd"
 
 
@@ -303,7 +304,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from pixart.data import cache, shards
+from pixart.data.storage import shards
 from pixart.data.cache import DatasetEncoder, EncodeSettings
 from pixart.data.records import check_records
 from pixart.data.sources import read_dataset

@@ -9,6 +9,7 @@ import folder_paths
 import torch
 
 from ....pixart.config import LATENT_DOWNSCALE
+from ....pixart.data.buckets import Bins
 from ....pixart.data.examples import Example, FeatureSet, ListFeatures
 from ....pixart.data.features import open_features
 from ....pixart.data.pictures import FilePicture, RowPicture, TensorPicture
@@ -205,10 +206,8 @@ def _find_features(path: str) -> Path:
 
 def describe_features(features: FeatureSet) -> str:
     """What an encoded dataset holds, in lines of text."""
-    counts: dict[tuple[int, int], int] = {}
-    for height, width in features.bins:
-        size = width * LATENT_DOWNSCALE, height * LATENT_DOWNSCALE
-        counts[size] = counts.get(size, 0) + 1
+    found = Bins.of(features.bins).counts().items()
+    counts = {(width * LATENT_DOWNSCALE, height * LATENT_DOWNSCALE): count for (height, width), count in found}
     first = features[0]
     return "\n".join(
         [

@@ -6,9 +6,11 @@ from dataclasses import replace
 import comfy.model_management
 import torch
 
-from ....pixart.data.cache import MANIFEST, CachedFeatures, DatasetEncoder, EncodeSettings
+from ....pixart.data.cache import DatasetEncoder, EncodeSettings
+from ....pixart.data.features import CachedFeatures
 from ....pixart.data.identity import digest, fingerprint
 from ....pixart.data.records import Dataset
+from ....pixart.data.storage.index import MANIFEST
 from ..denoiser.latent import CHANNELS
 from ..edges import AUTO, METHODS, make_edges
 from ..folders import output_folder

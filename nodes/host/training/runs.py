@@ -6,7 +6,6 @@ copies what comes in.
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,11 @@ from PIL import Image
 
 from ....pixart.checkpoint import NULL_CAPTION_KEY, expected_shapes
 from ....pixart.config import LATENT_DOWNSCALE, PixArtConfig
-from ....pixart.data.cache import MANIFEST, CachedFeatures
+from ....pixart.data.buckets import Bins
 from ....pixart.data.examples import FeatureSet
+from ....pixart.data.features import CachedFeatures
 from ....pixart.data.sketches import differences, sketch_weights, write_sketch
+from ....pixart.data.storage.index import MANIFEST
 from ....pixart.drawing.curves import draw_curve
 from ....pixart.tracking.weights_and_biases import describe_mode, usual_mode
 from ....pixart.training.loop import Events, Progress
@@ -357,7 +358,8 @@ def _prompts(validation, features: FeatureSet, settings, config: PixArtConfig) -
     if not settings.sample_every:
         return []
     if validation is not None and settings.kind != "controlnet":
-        common = Counter(map(tuple, features.bins)).most_common(1)[0][0]
+        counts = Bins.of(features.bins).counts()
+        common = max(counts, key=counts.get)
         return [prompt for states, extra in validation for prompt in _prompts_of(states, extra, common, config)]
     chosen: dict[str, ValidationPrompt] = {}
     for index in range(len(features)):

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files.atomic import write_atomically
-from ..quoting import shorten
+from ...files.atomic import write_atomically
+from ...quoting import shorten
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,36 @@ _OPEN_FILES = 32
 _ABANDONED_SECONDS = 24 * 3600.0
 
 
+class OpenShards:
+    """Reads tensors of the shards in a folder, a few of which stay open. It can be copied into other processes."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._open: OrderedDict = OrderedDict()
+
+    def tensor(self, shard: str, key: str, part: str) -> torch.Tensor:
+        """A tensor of an entry. Raises OSError for a shard that has changed since it was listed."""
+        try:
+            return self._file(shard).get_tensor(f"{key}.{part}")
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"Cache file cannot be read: got {shorten(error, 200)} for {shorten(shard, 80)} in "
+                f"{shorten(str(self.folder), 300)}, expected it as it was when the dataset was opened. Encode the "
+                f"dataset again; only what is lost is encoded."
+            ) from error
+
+    def _file(self, shard: str):
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.folder / shard, framework="pt")
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+
 class ShardFolder:
     """Reads entries by key; an entry is a few named tensors. It can be copied into other processes."""
 
@@ -32,7 +62,7 @@ class ShardFolder:
         self.folder = Path(folder)
         self._places: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {}  # key -> shard, {part: shape}
         self._known: set[str] = set()
-        self._open: OrderedDict = OrderedDict()
+        self._shards = OpenShards(folder)
         self.scan()
 
     def scan(self) -> None:
@@ -62,29 +92,18 @@ class ShardFolder:
         """The shape of a tensor of an entry, without reading it."""
         return self._places[key][1][part]
 
+    def has_part(self, key: str, part: str) -> bool:
+        """Whether an entry has a tensor of this name."""
+        return part in self._places[key][1]
+
+    def shard_of(self, key: str) -> str:
+        """The name of the file with an entry."""
+        return self._places[key][0]
+
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """The tensors of an entry. Raises KeyError when there is none."""
+        """The tensors of an entry. Raises KeyError when there is none, OSError when it has changed since."""
         shard, shapes = self._places[key]
-        file = self._file(shard)
-        return {part: file.get_tensor(f"{key}.{part}") for part in shapes}
-
-    def _file(self, shard: str):
-        if shard not in self._open:
-            try:
-                self._open[shard] = safe_open(self.folder / shard, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise OSError(
-                    f"Cache file cannot be read: got {shorten(error, 200)} for {shard} in "
-                    f"{shorten(str(self.folder), 300)}, expected it as it was when the dataset was opened. Encode the "
-                    f"dataset again; only what is lost is encoded."
-                ) from error
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-        self._open.move_to_end(shard)
-        return self._open[shard]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {part: self._shards.tensor(shard, key, part) for part in shapes}
 
 
 class ShardWriter:

@@ -1,0 +1,234 @@
+"""The list of an encoded dataset as columns of numbers in one file, mapped into memory and shared between processes.
+
+The file is a safetensors file: a header, then one tensor a column. It is read by the safetensors package, which maps
+it, so that a process holds nothing of it but the pages that it looks at. Names and captions lie behind each other in
+one column of bytes, with a column of where each ends.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ...config import LATENT_DOWNSCALE
+from ...files.atomic import write_atomically
+from ...files.inside import is_plain_name
+from ...files.regular import open_regular
+from ..buckets import Bins
+from ..identity import Digest
+from .shards import ShardFolder
+
+VERSION = 1  # of keys and lists: raised when the same settings come to mean something else
+MANIFEST, INDEX_SUFFIX = "features.json", ".index"
+KEY_BYTES = 20
+PARTS = ("caption", "picture", "hint")  # which have a key in each row
+_ROWS_AT_ONCE = 2**16
+_TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64, "F64": np.float64}
+_NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
+_TEXTS = ("name", "text")
+# column: (its type, its shape behind the rows); the last ones are not by rows
+_ROWS = {
+    **{part: (np.uint8, (KEY_BYTES,)) for part in PARTS},
+    **{f"{part}_shard": (np.int32, ()) for part in PARTS},
+    **{f"{text}_end": (np.int64, ()) for text in _TEXTS},
+    "size_px": (np.int32, (2,)),
+    "aspect_ratio": (np.float64, ()),
+    "is_prior": (np.uint8, ()),
+    "has_deviation": (np.uint8, ()),
+}
+_OTHERS = {
+    **{f"{text}_bytes": (np.uint8, ()) for text in _TEXTS},
+    "sizes": (np.int32, (2,)),
+    "shard_bytes": (np.int64, ()),
+    "shard_names": (np.uint8, ()),
+    "null": (np.uint8, (KEY_BYTES,)),
+    "null_shard": (np.int32, ()),
+}
+
+
+class Index:
+    """Rows of an encoded dataset by number: where each one's tensors lie, and all else that is known of it.
+
+    columns: as above, and `bin` of 16 or 32 bits. path: of the file that they are mapped from; None in memory.
+    Raises ValueError for columns that do not fit each other.
+    """
+
+    def __init__(self, columns: Mapping[str, np.ndarray], path: Path | None = None):
+        self.columns, self.path = dict(columns), path
+        _check(self.columns)
+        self.bins = Bins(columns["sizes"], columns["bin"])
+        self.is_prior = columns["is_prior"].view(bool)
+        self.shards = bytes(columns["shard_names"]).decode().split("\n") if len(columns["shard_names"]) else []
+        wrong = [name for name in self.shards if not is_plain_name(name)]
+        if wrong or len(self.shards) != len(columns["shard_bytes"]):
+            raise ValueError("names of files that are none")
+
+    @property
+    def null_key(self) -> str:
+        """The key of the empty caption."""
+        return self.columns["null"].tobytes().hex()
+
+    @property
+    def null_place(self) -> tuple[str, str]:
+        """(shard, key) of the empty caption."""
+        return self.shards[int(self.columns["null_shard"][0])], self.null_key
+
+    def __len__(self) -> int:
+        return len(self.columns["bin"])
+
+    def __reduce__(self):
+        return (open_index, (self.path,)) if self.path else (Index, (self.columns,))
+
+    def text(self, which: str, row: int) -> str:
+        """The `name` or the `text` of a row."""
+        ends = self.columns[f"{which}_end"]
+        start = int(ends[row - 1]) if row else 0
+        return self.columns[f"{which}_bytes"][start : int(ends[row])].tobytes().decode("utf-8", "replace")
+
+    def place(self, part: str, row: int) -> tuple[str, str] | None:
+        """(shard, key) of a part of a row; None for a hint that there is not."""
+        shard = int(self.columns[f"{part}_shard"][row])
+        return None if shard < 0 else (self.shards[shard], self.columns[part][row].tobytes().hex())
+
+    def lost(self, folder: Path) -> np.ndarray:
+        """(S,) bool: which of the shards are not in the folder as they were when this was written."""
+        with os.scandir(folder) as entries:
+            found = {entry.name: entry for entry in entries}
+        sizes = self.columns["shard_bytes"].tolist()
+        there = (
+            name in found and found[name].stat().st_size == size for name, size in zip(self.shards, sizes, strict=True)
+        )
+        return ~np.fromiter(there, bool, len(sizes))
+
+    def count_entries(self, shards: np.ndarray | None = None) -> int:
+        """How many different entries the rows name, of all shards or of those that are marked."""
+        keys = []
+        for part in (*PARTS, "null"):
+            numbers = self.columns[f"{part}_shard"]
+            is_asked = numbers >= 0 if shards is None else (numbers >= 0) & shards[numbers]
+            keys.append(np.ascontiguousarray(self.columns[part][is_asked]).view(f"V{KEY_BYTES}").reshape(-1))
+        return len(np.unique(np.concatenate(keys)))
+
+    def fingerprint(self) -> str:
+        """A hash of all that is in the columns."""
+        state = Digest()
+        for name, column in sorted(self.columns.items()):
+            state.add(name)
+            for start in range(0, max(len(column), 1), _ROWS_AT_ONCE * 64):
+                state.add(column[start : start + _ROWS_AT_ONCE * 64].tobytes())
+        return state.hexdigest()
+
+    def identify(self) -> str:
+        """The identity of pictures and captions in their order (see examples.FeatureSet)."""
+        state = Digest()
+        state.add(self.null_key)
+        for rows in _blocks(len(self)):
+            block = {name: self.columns[name][rows].tolist() for name in ("size_px", "aspect_ratio", "is_prior")}
+            keys = [_hex(self.columns[part][rows], self.columns[f"{part}_shard"][rows]) for part in PARTS]
+            bins = (self.columns["sizes"][self.columns["bin"][rows]] * LATENT_DOWNSCALE).tolist()
+            for row in zip(*keys, bins, block["size_px"], block["aspect_ratio"], block["is_prior"], strict=True):
+                state.add(repr([*row[:-1], bool(row[-1])]))
+        return state.hexdigest()
+
+
+def _hex(keys: np.ndarray, shards: np.ndarray) -> list[str | None]:
+    joined, wide = keys.tobytes().hex(), 2 * KEY_BYTES
+    found = (joined[start : start + wide] for start in range(0, len(joined), wide))
+    return [key if shard >= 0 else None for key, shard in zip(found, shards.tolist(), strict=True)]
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    return (slice(start, min(start + _ROWS_AT_ONCE, count)) for start in range(0, count, _ROWS_AT_ONCE))
+
+
+def _check(columns: Mapping[str, np.ndarray]) -> None:
+    count = len(columns["bin"])
+    if columns["bin"].dtype not in (np.uint16, np.uint32):
+        raise ValueError("bins of another type")
+    for name, (kind, shape) in (_ROWS | _OTHERS).items():
+        column = columns[name]
+        wrong_length = name in _ROWS and len(column) != count
+        if column.dtype != kind or column.shape[1:] != shape or wrong_length:
+            raise ValueError(f"a column {name} of another form")
+    if not count or int(columns["bin"].max()) >= len(columns["sizes"]):
+        raise ValueError("no rows, or bins that there are not")
+    if len(columns["null_shard"]) != 1:
+        raise ValueError("no empty caption")
+    for part in (*PARTS, "null"):
+        least = -1 if part == "hint" else 0
+        shards = columns[f"{part}_shard"]
+        if int(shards.min()) < least or int(shards.max()) >= len(columns["shard_bytes"]):
+            raise ValueError(f"shards of {part} that there are not")
+
+
+def make_index(items: Sequence[Mapping], null_key: str, shards: ShardFolder) -> Index:
+    """The index of rows as plain values (see cache.DatasetEncoder). shards: has their entries.
+
+    Raises KeyError for an entry that is not there.
+    """
+    numbers: dict[str, int] = {}
+
+    def number_of(key: str | None) -> int:
+        return -1 if key is None else numbers.setdefault(shards.shard_of(key), len(numbers))
+
+    columns = {f"{part}_shard": np.array([number_of(item[part]) for item in items], np.int32) for part in PARTS}
+    for part in PARTS:
+        keys = b"".join(bytes(KEY_BYTES) if item[part] is None else bytes.fromhex(item[part]) for item in items)
+        columns[part] = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
+    bins = Bins.of([shards.shape_of(item["picture"], "mean")[-2:] for item in items])
+    deviations = [shards.has_part(item["picture"], "deviation") for item in items]
+    columns |= {
+        "bin": bins.ids,
+        "sizes": bins.sizes,
+        "size_px": np.array([item["size_px"] for item in items], np.int32).reshape(-1, 2),
+        "aspect_ratio": np.array([item["aspect_ratio"] for item in items], np.float64),
+        "is_prior": np.array([item["is_prior"] for item in items], np.uint8),
+        "has_deviation": np.array(deviations, np.uint8),
+        "null": np.frombuffer(bytes.fromhex(null_key), np.uint8).reshape(1, -1),
+        "null_shard": np.array([number_of(null_key)], np.int32),
+        "shard_names": np.frombuffer("\n".join(numbers).encode(), np.uint8),
+        "shard_bytes": np.array([(shards.folder / name).stat().st_size for name in numbers], np.int64),
+    }
+    for which in _TEXTS:
+        texts = [item[which].encode("utf-8", "replace") for item in items]
+        columns[f"{which}_end"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        columns[f"{which}_bytes"] = np.frombuffer(b"".join(texts), np.uint8)
+    return Index(columns)
+
+
+def write_index(path: Path, columns: Mapping[str, np.ndarray | Iterable[np.ndarray]], shapes: Mapping = {}) -> None:
+    """Write columns whole or not at all. One that comes in pieces has its (type, shape) in `shapes`."""
+    forms = {name: shapes.get(name) or (column.dtype, column.shape) for name, column in columns.items()}
+    header, offset = {}, 0
+    ordered = sorted(forms, key=lambda name: -np.dtype(forms[name][0]).itemsize)  # so that each one is aligned
+    for name in ordered:
+        kind, shape = np.dtype(forms[name][0]), list(forms[name][1])
+        end = offset + kind.itemsize * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": _NAMES[kind], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in ordered:
+                column = columns[name]
+                for piece in [column] if isinstance(column, np.ndarray) else column:
+                    file.write(np.ascontiguousarray(piece).data.cast("B") if piece.size else b"")
+
+    write_atomically(path, write)
+
+
+def open_index(path: Path) -> Index:
+    """The index in a file. Raises FileNotFoundError, and ValueError for another content."""
+    open_regular(path).close()
+    try:
+        with safe_open(path, framework="pt") as file:
+            columns = {name: file.get_tensor(name).numpy() for name in ("bin", *_ROWS, *_OTHERS)}
+        return Index(columns, path)
+    except (SafetensorError, RuntimeError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"no list in columns ({error})") from error
