@@ -317,7 +317,7 @@ class Trainer:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.sanity.load_state_dict(state["sanity"])
-        self.report.start(self.step)
+        self.report.start(self.step, state.get("report"))
         logger.info("PixArt training goes on after step %d", self.step)
         return True
 
@@ -347,6 +347,7 @@ class Trainer:
             "average": average,
             "scaler": self.scaler.state_dict(),
             "sanity": self.sanity.state_dict(),
+            "report": self.report.state(),
         }
 
     def _sampler_identity(self) -> dict:

@@ -4,11 +4,13 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import secrets
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from ..drawing.curves import draw_curve
@@ -25,33 +27,96 @@ SMOOTHING_STEPS = 50
 _TIMED_STEPS = 20
 
 
+_MOST_POINTS = 8192  # ten to a pixel of the curve
+
+
+class Course:
+    """Losses by step. Beyond so many points two neighbours become one, so that no training is too long for it."""
+
+    def __init__(self, state: Mapping | None = None):
+        state = state or {"points": torch.zeros(0, 2), "open": [0.0, 0.0, 0], "stride": 1, "count": 0}
+        self._points: list[tuple[float, float]] = [tuple(point) for point in state["points"].tolist()]
+        self._open = list(state["open"])  # sums of steps and losses, and of how many, that are to be one point
+        self._stride, self._count = state["stride"], state["count"]
+
+    def add(self, step: int, loss: float) -> None:
+        """Take in the next one."""
+        self._count += 1
+        self._open = [self._open[0] + step, self._open[1] + loss, self._open[2] + 1]
+        if self._open[2] < self._stride:
+            return
+        self._points += self._pending()
+        self._open = [0.0, 0.0, 0]
+        if len(self._points) == _MOST_POINTS:
+            pairs = zip(self._points[::2], self._points[1::2], strict=True)
+            self._points = [tuple((a + b) / 2 for a, b in zip(*pair, strict=True)) for pair in pairs]
+            self._stride *= 2
+
+    def _pending(self) -> list[tuple[float, float]]:
+        steps, losses, count = self._open
+        return [(steps / count, losses / count)] if count else []
+
+    def points(self) -> list[tuple[float, float]]:
+        """(step, loss) of each, or their means over as many steps as make a point."""
+        return [*self._points, *self._pending()]
+
+    def __len__(self) -> int:
+        """How many losses were taken in."""
+        return self._count
+
+    def state(self) -> dict:
+        """What makes the same again, for a checkpoint."""
+        points = torch.tensor(self._points, dtype=torch.float64).reshape(-1, 2)
+        return {"points": points, "open": self._open, "stride": self._stride, "count": self._count}
+
+
 class Report:
     """The log of one training, in its folder; only the main process writes.
 
-    settings: of the run, as plain values. losses: (step, loss) of every logged step so far. notes: what could not be
-    logged, once for each place; no trouble with a log ends a training.
+    settings: of the run, as plain values. losses: the course of the loss so far. notes: what could not be logged, once
+    for each place; no trouble with a log ends a training.
     """
 
     def __init__(self, folder: Path, settings: TrainingSettings, is_main: bool = True):
         self.folder, self.is_main, self.every = Path(folder), is_main, settings.log_every
         self.settings = settings_to_dict(settings)
-        self.losses: list[tuple[int, float]] = []
+        self.losses = Course()
         self.smoothed: float | None = None
         self._times: deque[float] = deque(maxlen=_TIMED_STEPS)
         self._file = self._board = self._wandb = None
         self.notes: list[str] = []
 
-    def start(self, step: int) -> None:
-        """Open the log, cut to what happened up to `step`."""
+    def start(self, step: int, state: Mapping | None = None) -> None:
+        """Open the log, cut to what happened up to `step`.
+
+        state: this report's at that step; without it the log is read from its beginning.
+        """
         if not self.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = [entry for entry in read_log(self.folder / LOG) if _is_step(entry) and entry["step"] <= step]
-        for entry in kept:
-            self._follow(entry["step"], entry["loss"])
+        path = self.folder / LOG
         with self._going_on(LOG):
-            self._file = _open_log(self.folder / LOG, kept)
+            if state and _ends_a_line(path, state["log_bytes"]):
+                os.truncate(path, state["log_bytes"])
+                self.losses, self.smoothed = Course(state["losses"]), state["smoothed"]
+            else:
+                write_atomically(path, lambda temporary: self._copy_log(path, temporary, step))
+            self._file = path.open("a", encoding="utf-8", buffering=1)  # a line is there once it is written
         self._open_trackers(step)
+
+    def _copy_log(self, path: Path, copy: Path, step: int) -> None:
+        with copy.open("w", encoding="utf-8") as file:
+            for entry in iterate_log(path):
+                if _is_step(entry) and entry["step"] <= step:
+                    self._follow(entry["step"], entry["loss"])
+                    file.write(json.dumps(entry) + "\n")
+
+    def state(self) -> dict | None:
+        """How far the log is, for a checkpoint: with it nobody needs to read it again. None where there is none."""
+        if self._file is None:
+            return None
+        size = os.fstat(self._file.fileno()).st_size
+        return {"log_bytes": size, "smoothed": self.smoothed, "losses": self.losses.state()}
 
     def log(self, step: int, loss: float, error: float, norm: float, rate: float, seconds: float) -> float:
         """Write down one step; returns the smoothed loss."""
@@ -74,7 +139,7 @@ class Report:
 
     def curve(self, size: tuple[int, int] = (768, 384)) -> Image.Image:
         """The loss over the steps, faint, and its smoothed course."""
-        return draw_curve(self.losses, size)
+        return draw_curve(self.losses.points(), size)
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Hand a picture to TensorBoard and Weights & Biases."""
@@ -115,7 +180,7 @@ class Report:
                 self._board = None
 
     def _follow(self, step, loss):
-        self.losses.append((step, loss))
+        self.losses.add(step, loss)
         rate = max(1 / SMOOTHING_STEPS, 1 / len(self.losses))
         self.smoothed = loss if self.smoothed is None else self.smoothed + rate * (loss - self.smoothed)
 
@@ -147,10 +212,13 @@ def _is_step(entry) -> bool:
     return all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
 
 
-def _open_log(path: Path, kept: list[dict]):
-    text = "".join(json.dumps(entry) + "\n" for entry in kept)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return path.open("a", encoding="utf-8", buffering=1)  # a line is there once it is written
+def _ends_a_line(path: Path, size: int) -> bool:
+    """Whether a log has that many bytes, the last of which ends a line."""
+    if not path.is_file() or path.stat().st_size < size:
+        return False
+    with path.open("rb") as file:
+        file.seek(max(size - 1, 0))
+        return size == 0 or file.read(1) == b"\n"
 
 
 def _open_wandb(folder: Path, settings: dict):
@@ -166,12 +234,16 @@ def _open_wandb(folder: Path, settings: dict):
 
 def read_log(path: Path) -> list[dict]:
     """The entries of a log; a last line that was cut off by a kill is left out."""
+    return list(iterate_log(path))
+
+
+def iterate_log(path: Path) -> Iterator[dict]:
+    """The same, one after the other."""
     if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entries.append(parse_json(line))
-        except ValueError:
-            logger.warning("A broken line of %s is left out", path)
-    return entries
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield parse_json(line)
+            except ValueError:
+                logger.warning("A broken line of %s is left out", path)

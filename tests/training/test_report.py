@@ -13,7 +13,7 @@ import pixart_pack.pixart.training.run as run_module
 from pixart_pack.pixart.drawing.curves import draw_curve
 from pixart_pack.pixart.training.build import make_objective
 from pixart_pack.pixart.training.loop import Events, Trainer
-from pixart_pack.pixart.training.report import LOG, Report, read_log
+from pixart_pack.pixart.training.report import LOG, Course, Report, read_log
 from pixart_pack.pixart.training.run import RESULT, choose_folder, train
 from pixart_pack.pixart.training.validation import ValidationPrompt, read_prompts, write_prompts
 from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
@@ -36,6 +36,55 @@ def test_a_log_that_was_cut_is_read_up_to_there(tmp_path):
     assert report.log(2, 4.0, 4.0, 1.0, 1e-3, 0.1) == pytest.approx(3.0)
     report.close()
     assert [entry["step"] for entry in read_log(path)] == [1, 2]
+
+
+def test_a_continued_log_is_not_read_again(tmp_path):
+    """A log of a million steps takes seconds to read: what is before the checkpoint is left as it is."""
+    before = Report(tmp_path, tiny_settings())
+    before.start(0)
+    for step in range(1, 4):
+        before.log(step, float(step), 1.0, 1.0, 1e-3, 0.1)
+    state = before.state()
+    before.log(4, 9.0, 1.0, 1.0, 1e-3, 0.1)
+    before.close()
+    path = tmp_path / LOG
+    unread = path.read_bytes().replace(b'"step"', b'"ste\xff"', 3)
+    path.write_bytes(unread)
+    after = Report(tmp_path, tiny_settings())
+    after.start(3, state)
+    assert path.read_bytes() == unread[: state["log_bytes"]] and not after.notes
+    assert after.smoothed == state["smoothed"] and after.losses.points() == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert after.log(4, 5.0, 1.0, 1.0, 1e-3, 0.1) == pytest.approx(2.75)
+    after.close()
+    assert [entry["loss"] for entry in read_log(path)] == [1.0, 2.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: b"", lambda data: b"{}" + data])
+def test_a_log_that_is_not_as_it_was_is_read(tmp_path, damage):
+    before = Report(tmp_path, tiny_settings())
+    before.start(0)
+    for step in range(1, 4):
+        before.log(step, float(step), 1.0, 1.0, 1e-3, 0.1)
+    state = before.state()
+    before.close()
+    (tmp_path / LOG).write_bytes(damage((tmp_path / LOG).read_bytes()))
+    after = Report(tmp_path, tiny_settings())
+    after.start(3, state)
+    after.close()
+    assert len(after.losses) == len(read_log(tmp_path / LOG)) < 3
+
+
+def test_the_course_of_a_long_training_has_few_points_and_goes_on_from_its_state():
+    course = Course()
+    for step in range(1, 20_001):
+        course.add(step, step / 2)
+        if step == 17_003:
+            again = Course(course.state())
+        elif step > 17_003:
+            again.add(step, step / 2)
+    points = course.points()
+    assert again.points() == points and len(course) == len(again) == 20_000 and len(points) < 8192
+    assert all(loss == step / 2 for step, loss in points) and points[0][0] < 4 and points[-1][0] > 19_996
 
 
 @pytest.mark.parametrize("losses", [[], [(1, 0.5)], [(step, 1 / step) for step in range(1, 3000)], [(1, float("nan"))]])

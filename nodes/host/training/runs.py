@@ -27,6 +27,7 @@ from ....pixart.drawing.curves import draw_curve
 from ....pixart.tracking.weights_and_biases import describe_mode, usual_mode
 from ....pixart.training.loop import Events, Progress
 from ....pixart.training.processes import SingleProcess
+from ....pixart.training.report import Course
 from ....pixart.training.run import TrainingResult, check_name, choose_folder, count_stops, lora_factors, train
 from ....pixart.training.settings import RunConfig, TrainingSettings, parse_settings, write_config
 from ....pixart.training.validation import Decode, ValidationPrompt, write_prompts
@@ -294,7 +295,7 @@ class _HostEvents(Events):
     def __init__(self, settings: TrainingSettings, hidden):
         self.bar = comfy.utils.ProgressBar(settings.steps)
         self.hidden = hidden
-        self.losses: list[tuple[int, float]] = []
+        self.losses = Course()
         self.pictures: Image.Image | None = None
         self.shown_at = self.told_at = 0.0
         self.is_interrupted = False
@@ -302,7 +303,7 @@ class _HostEvents(Events):
     def stepped(self, progress: Progress) -> None:
         now = time.monotonic()
         is_last = progress.step == progress.steps
-        self.losses.append((progress.step, progress.loss))
+        self.losses.add(progress.step, progress.loss)
         preview = None
         if now - self.shown_at >= _PREVIEW_EVERY_S or is_last:
             preview, self.shown_at = ("JPEG", self._picture(), _PREVIEW_PX), now
@@ -322,7 +323,7 @@ class _HostEvents(Events):
         self.pictures, self.shown_at = pictures, 0.0
 
     def _picture(self) -> Image.Image:
-        curve = draw_curve(self.losses)
+        curve = draw_curve(self.losses.points())
         if self.pictures is None:
             return curve
         scale = min(curve.width / self.pictures.width, 2.0)
