@@ -33,14 +33,14 @@ class LoadControlNet(io.ComfyNode):
                     "controlnet",
                     options=list_controlnets(),
                     tooltip="A file of models/controlnet, such as PixArt-XL-2-1024-ControlNet.pth, or a diffusers "
-                    "folder there.",
+                    "folder there. GGUF and quantised files are read, too.",
                 ),
                 choice_input(
                     "weight_dtype",
                     DTYPES,
                     default="default",
                     tooltip="Precision of the weights, of the base model too. default: as ComfyUI thinks best for the "
-                    "file and the device. fp8 halves the memory at a small loss.",
+                    "file and the device. fp8 halves the memory at a small loss. With default, GGUF stays packed.",
                 ),
                 choice_input(
                     "variant",

@@ -21,6 +21,7 @@ from .host.loading import (
 from .host.lora import SAVED_DTYPES
 from .host.schema import choice_input, node_input, schema
 from .host.text.captions import show_text
+from .host.text.t5 import remark_on
 
 CATEGORY = "PixArt/loaders"
 
@@ -41,7 +42,7 @@ def _dtype_input():
         DTYPES,
         default="default",
         tooltip="Precision of the weights. default: as ComfyUI thinks best for the file and the device. fp8 halves "
-        "the memory at a small loss.",
+        "the memory at a small loss. With default, GGUF stays packed.",
     )
 
 
@@ -69,7 +70,8 @@ class LoadCheckpoint(io.ComfyNode):
                     "checkpoint",
                     options=list_checkpoints(),
                     tooltip="A file of models/diffusion_models or models/checkpoints, "
-                    "such as PixArt-XL-2-1024-MS.pth or PixArt-Sigma-XL-2-1024-MS.pth.",
+                    "such as PixArt-XL-2-1024-MS.pth or PixArt-Sigma-XL-2-1024-MS.pth. GGUF and quantised files are "
+                    "read, too.",
                 ),
                 _dtype_input(),
                 _variant_input(),
@@ -136,7 +138,8 @@ class LoadDiffusers(io.ComfyNode):
     @classmethod
     def execute(cls, folder, weight_dtype="default", variant=VARIANTS[0]):
         model, clip, vae = load_pipeline(folder, variant, weight_dtype)
-        return io.NodeOutput(model, clip, vae, ui=_show(cls.hidden, remarks_on(model)))
+        remarks = [remarks_on(model), remark_on(clip)]
+        return io.NodeOutput(model, clip, vae, ui=_show(cls.hidden, "\n".join(filter(None, remarks))))
 
 
 class LoadVAE(io.ComfyNode):

@@ -10,7 +10,16 @@ from ..pixart.text import clean_prompt, limit_text
 from .host.schema import choice_input, node_input, schema
 from .host.text.captions import check_caption_width, encode_captions, learned_null, pixart_config, show_text, sizes_of
 from .host.text.embeddings import fingerprint_embeddings, list_embeddings, load_embeddings, save_embeddings
-from .host.text.t5 import AUTO, DEVICES, find_text_encoder, find_tokenizer, list_text_encoders, list_tokenizers, load_t5
+from .host.text.t5 import (
+    AUTO,
+    DEVICES,
+    find_text_encoder,
+    find_tokenizer,
+    list_text_encoders,
+    list_tokenizers,
+    load_t5,
+    remark_on,
+)
 
 CAPTION_LENGTHS = ("auto", str(ALPHA_CAPTION_LENGTH), str(SIGMA_CAPTION_LENGTH), "custom")
 CLEANING = ("off", "official")
@@ -97,14 +106,22 @@ class LoadT5(io.ComfyNode):
             category="PixArt/loaders",
             description="Load the T5 v1.1 text encoder of PixArt: a single file in any precision, or a folder as on "
             "Hugging Face, sharded or not. The output works with every text node.",
-            search_aliases=["pixart t5", "load t5", "t5 v1.1 xxl", "t5xxl", "text encoder", "load clip pixart"],
+            search_aliases=[
+                "pixart t5",
+                "load t5",
+                "t5 v1.1 xxl",
+                "t5xxl",
+                "text encoder",
+                "load clip pixart",
+            ],
             inputs=[
                 node_input(
                     io.Combo,
                     "text_encoder",
                     options=list_text_encoders(),
                     tooltip="A file of models/text_encoders or models/clip, or a folder (ending in /) there or in "
-                    "models/diffusers. The released PixArt models need T5 v1.1 XXL.",
+                    "models/diffusers. The released PixArt models need T5 v1.1 XXL. GGUF, 8 bit and nf4 files stay "
+                    "packed in memory; the node says how much they take.",
                 ),
                 choice_input(
                     "tokenizer",
@@ -123,12 +140,17 @@ class LoadT5(io.ComfyNode):
                 ),
             ],
             outputs=[io.Clip.Output(display_name="clip", tooltip="The text encoder, for any text node.")],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
     def execute(cls, text_encoder, tokenizer=AUTO, device=DEVICES[0]):
         path = find_text_encoder(text_encoder)
-        return io.NodeOutput(load_t5(path, find_tokenizer(tokenizer, path), device))
+        clip = load_t5(path, find_tokenizer(tokenizer, path), device)
+        remark = remark_on(clip)
+        show_text(cls.hidden, remark)
+        return io.NodeOutput(clip, ui=ui.PreviewText(remark) if remark else None)
 
 
 class TextEncode(io.ComfyNode):

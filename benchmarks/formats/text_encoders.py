@@ -9,6 +9,7 @@ from transformers import T5Config, T5EncoderModel
 
 from ...pixart.weights.quantised.gguf_file import llama_name
 from ...pixart.weights.quantised.gguf_saving import T5, t5_fields, write_gguf
+from ...pixart.weights.quantised.packed import expand_all
 from ...pixart.weights.t5 import read_encoder
 from . import Found, Row
 from .comparing import compare, plain_state
@@ -34,6 +35,9 @@ def weights() -> dict[str, torch.Tensor]:
 
 def measure(path: Path, peer: dict) -> Found:
     found, _ = read_encoder(path, torch.float32)
+    packed = expand_all(read_encoder(path, torch.float32, packed=True)[0])
+    if any(not torch.equal(packed[name], tensor) for name, tensor in found.items()):
+        raise AssertionError(f"{path.name} is another model where it stays packed")
     return compare(found, peer, weights())
 
 

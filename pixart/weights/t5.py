@@ -86,12 +86,12 @@ def read_encoder(
     """(weights under their Hugging Face names, CONFIG_FIELDS) of a file or folder; quantised ones as plain numbers.
 
     dtype: of what was quantised; None takes that of the other weights, and fp16 for GGUF. packed: leaves GGUF's
-    weights as `quantised.packed.Packed`.
+    weights, and 8 and 4 bit ones whose form allows it, as `quantised.packed.Packed`.
     Raises FileNotFoundError for missing files, ValueError naming the file for everything else.
     """
     path = Path(path)
     state_dict, metadata = read_encoder_tensors(path)
-    weights = plain_weights(encoder_weights(state_dict, path.name), path, metadata, dtype=dtype)
+    weights = plain_weights(encoder_weights(state_dict, path.name), path, metadata, dtype=dtype, keep_packed=packed)
     if not packed:
         weights = expand_all(weights, dtype or torch.float16)
     return weights, detect_t5_config(weights, path.name)
@@ -112,8 +112,10 @@ def plain_weights(
     *,
     dtype: torch.dtype | None = None,
     keep_comfy: bool = False,
+    keep_packed: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """`encoder_weights` with quantised ones as plain numbers, but for those that ComfyUI reads where keep_comfy is set.
+    """`encoder_weights` with quantised ones as plain numbers, but for those that ComfyUI reads where keep_comfy is set,
+    and those that have blocks where keep_packed is.
 
     Raises ValueError naming the file for quantised weights of an unknown form, and for tensors that nothing reads.
     """
@@ -126,6 +128,7 @@ def plain_weights(
             dtype=dtype,
             shape_finder=_shapes_by_width(weights),
             keep_comfy=keep_comfy,
+            keep_packed=keep_packed,
         )
     _refuse_unread(weights, path.name)
     return dict(weights)

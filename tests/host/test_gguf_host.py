@@ -1,6 +1,7 @@
 """GGUF in ComfyUI's own classes: packed in memory, the same numbers as the plain model, patched like any other."""
 
 import importlib
+import re
 from pathlib import Path
 
 import gguf
@@ -40,10 +41,14 @@ def encoder_file(pack):
 
 @pytest.fixture(scope="module")
 def expected(encoder_file, comfyui):
+    return states_of(encoder_file[1], comfyui)
+
+
+def states_of(model, comfyui):
     vocabulary = comfyui / "comfy" / "text_encoders" / "t5_tokenizer"
     ids, mask = tokenize("a red ball", load_tokenizer(vocabulary), 40)
     with torch.inference_mode():
-        return encoder_file[1](input_ids=ids[:, : int(mask.sum())]).last_hidden_state
+        return model(input_ids=ids[:, : int(mask.sum())]).last_hidden_state
 
 
 def encode(run_node, clip, text="a red ball"):
@@ -83,6 +88,30 @@ def test_a_lora_on_a_packed_encoder(run_node, encoder_file, expected, how):
     patched.patcher.unpatch_model()
     assert weight.is_packed()
     torch.testing.assert_close(encode(run_node, clip), expected, atol=NOISE, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_text_encoder_that_another_program_quantised(run_node, pack, comfyui, tmp_path, kind):
+    functional = importlib.import_module("bitsandbytes.functional")
+    model, stored = make_t5(d_model=32, d_ff=64), {}
+    plain = {name: weight.clone() for name, weight in weights_of(model).items()}
+    for name, weight in list(plain.items()):
+        stored[name] = weight
+        if kind == "int8" and "DenseReluDense" in name:
+            codes, largest, _ = functional.int8_vectorwise_quant(weight.half())
+            stored |= {name: codes, name.replace("weight", "SCB"): largest}
+            plain[name] = functional.int8_vectorwise_dequant(codes, largest)
+        if kind == "nf4" and name.endswith("wo.weight"):  # of 64 columns, one block each
+            codes, state = functional.quantize_4bit(weight, quant_type="nf4")
+            stored |= {name: codes, **{f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}}
+            plain[name] = functional.dequantize_4bit(codes, state)
+    importlib.import_module("safetensors.torch").save_file(stored, tmp_path / f"t5_{kind}.safetensors")
+    model.load_state_dict(plain, strict=False)
+    t5 = importlib.import_module("pixart_pack.nodes.host.text.t5")
+    clip = t5.load_t5(tmp_path / f"t5_{kind}.safetensors")
+    assert re.fullmatch(rf"The weights stay packed \({kind}\): 4\.\d MiB in memory\.", t5.remark_on(clip))
+    assert clip.cond_stage_model.t5xxl.transformer.encoder.block[0].layer[1].DenseReluDense.wo.is_packed()
+    torch.testing.assert_close(encode(run_node, clip), states_of(model, comfyui), atol=NOISE, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from pixart_pack.pixart.checkpoint import to_diffusers
 from pixart_pack.pixart.weights.quantised.forms import expand, is_quantised
+from pixart_pack.pixart.weights.quantised.packed import Packed
 from pixart_pack.pixart.weights.reading import read_checkpoint
 from pixart_pack.pixart.weights.t5 import read_encoder
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
@@ -80,16 +81,58 @@ def test_what_the_numbers_mean(form):
     assert expand({**stored, **NORM}, "t5.safetensors")["a.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_may_stay_packed_means_the_same(form):
+    stored, expected = FORMS[form]
+    found = expand({**stored, **NORM}, "t5.safetensors", dtype=torch.float32, keep_packed=True)["a.weight"]
+    if form == "zero points":
+        assert torch.equal(found, expected.float())
+        return
+    assert isinstance(found, Packed) and tuple(found.shape) == (64, 32)
+    assert found.nbytes <= 64 * 32 + 4 * 64 * (2 if form == "groups" else 1)
+    assert torch.equal(found.expand(), expand({**stored, **NORM}, "t5.safetensors", dtype=torch.float32)["a.weight"])
+    rows = torch.tensor([[5, 0], [63, 5]])
+    assert torch.equal(found.packing.rows_of(found.data, rows), found.expand()[rows])
+
+
+def four_bits(shape, block=64):
+    """As bitsandbytes has nf4, after the format that its package writes."""
+    generator = torch.Generator().manual_seed(0)
+    count = shape[0] * shape[1]
+    state = json.dumps({"shape": list(shape), "blocksize": block, "quant_type": "nf4", "dtype": "float32"})
+    return {
+        "a.weight": torch.randint(0, 256, ((count + 1) // 2, 1), dtype=torch.uint8, generator=generator),
+        "a.weight.absmax": torch.rand(-(-count // block), generator=generator),
+        "a.weight.quant_map": torch.linspace(-1, 1, 16),
+        "a.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state.encode()), dtype=torch.uint8),
+    }
+
+
+@pytest.mark.parametrize("shape, packed", [((6, 128), True), ((4, 64), True), ((8, 32), False), ((3, 24), False)])
+def test_four_bits_stay_packed_in_whole_blocks(shape, packed):
+    stored = four_bits(shape)
+    plain = expand(stored, "f")["a.weight"]
+    found = expand(stored, "f", keep_packed=True)["a.weight"]
+    assert plain.shape == shape and isinstance(found, Packed) == packed
+    assert torch.equal(found.expand() if packed else found, plain)
+    codes = torch.stack((stored["a.weight"] >> 4, stored["a.weight"] & 15), 1).flatten()[: plain.numel()]
+    largest = stored["a.weight.absmax"].repeat_interleave(64)[: plain.numel()]
+    assert torch.equal(plain, (stored["a.weight.quant_map"][codes.long()] * largest).reshape(shape))
+
+
 def test_blocks_of_128_at_the_edges():
     weight = torch.randn(200, 130).to(torch.float8_e4m3fn)
     scale = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    plain = expand({"a.weight": weight, "a.weight_scale_inv": scale}, "f")["a.weight"]
+    plain = expand({"a.weight": weight, "a.weight_scale_inv": scale}, "f", keep_packed=True)["a.weight"]
     assert torch.equal(plain[:128, :128], weight[:128, :128].float())
     assert torch.equal(plain[128:, 128:], weight[128:, 128:].float() * 4)
     small = expand(
         {"a.weight": weight, "a.weight_scale_inv": torch.ones(4, 3)}, "f", settings={"weight_block_size": [64, 64]}
     )
     assert torch.equal(small["a.weight"], weight.float())
+    whole = {"a.weight": torch.randn(200, 256).to(torch.float8_e4m3fn), "a.weight_scale_inv": scale}
+    packed = expand(whole, "f", keep_packed=True)["a.weight"]
+    assert isinstance(packed, Packed) and torch.equal(packed.expand(), expand(whole, "f")["a.weight"])
 
 
 REFUSED = {

@@ -18,9 +18,11 @@ from transformers import T5TokenizerFast
 from ....pixart.files.documents import parse_json
 from ....pixart.quoting import plain, shorten
 from ....pixart.weights.folders import read_json
+from ....pixart.weights.quantised.forms import COMFY_MARK
+from ....pixart.weights.quantised.packed import Packed
 from ....pixart.weights.t5 import detect_t5_config, encoder_weights, is_t5_folder, plain_weights, read_encoder_tensors
 from ..folders import find_folders, list_files, names_of
-from ..weights.packed import PackedOperations, is_packed
+from ..weights.packed import PackedOperations, is_packed, name_kinds
 from ..weights.patcher import know_packed_weights
 
 AUTO, BUILT_IN = "auto", "built-in"
@@ -116,7 +118,7 @@ def load_t5(
     Raises FileNotFoundError for missing shards and ValueError for other files; both name the file.
     """
     path = Path(path)
-    weights, config = _read_t5(path)
+    weights, config, remark = _read_t5(path)
     tokens = _make_tokenizer(tokenizer, config, path.name)
     quantised = comfy.text_encoders.sd3_clip.t5_xxl_detect(weights)
     target = SimpleNamespace(
@@ -143,6 +145,7 @@ def load_t5(
             f"Text encoder cannot be loaded: got {plain(str(error).splitlines()[-1].strip(), 200)} in "
             f"{path.name}, expected a T5 v1.1 encoder. Download the file again."
         ) from error
+    clip.pixart_remark = remark
     if packed:
         know_packed_weights(clip.patcher)
     clip.patcher.cached_patcher_init = (_load_patcher, (path, tokenizer, device))
@@ -173,13 +176,36 @@ def _load_patcher(path, tokenizer, device, disable_dynamic=False):
     return load_t5(path, tokenizer, device, disable_dynamic).patcher
 
 
-def _read_t5(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """(weights under their Hugging Face names with the host's quantisation marks, T5 config)."""
+def remark_on(clip: comfy.sd.CLIP) -> str:
+    """What whoever loaded a CLIP should know about its file; "" when there is nothing."""
+    return getattr(clip, "pixart_remark", "")
+
+
+def _read_t5(path: Path) -> tuple[dict[str, torch.Tensor], dict, str]:
+    """(weights under their Hugging Face names with the host's quantisation marks, T5 config, a remark on them)."""
     state_dict, metadata = read_encoder_tensors(path)
     if hasattr(comfy.utils, "convert_old_quants"):
         state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
-    weights = plain_weights(encoder_weights(state_dict, path.name), path, metadata, keep_comfy=True)
-    return weights, detect_t5_config(weights, path.name, _declared_config(path, metadata))
+    stored = encoder_weights(state_dict, path.name)
+    weights = plain_weights(stored, path, metadata, keep_comfy=True, keep_packed=True)
+    config = detect_t5_config(weights, path.name, _declared_config(path, metadata))
+    return weights, config, _remark(stored, weights)
+
+
+def _remark(stored: dict, weights: dict) -> str:
+    """How quantised weights lie in memory, and how much of it they take."""
+    size = _show_size(sum(weight.nbytes for weight in weights.values()))
+    kinds = name_kinds(weight.packing for weight in weights.values() if isinstance(weight, Packed))
+    if kinds:
+        return f"The weights stay packed ({kinds}): {size} in memory."
+    before = sum(weight.nbytes for weight in stored.values())
+    if stored.keys() == weights.keys() or any(name.endswith(COMFY_MARK) for name in stored):
+        return ""
+    return f"The quantised weights are expanded: {size} in memory, out of {_show_size(before)}."
+
+
+def _show_size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count > 2**29 else f"{count / 2**20:.1f} MiB"
 
 
 def _declared_config(path: Path, metadata: dict[str, str]) -> dict:

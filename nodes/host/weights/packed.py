@@ -1,8 +1,10 @@
-"""The host's layers over weights in GGUF's blocks: they stay packed in memory, and become numbers where they are used.
+"""The host's layers over weights in blocks: they stay packed in memory, and become numbers where they are used.
 
 The host moves, offloads and counts the packed bytes. A weight that a LoRA or a merge changes is kept as numbers while
 it is changed.
 """
+
+from collections.abc import Iterable
 
 import comfy.model_management
 import comfy.ops
@@ -120,11 +122,16 @@ def packed_layers(module: torch.nn.Module) -> list:
 
 def describe_packing(module: torch.nn.Module) -> str:
     """The block types of a model, the commonest first; "" for one without."""
-    rows: dict[str, int] = {}
-    for layer in packed_layers(module):
-        for kind, count in layer.packing.pieces:
-            rows[kind.name] = rows.get(kind.name, 0) + count * layer.packing.columns
-    return ", ".join(sorted(rows, key=rows.get, reverse=True))
+    return name_kinds(layer.packing for layer in packed_layers(module))
+
+
+def name_kinds(packings: Iterable[Packing]) -> str:
+    """The block types of weights, that of most numbers first."""
+    numbers: dict[str, int] = {}
+    for packing in packings:
+        for kind, rows in packing.pieces:
+            numbers[kind.name] = numbers.get(kind.name, 0) + rows * packing.columns
+    return ", ".join(sorted(numbers, key=numbers.get, reverse=True))
 
 
 def count_numbers(module: torch.nn.Module) -> int:

@@ -12,20 +12,21 @@ import torch
 from ...quoting import list_names, shorten
 from . import formulas
 from .layers import Layer, read_description
+from .packed import Packed
 
 
 @dataclass(frozen=True)
 class Form:
     """title: its name for people. sign: fits the name of a part that only it has; `stem` is the layer. formula: the
-    layer's stored parts -> its weight, float32.
+    layer's stored parts -> its weight, float32, or in blocks where the layer allows that.
     """
 
     title: str
     sign: re.Pattern
-    formula: Callable[[Layer], torch.Tensor]
+    formula: Callable[[Layer], torch.Tensor | Packed]
 
 
-def _form(title: str, ending: str, formula: Callable[[Layer], torch.Tensor]) -> Form:
+def _form(title: str, ending: str, formula: Callable[[Layer], torch.Tensor | Packed]) -> Form:
     return Form(title, re.compile(rf"(?P<stem>.+)\.{ending}"), formula)
 
 
@@ -81,12 +82,14 @@ def expand(
     dtype: torch.dtype | None = None,
     shape_finder: Callable[[str, int], tuple[int, ...] | None] | None = None,
     keep_comfy: bool = False,
-) -> dict[str, torch.Tensor]:
+    keep_packed: bool = False,
+) -> dict[str, torch.Tensor | Packed]:
     """The weights with every quantised one as plain numbers, under its layer's name; all others as they are.
 
     file: its name, for errors. settings: the quantization_config of config.json. dtype: of the expanded weights; None
     takes that of the weights which are not quantised. shape_finder: see `Layer`. keep_comfy: leaves layers that
-    ComfyUI itself reads as they are.
+    ComfyUI itself reads as they are. keep_packed: leaves 8 and 4 bit weights in blocks where their form has them, if
+    no layer is left to ComfyUI.
     Raises ValueError naming file, format and layer for forms that are not known, and parts that do not fit together.
     """
     settings, metadata = settings or {}, metadata or {}
@@ -94,14 +97,17 @@ def expand(
     _refuse_comfy_formats(tensors, metadata, file, keep_comfy)
     dtype = dtype or _plain_dtype(tensors)
     kept = {name.removesuffix(COMFY_MARK) for name in tensors if keep_comfy and name.endswith(COMFY_MARK)}
+    keep_packed = keep_packed and not kept
     expanded, used = {}, {COMFY_FILE_MARK}
     for form in FORMS:
         for name in tensors:
             match = form.sign.fullmatch(name) if name not in used else None
             if match is None or match["stem"] in kept:
                 continue
-            layer = Layer(tensors, match["stem"], form.title, file, match["kind"], settings, metadata, shape_finder)
-            expanded[f"{layer.stem}.weight"] = form.formula(layer).to(dtype)
+            told = (match["kind"], settings, metadata, shape_finder, keep_packed)
+            layer = Layer(tensors, match["stem"], form.title, file, *told)
+            weight = form.formula(layer)
+            expanded[f"{layer.stem}.weight"] = weight if isinstance(weight, Packed) else weight.to(dtype)
             used |= layer.taken
     result = {name: tensor for name, tensor in tensors.items() if name not in used}
     _refuse_strays(result, kept, file)

@@ -1,4 +1,7 @@
-"""What the stored numbers of a quantised weight mean: one function for each way to keep them."""
+"""What the stored numbers of a quantised weight mean: one function for each way to keep them.
+
+Each gives float32 numbers; or blocks, where the layer's weight may stay packed and has a form for that.
+"""
 
 import math
 
@@ -6,21 +9,23 @@ import torch
 
 from ...quoting import shorten
 from .layers import Layer, misfit, read_description
+from .packed import Packed
+from .rows import pack_codes, pack_scaled
 
 _INT8_LEVELS = 127.0
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _MOST_BLOCK = 2**16
 
 
-def by_rows_of_127(layer: Layer) -> torch.Tensor:
+def by_rows_of_127(layer: Layer) -> torch.Tensor | Packed:
     """bitsandbytes' 8 bit: the largest of each row lies beside it. (out, in) float32."""
     weight, largest = layer.take("weight"), layer.take("SCB")
     layer.take_any("weight_format")
     _require_type(layer, weight, (torch.int8,))
-    return scaled(layer, weight.float(), largest.float() / _INT8_LEVELS)
+    return _scaled_whole(layer, weight, largest.float() / _INT8_LEVELS)
 
 
-def by_code_table(layer: Layer) -> torch.Tensor:
+def by_code_table(layer: Layer) -> torch.Tensor | Packed:
     """bitsandbytes' 4 bit: two codes a byte into a table of 16 numbers, and a largest for each block. float32."""
     state = _read_json(layer, layer.take(f"weight.quant_state.bitsandbytes__{layer.kind}"))
     shape, block = _counts(layer, state.get("shape")), _counts(layer, [state.get("blocksize")])[0]
@@ -39,11 +44,15 @@ def by_code_table(layer: Layer) -> torch.Tensor:
     count = math.prod(shape)
     if table.numel() != 16 or packed.numel() != (count + 1) // 2:
         raise misfit(layer, f"{packed.numel()} bytes and {table.numel()} codes", f"those of {shape}")
+    if layer.keep_packed and largest.numel() * block == count:
+        found = pack_codes(packed, largest, table, block, tuple(shape), layer.kind)
+        if found is not None:
+            return found
     codes = torch.stack((packed >> 4, packed & 15), 1).flatten()[:count]
     return (table[codes.long()] * _repeat(layer, largest.float(), block, count)).reshape(shape)
 
 
-def by_scale(layer: Layer) -> torch.Tensor:
+def by_scale(layer: Layer) -> torch.Tensor | Packed:
     """compressed-tensors, modelopt, fbgemm, ComfyUI: (weight - zero point) times the scale of all, a row or a block."""
     names = {"scale_weight": ("scale_weight", "scale_input")}.get(layer.kind, ("weight_scale", "input_scale"))
     weight, scale = layer.take("weight"), layer.take(names[0])
@@ -52,25 +61,27 @@ def by_scale(layer: Layer) -> torch.Tensor:
         layer.take_any(name)
     zero = layer.take_any("weight_zero_point")
     _require_type(layer, weight, (torch.int8, *_FP8))
+    if zero is None:
+        return _scaled_whole(layer, weight, scale.float())
     values = weight.float()
-    if zero is not None:
-        values = values - _spread(layer, zero.float(), tuple(values.shape))
-    return scaled(layer, values, scale.float())
+    return scaled(layer, values - _spread(layer, zero.float(), tuple(values.shape)), scale.float())
 
 
-def by_inverse_scale(layer: Layer) -> torch.Tensor:
+def by_inverse_scale(layer: Layer) -> torch.Tensor | Packed:
     """Fine-grained fp8: every block (128 x 128 where config.json says nothing else) times its `weight_scale_inv`."""
     weight, scale = layer.take("weight"), layer.take("weight_scale_inv").float()
     layer.take_any("activation_scale")
     _require_type(layer, weight, _FP8)
     block = _counts(layer, layer.settings.get("weight_block_size") or [128, 128])
     if weight.ndim != 2 or scale.numel() == 1:
-        return scaled(layer, weight.float(), scale)
+        return _scaled_whole(layer, weight, scale)
     rows, columns = weight.shape
     if len(block) != 2 or tuple(scale.shape) != (-(-rows // block[0]), -(-columns // block[1])):
         raise misfit(layer, f"scales of {tuple(scale.shape)} for {tuple(weight.shape)}", f"blocks of {tuple(block)}")
-    spread = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return weight.float() * spread
+    by_row = scale.repeat_interleave(block[0], 0)[:rows]
+    if not columns % block[1]:
+        return _scaled_whole(layer, weight, by_row)
+    return weight.float() * by_row.repeat_interleave(block[1], 1)[:, :columns]
 
 
 def by_packed_integers(layer: Layer) -> torch.Tensor:
@@ -88,7 +99,7 @@ def by_packed_integers(layer: Layer) -> torch.Tensor:
     return scaled(layer, values.float(), scale)
 
 
-def by_quanto(layer: Layer) -> torch.Tensor:
+def by_quanto(layer: Layer) -> torch.Tensor | Packed:
     """optimum-quanto: 8 bits by the scale of a row; 4 and 2 bits packed over halves or quarters of the groups."""
     scale, shift = layer.take("weight._scale").float(), layer.take_any("weight._shift")
     for name in ("input_scale", "output_scale"):
@@ -96,7 +107,9 @@ def by_quanto(layer: Layer) -> torch.Tensor:
     data = layer.take_any("weight._data")
     if data is not None:
         _require_type(layer, data, (torch.int8, *_FP8))
-        return scaled(layer, data.float() if shift is None else data.float() - shift.float(), scale)
+        if shift is None:
+            return _scaled_whole(layer, data, scale)
+        return scaled(layer, data.float() - shift.float(), scale)
     packed = layer.take("weight._data._data")
     if shift is None or packed.ndim != 2 or packed.dtype != torch.uint8 or not scale.numel() or not packed.numel():
         raise misfit(layer, "packed weights without their shift", "weight._shift")
@@ -109,7 +122,7 @@ def by_quanto(layer: Layer) -> torch.Tensor:
     return values.reshape(layer.shape_of(values.numel()))
 
 
-def by_torchao(layer: Layer) -> torch.Tensor:
+def by_torchao(layer: Layer) -> torch.Tensor | Packed:
     """torchao's flattened 8 bit subclasses: (data - zero point) times the scale of its block."""
     said = layer.metadata.get(f"{layer.stem}.weight")
     kind = (read_description(said) or {}).get("_type") if said else None
@@ -119,13 +132,20 @@ def by_torchao(layer: Layer) -> torch.Tensor:
     zero = layer.take_any("_weight_zero_point")
     layer.take_any("_weight_act_pre_scale")
     _require_type(layer, data, (torch.int8, *_FP8))
-    values = data.float() if zero is None else data.float() - _spread(layer, zero.float(), tuple(data.shape))
-    return scaled(layer, values, scale)
+    if zero is None:
+        return _scaled_whole(layer, data, scale)
+    return scaled(layer, data.float() - _spread(layer, zero.float(), tuple(data.shape)), scale)
 
 
 def scaled(layer: Layer, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """values times a scale of all, a row, or a block that divides them evenly. Raises ValueError for others."""
     return values * _spread(layer, scale, tuple(values.shape))
+
+
+def _scaled_whole(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | Packed:
+    """The stored numbers times their scale, or both in blocks."""
+    found = pack_scaled(weight, scale) if layer.keep_packed and weight.ndim == 2 else None
+    return scaled(layer, weight.float(), scale) if found is None else found
 
 
 def _spread(layer: Layer, scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

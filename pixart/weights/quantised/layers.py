@@ -14,7 +14,8 @@ _MOST_BYTES = 2**16  # of a layer's description
 @dataclass
 class Layer:
     """The parts of a layer. stem: its name. kind: what the form's sign says of it. settings: the quantization_config
-    of config.json. shape_of: number of weights -> their shape, for forms that do not keep it. taken: the names used.
+    of config.json. shape_of: number of weights -> their shape, for forms that do not keep it. keep_packed: whether the
+    weight may stay in blocks. taken: the names used.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -25,6 +26,7 @@ class Layer:
     settings: Mapping = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     shape_finder: Callable[[str, int], tuple[int, ...] | None] | None = None
+    keep_packed: bool = False
     taken: set[str] = field(default_factory=set)
 
     def take(self, part: str) -> torch.Tensor:
