@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from .host.denoiser.acceleration import cache_blocks, compress_attention, limit_guidance
+from .host.denoiser.acceleration import FORECASTS, cache_blocks, compress_attention, limit_guidance, reuse_guidance
 from .host.denoiser.compilation import MODES, SIZES, compile_model
 from .host.denoiser.kv_compression import BLOCKS, EVERY_OTHER
 from .host.schema import choice_input, node_input, schema
@@ -109,6 +109,56 @@ class GuidanceInterval(io.ComfyNode):
         return io.NodeOutput(limit_guidance(model, start_percent, end_percent))
 
 
+class GuidanceReuse(io.ComfyNode):
+    """Compute the negative prompt in one of several steps."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtGuidanceReuse",
+            display_name="PixArt Guidance Reuse",
+            category=CATEGORY,
+            description="Computes the negative prompt in one of several steps only; between them its difference from "
+            "the positive one stays as it was. Faster, and the picture is nearly the same. Works under every guider "
+            "and sampler.",
+            search_aliases=["cfg cache", "fastercfg", "skip cfg", "guidance cache", "cfg reuse", "speed"],
+            inputs=[
+                node_input(io.Model, "model", tooltip="Any diffusion model."),
+                node_input(
+                    io.Int,
+                    "every",
+                    default=2,
+                    min=1,
+                    max=10,
+                    tooltip="In one of how many steps the negative prompt is computed. 1 changes nothing; 2 saves a "
+                    "quarter, more is faster and less exact.",
+                ),
+                choice_input(
+                    "forecast",
+                    FORECASTS,
+                    advanced=True,
+                    tooltip="The difference in between: as it was, or along the line of the last two. As it was is "
+                    "mostly closer to the exact picture.",
+                ),
+                _percent(
+                    "start_percent",
+                    0.1,
+                    "Before this part of the sampling, where the picture forms, every step is computed.",
+                ),
+                _percent("end_percent", 1.0, "After this part of the sampling every step is computed.", advanced=True),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with reused guidance.")],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(cls, model, every, forecast=FORECASTS[0], start_percent=0.1, end_percent=1.0):
+        patched, trouble = reuse_guidance(model, every, forecast, start_percent, end_percent)
+        show_text(cls.hidden, trouble)
+        return io.NodeOutput(patched, ui=ui.PreviewText(trouble) if trouble else None)
+
+
 class KVCompression(io.ComfyNode):
     """Let self-attention read averages of neighbouring tokens."""
 
@@ -192,4 +242,4 @@ class Compile(io.ComfyNode):
         return io.NodeOutput(compiled, ui=ui.PreviewText(trouble) if trouble else None)
 
 
-NODES: list[type[io.ComfyNode]] = [BlockCache, GuidanceInterval, KVCompression, Compile]
+NODES: list[type[io.ComfyNode]] = [BlockCache, GuidanceInterval, GuidanceReuse, KVCompression, Compile]

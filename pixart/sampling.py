@@ -10,7 +10,7 @@ from .layers import blank_hidden
 from .quoting import shorten
 from .solvers import SAMPLERS, Asked, SampleNoise, noise_seeds, schedule_sigmas, timesteps_where_sigmas_are, traits_of
 from .text import batch_captions
-from .transformer import PixArt
+from .transformer import PixArt, ProjectedCaption
 
 FIRST_SIGMA_SLACK = 1e-5
 KEPT_KEYS_BYTES = 256 * 2**20  # of captions' keys and values in all blocks, kept while a picture is sampled
@@ -63,13 +63,21 @@ class GuidedModel:
     """PixArt as a solver calls it: (x, sigma) -> the denoised latent, guided by a positive and a negative caption."""
 
     def __init__(
-        self, model: PixArt, positive: Captions, negative: Captions, guidance: float, guided_channels=None, keep=False
+        self,
+        model: PixArt,
+        positive: Captions,
+        negative: Captions,
+        guidance: float,
+        guided_channels=None,
+        keep=False,
+        reuse=None,
     ):
         """guided_channels: how many channels the guidance moves; None for all.
 
-        keep: project the captions once, for a PixArt whose weights stay as they are.
+        keep: project the captions once, for a PixArt whose weights stay as they are. reuse: a KeptGuidance of
+        `acceleration`, or None to compute both captions at every step.
         """
-        self.model, self.guidance, self.guided_channels = model, guidance, guided_channels
+        self.model, self.guidance, self.guided_channels, self.reuse = model, guidance, guided_channels, reuse
         self.is_guided = not 0 <= guidance <= 1
         captions = [positive, negative] if self.is_guided else [positive]
         rows = [state for each in captions for state in each.states]
@@ -89,22 +97,35 @@ class GuidedModel:
                 self.caption = model.project_caption(self.states, keep_keys=kept)
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
-        halves = 2 if self.is_guided else 1
-        level = sigma[0]
-        latent = (x / (level**2 + 1).sqrt()).repeat(halves, 1, 1, 1).to(self.states.dtype)
-        time = timesteps_where_sigmas_are(level).clamp(min=0).float()
-        predicted = self.model(latent, time[None], self.caption, self.mask)  # of the latent's own size
-        positive, *negative = predicted.float().chunk(halves)
-        channels = x.shape[1]
+        level, channels = sigma[0], x.shape[1]
+        difference = self.reuse.recall("negative", float(level)) if self.is_guided and self.reuse else None
+        positive, *negative = self._predict(x, level, 2 if self.is_guided and difference is None else 1)
         self.variance_channels = positive[:, channels:] if positive.shape[1] > channels else None
         denoised = x - level * positive[:, :channels]
-        if not negative:
+        if not self.is_guided:
             return denoised
-        unguided = x - level * negative[0][:, :channels]
+        if difference is None:
+            unguided = x - level * negative[0][:, :channels]
+            if self.reuse:
+                self.reuse.keep("negative", float(level), (unguided - denoised) / level)
+        else:
+            unguided = denoised + difference * level
         guided = unguided + (denoised - unguided) * self.guidance
         if self.guided_channels is not None:
             guided[:, self.guided_channels :] = denoised[:, self.guided_channels :]
         return guided
+
+    def _predict(self, x, level, halves):
+        """What the model says of `halves` of the captions, each (B, C_out, H, W) float32."""
+        latent = (x / (level**2 + 1).sqrt()).repeat(halves, 1, 1, 1).to(self.states.dtype)
+        time = timesteps_where_sigmas_are(level).clamp(min=0).float()
+        captions, mask = self.caption, self.mask
+        if len(latent) < len(self.states):
+            captions = (
+                captions.first(len(latent)) if isinstance(captions, ProjectedCaption) else captions[: len(latent)]
+            )
+            mask = None if mask is None else mask[: len(latent)]
+        return self.model(latent, time[None], captions, mask).float().chunk(halves)  # of the latent's own size
 
     def variance(self) -> torch.Tensor | None:
         """The variance channels of the last evaluation's conditional half."""
@@ -121,11 +142,13 @@ def sample_latents(
     settings: Settings,
     on_step: Callable[[dict], None] | None = None,
     keep: bool = False,
+    reuse=None,
 ) -> torch.Tensor:
     """Latents (B, C, h, w), unscaled, from noise: what a KSampler with the same seed and settings gives.
 
     positive, negative: of one batch size. seeds: one for each picture, which decides its noise whatever the batch; 0
-    comes after 2**64 - 1. on_step: a solver's callback. keep: see GuidedModel. Raises ValueError for unknown settings.
+    comes after 2**64 - 1. on_step: a solver's callback. keep: see GuidedModel.
+    reuse: a GuidanceReuse of `acceleration`, or None. Raises ValueError for unknown settings.
     """
     if settings.solver not in SAMPLERS:
         raise ValueError(
@@ -139,7 +162,8 @@ def sample_latents(
     full = float(levels[0]) > float(schedule_sigmas("uniform", 1)[0]) * (1 - FIRST_SIGMA_SLACK)
     x = (noise * ((1 + levels[0] ** 2).sqrt() if full else levels[0])).to(device)
     traits = traits_of(SAMPLERS[settings.solver])
-    guided = GuidedModel(model, positive, negative, settings.guidance, traits.guided_channels, keep)
+    kept = None if reuse is None else reuse.begin(levels.tolist())
+    guided = GuidedModel(model, positive, negative, settings.guidance, traits.guided_channels, keep, kept)
     options = dict(settings.options)
     if traits.draws_noise:
         options["noise_sampler"] = SampleNoise(x, noise_seeds(noise))

@@ -45,6 +45,13 @@ class ProjectedCaption(NamedTuple):
     keys_values: tuple[torch.Tensor, ...] | None
     tables: torch.Tensor | None = None
 
+    def first(self, count):
+        """The first `count` captions."""
+        keys = self.keys_values
+        return self._replace(
+            states=self.states[:count], keys_values=None if keys is None else tuple(each[:count] for each in keys)
+        )
+
 
 class BlockInputs(NamedTuple):
     """What every block of one forward pass shares.

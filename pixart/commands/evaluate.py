@@ -36,7 +36,7 @@ from ..scores.measures import INCEPTION, Scores, load_scorer, measure
 from ..scores.report import write_report
 from .compare import fill, make_cell, parse_target, read_workflow
 from .console import make_parser, own_device, process_rank
-from .sample import add_models, add_settings, load_pipeline, picture_size, read_settings, to_pictures
+from .sample import add_models, add_settings, load_pipeline, picture_size, read_reuse, read_settings, to_pictures
 from .server import ComfyServer
 
 SETTINGS = "settings.json"
@@ -131,7 +131,7 @@ def remote_maker(options: argparse.Namespace) -> tuple[Maker, dict]:
 
 def local_maker(options: argparse.Namespace) -> tuple[Maker, dict]:
     """(what makes pictures in this process, the settings that decide it); models are loaded at the first picture."""
-    settings, loaded = read_settings(options), []
+    settings, reuse, loaded = read_settings(options), read_reuse(options), []
 
     def make(tasks: Sequence[Task]) -> list[Image.Image]:
         if not loaded:
@@ -140,9 +140,9 @@ def local_maker(options: argparse.Namespace) -> tuple[Maker, dict]:
         base_px = pipeline.model.config.base_px
         height, width = picture_size(options.size or f"{base_px}x{base_px}", None)
         prompts, seeds = [task.prompt for task in tasks], [task.seed for task in tasks]
-        return to_pictures(pipeline.generate(prompts, options.negative, height, width, seeds, settings))
+        return to_pictures(pipeline.generate(prompts, options.negative, height, width, seeds, settings, reuse=reuse))
 
-    names = ("model", "t5", "vae", "variant", "dtype", "size", "negative")
+    names = ("model", "t5", "vae", "variant", "dtype", "size", "negative", *(("guidance_reuse",) if reuse else ()))
     return make, {**asdict(settings), **{name: str(getattr(options, name)) for name in names}}
 
 

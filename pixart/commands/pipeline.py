@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..acceleration.guidance_reuse import GuidanceReuse
 from ..encoders.autoencoder import Autoencoder
 from ..encoders.t5 import TextEncoder
 from ..sampling import Captions, Settings, sample_latents
@@ -37,11 +38,13 @@ class Pipeline:
         seeds: Sequence[int],
         settings: Settings,
         on_step: Callable[[dict], None] | None = None,
+        reuse: GuidanceReuse | None = None,
     ) -> torch.Tensor:
-        """One picture for each prompt, (B, H, W, 3) in [0, 1]. seeds: see sample_latents."""
+        """One picture for each prompt, (B, H, W, 3) in [0, 1]. seeds, reuse: see sample_latents."""
         positive = self.encode(prompts)
         unguided = self.encode([negative] * len(prompts))
-        latents = sample_latents(self.model, positive, unguided, height_px, width_px, seeds, settings, on_step, True)
+        size = height_px, width_px
+        latents = sample_latents(self.model, positive, unguided, *size, seeds, settings, on_step, True, reuse)
         with torch.no_grad():
             pictures = [self.autoencoder.decode(latent[None]) for latent in latents]  # one by one: the largest memory
         return ((torch.cat(pictures).float() + 1) / 2).clamp(0, 1).movedim(1, -1).cpu()

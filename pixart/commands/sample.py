@@ -19,6 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..acceleration.compilation import compile_blocks, explain_failure
+from ..acceleration.guidance_reuse import LINE, GuidanceReuse
 from ..config import LATENT_DOWNSCALE, PixArtConfig
 from ..encoders.autoencoder import load_autoencoder
 from ..encoders.t5 import load_text_encoder
@@ -36,6 +37,7 @@ from ..weights.saving import DTYPES
 from .console import add_device, add_weights, make_parser, tell
 from .pipeline import Pipeline
 
+REUSE_START = 0.1  # of the steps: before, the picture forms
 ENDS = {"official": None, "clean": True}  # for schedule_sigmas
 
 
@@ -117,6 +119,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--steps", type=int, help="default: 20, for LCM 4")
     sampling.add_argument("--guidance", type=float, help="classifier-free guidance, 0 to 1 is off; default: 4.5")
     sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument(
+        "--guidance-reuse", type=int, default=1, metavar="K",
+        help="compute the negative prompt in one of K steps only: faster, nearly the same picture; default: every step",
+    )  # fmt: skip
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
@@ -144,6 +150,12 @@ def read_settings(options: argparse.Namespace) -> Settings:
         settings.options if solver == settings.solver else {},
         ENDS.get(options.end),
     )
+
+
+def read_reuse(options: argparse.Namespace) -> GuidanceReuse | None:
+    """What --guidance-reuse says; None for every step. Raises ValueError for less than 1."""
+    reuse = GuidanceReuse(options.guidance_reuse, LINE, REUSE_START)
+    return None if reuse.every == 1 else reuse
 
 
 def _scheduler_of(options: argparse.Namespace) -> Asked | None:
@@ -216,7 +228,7 @@ def main(options: argparse.Namespace) -> None:
 
     if options.batch < 1:
         raise ValueError(f"Batch size out of range: got {options.batch}, expected at least 1. Enter 1 or more.")
-    settings, prompts = read_settings(options), read_prompts(options)
+    settings, reuse, prompts = read_settings(options), read_reuse(options), read_prompts(options)
     paths = [options.output / f"{number:05}_{file_words(prompt)}.png" for number, prompt in enumerate(prompts)]
     there = [path for path in paths if path.exists()]
     if there and not options.force:
@@ -230,10 +242,11 @@ def main(options: argparse.Namespace) -> None:
             texts = [text for _, text in batch]
             seeds = [options.seed + number for number, _ in batch]
             on_step = partial(_advance, bar, len(texts))
-            pictures = pipeline.generate(texts, negative, height, width, seeds, settings, on_step)
+            pictures = pipeline.generate(texts, negative, height, width, seeds, settings, on_step, reuse)
             for (number, text), seed, picture in zip(batch, seeds, to_pictures(pictures), strict=True):
                 notes = PngInfo()
-                notes.add_itxt("parameters", f"{text}\nNegative prompt: {negative}\n{settings}, seed: {seed}")
+                how = f"{settings}, seed: {seed}" + (f", guidance reuse: {reuse.every}" if reuse else "")
+                notes.add_itxt("parameters", f"{text}\nNegative prompt: {negative}\n{how}")
                 write_atomically(paths[number], partial(picture.save, format="PNG", pnginfo=notes))
 
 

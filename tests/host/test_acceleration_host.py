@@ -363,6 +363,128 @@ def test_interval_under_samplers_that_read_the_negative(comfy, patcher, accelera
     assert [shape[0] for shape, _ in seen] == [2] * 4 and found.isfinite().all()
 
 
+GUIDERS = {
+    "CFGGuider": ([PROMPTS["negative"]], 4.5),
+    "PerpNegGuider": ([PROMPTS["negative"]], [caption(1, 7)], 4.5, 1.0),
+    "DualCFGGuider": ([caption(6, 8)], [PROMPTS["negative"]], 4.5, 3.0, "regular"),
+    "BasicGuider": (),
+}
+
+
+def guide(core_nodes, model, kind="CFGGuider", conds=None, name="euler", steps=4):
+    """(latents of two pictures, the rows of each forward pass) under a guider of the host."""
+    samplers = importlib.import_module("comfy.samplers")
+    model, seen = count_forwards(model)
+    guider = core_nodes[kind].execute(model, [PROMPTS["positive"]], *(conds or GUIDERS[kind]))[0]
+    noise = torch.randn(2, 4, 9, 13, generator=torch.Generator().manual_seed(5))
+    sigmas = samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    with torch.inference_mode():
+        given = noise, torch.zeros_like(noise), samplers.sampler_object(name), sigmas
+        latent = guider.sample(*given, disable_pbar=True, seed=5)
+    return latent, [shape[0] for shape, _ in seen]
+
+
+def reused(acceleration, model, every=2, forecast="as it was", start=0.0, end=1.0):
+    return acceleration.reuse_guidance(model, every, forecast, start, end)[0]
+
+
+@pytest.mark.parametrize("kind", GUIDERS)
+def test_reuse_under_every_guider(core_nodes, patcher, acceleration, kind):
+    """In every second step the positive prompt alone is computed, and the others follow it."""
+    exact, rows = guide(core_nodes, patcher, kind)
+    same, _ = guide(core_nodes, reused(acceleration, reused(acceleration, patcher), 1), kind)
+    assert torch.equal(same, exact)
+    found, fewer = guide(core_nodes, reused(acceleration, patcher), kind)
+    assert fewer == [rows[0], 2, rows[2], 2] and found.isfinite().all()
+    assert torch.equal(found, exact) == (kind == "BasicGuider")
+    assert torch.equal(guide(core_nodes, reused(acceleration, patcher), kind)[0], found)  # nothing was left behind
+    _, late = guide(core_nodes, reused(acceleration, patcher, start=0.5), kind)
+    assert late == [*rows[:3], 2]
+
+
+SOLVERS = ("heun", "dpm_2", "euler_ancestral", "dpmpp_sde", "euler_cfg_pp", "uni_pc", "pixart_sa_solver")
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_reuse_under_solvers_that_call_twice_or_draw_noise(comfy, core_nodes, patcher, acceleration, name):
+    """Both prompts alike: their difference is naught, wherever and however often a solver looks."""
+    both = {"kind": "CFGGuider", "conds": ([PROMPTS["positive"]], 4.5), "name": name, "steps": 5}
+    exact, rows = guide(core_nodes, patcher, **both)
+    found, fewer = guide(core_nodes, reused(acceleration, patcher, 3, "along a line"), **both)
+    assert sum(fewer) < 0.8 * sum(rows)
+    torch.testing.assert_close(found, exact, **FLOAT_NOISE)
+    assert reused(acceleration, patcher).model_options["transformer_options"].keys() >= {
+        "pixart_guidance_reuse_settings"
+    }
+
+
+def test_reuse_says_where_it_cannot_act(comfy, core_nodes, patcher, acceleration, caplog):
+    """NAG reads the negative prompt in the blocks of every step: it is not to lose it in silence."""
+    nag = core_nodes["NAGuidance"].execute(patcher, 5.0, 0.5, 1.5)[0]
+    model, notice = acceleration.reuse_guidance(nag, 2, "as it was", 0.0, 1.0)
+    assert "reads the negative prompt" in notice
+    assert torch.equal(sample(comfy, model, **PROMPTS, steps=4), sample(comfy, nag, **PROMPTS, steps=4))
+    later, notice = acceleration.reuse_guidance(patcher, 2, "as it was", 0.0, 1.0)
+    assert notice == ""
+    caplog.clear()
+    later = core_nodes["NAGuidance"].execute(later, 5.0, 0.5, 1.5)[0]
+    assert torch.equal(sample(comfy, later, **PROMPTS, steps=4), sample(comfy, nag, **PROMPTS, steps=4))
+    assert "reads the negative prompt" in caplog.text
+    sample(comfy, reused(acceleration, patcher), **PROMPTS, steps=4, cfg=1.0)
+    assert "had nothing to do" in caplog.text
+    with pytest.raises(ValueError, match="Empty interval"):
+        reused(acceleration, patcher, start=0.5, end=0.5)
+
+
+def test_reuse_where_prompts_are_evaluated_apart(comfy, core_nodes, patcher, acceleration, blocks_run):
+    """By a guider of two models, and a node that skips layers for the negative prompt alone."""
+    apart = [PROMPTS["negative"]]
+    skipping = core_nodes["SkipLayerGuidanceDiTSimple"].execute(
+        patcher, double_layers="1", single_layers="", start_percent=0.0, end_percent=1.0
+    )[0]
+    exact, rows = guide(core_nodes, skipping)
+    found, fewer = guide(core_nodes, reused(acceleration, skipping))
+    assert (rows, fewer) == ([2, 2] * 4, [2, 2, 2] * 2)
+    assert found.isfinite().all() and not torch.equal(found, exact)
+    samplers = importlib.import_module("comfy.samplers")
+    if "DualModelGuider" not in core_nodes:
+        return  # hosts before it
+    blocks_run.clear()
+    model = cached(acceleration, reused(acceleration, patcher), 0.0)
+    guider = core_nodes["DualModelGuider"].execute(model, [PROMPTS["positive"]], 4.5, patcher.clone(), apart)[0]
+    noise = torch.randn(1, 4, 9, 13, generator=torch.Generator().manual_seed(5))
+    sigmas = samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    with torch.inference_mode():
+        guider.sample(noise, torch.zeros_like(noise), samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+    assert len(blocks_run) == CONFIG.depth * (4 + 2)
+
+
+def test_reuse_with_regions_hooks_and_all_other_dials(comfy, patcher, acceleration, blocks_run):
+    """A prompt that begins halfway has a difference of its own, which is computed when it begins."""
+    comfy_sample, conditions = importlib.import_module("comfy.sample"), [PROMPTS["positive"], *REGIONS]
+
+    def run(model, steps=6):
+        latent = torch.zeros(2, 4, 9, 13)
+        blocks_run.clear()
+        with torch.inference_mode():
+            return comfy_sample.sample(
+                model, comfy_sample.prepare_noise(latent, 5), steps, 4.5, "euler", "simple", conditions,
+                [PROMPTS["negative"]], latent, seed=5, disable_pbar=True,
+            )  # fmt: skip
+
+    exact = run(patcher)
+    assert torch.equal(run(reused(acceleration, patcher, 9, start=0.0, end=0.001)), exact)
+    whole = len(blocks_run)
+    found = run(reused(acceleration, patcher))
+    assert found.isfinite().all() and not torch.equal(found, exact)
+    model = cached(acceleration, reused(acceleration, patcher), 1e9, most_reuses=1)
+    model = acceleration.limit_guidance(model, 0.0, 0.6)
+    together = run(model)
+    assert together.isfinite().all() and len(blocks_run) < 0.7 * whole
+    assert torch.equal(run(model), together)
+    assert not list(patcher.model._captions.items())
+
+
 @pytest.fixture(scope="module")
 def sigma(host_model):
     """A model whose second block compresses its keys itself."""

@@ -13,15 +13,17 @@ from pixart_pack.tests.tiny_pixart import tiny_config
 CONFIG = tiny_config(depth=4, base_size=4, pe_scale=1.0)
 FILES = ("dials_base.safetensors", "dials_t5.safetensors")
 CONTROL, LORA = "dials_control.safetensors", "dials_lora.safetensors"
-NODES = ("PixArtBlockCache", "PixArtGuidanceInterval", "PixArtKVCompression")
+NODES = ("PixArtBlockCache", "PixArtGuidanceInterval", "PixArtGuidanceReuse", "PixArtKVCompression")
 STRONG = {  # settings that change the picture of four steps
     "PixArtBlockCache": {"threshold": 2.0, "start_percent": 0.0},
     "PixArtGuidanceInterval": {"start_percent": 0.5, "end_percent": 1.0},
+    "PixArtGuidanceReuse": {"every": 2, "start_percent": 0.0},
     "PixArtKVCompression": {"factor": 2, "blocks": "all"},
 }
 NEUTRAL = {
     "PixArtBlockCache": {"threshold": 0.0},
     "PixArtGuidanceInterval": {"start_percent": 0.0, "end_percent": 1.0},
+    "PixArtGuidanceReuse": {"every": 1},
     "PixArtKVCompression": {"factor": 1},
 }
 
@@ -117,6 +119,7 @@ def test_what_is_wrong_is_said(server):
     for settings, message in (
         ({"PixArtBlockCache": {"threshold": 0.3, "first_block": 3, "last_block": 9}}, "Wrong blocks: got 3 to 9"),
         ({"PixArtGuidanceInterval": {"start_percent": 0.7, "end_percent": 0.2}}, "Empty interval: got start 0.7"),
+        ({"PixArtGuidanceReuse": {"every": 2, "start_percent": 0.7, "end_percent": 0.2}}, "Empty interval"),
         ({"PixArtKVCompression": {"factor": 2, "start_percent": 0.7, "end_percent": 0.2}}, "Empty interval"),
     ):
         with pytest.raises(PromptError, match=message):

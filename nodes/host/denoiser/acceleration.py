@@ -6,15 +6,25 @@ from dataclasses import dataclass
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.samplers
+import torch
 
+from ....pixart.acceleration.guidance_reuse import FORECASTS, GuidanceReuse, KeptGuidance
 from ..text.captions import pixart_config
-from .block_cache import BLOCK_CACHE, BlockCache
+from .block_cache import BLOCK_CACHE, BlockCache, patched_blocks
 from .kv_compression import KV_COMPRESSION, KVCompression
 
+__all__ = ["FORECASTS", "cache_blocks", "compress_attention", "limit_guidance", "reuse_guidance"]
+
 log = logging.getLogger(__name__)
+IN_THE_WAY = (
+    "PixArt Guidance Reuse does nothing: another node on this model (such as NAG or Self-Attention Guidance) reads the "
+    "negative prompt at every step."
+)
 
 WRAPPERS = comfy.patcher_extension.WrappersMP
 INTERVAL = "pixart_guidance_interval"
+REUSE = "pixart_guidance_reuse"  # transformer option: the _GuidedRun of a run
+ALL_NEEDED = "disable_cfg1_optimization"  # model option of nodes that read the negative prompt's forward pass
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,130 @@ def limit_guidance(model, start_percent, end_percent):
     patched.remove_wrappers_with_key(WRAPPERS.PREDICT_NOISE, INTERVAL)
     patched.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, INTERVAL, predict)
     return patched
+
+
+@dataclass(frozen=True)
+class _ReuseSettings:
+    """What the node says."""
+
+    reuse: GuidanceReuse
+    start_percent: float
+    end_percent: float
+
+
+def reuse_guidance(model, every, forecast, start_percent, end_percent) -> tuple:
+    """A clone of the MODEL that computes all prompts in one of `every` steps, and the positive one in each; between
+    two percents of the sampling. And what stands in its way, or "".
+
+    The others follow at the distance that they had, or along the line of the last two: forecast.
+    Raises ValueError for an empty interval.
+    """
+    _check_interval(start_percent, end_percent)
+    patched = model.clone()
+    patched.remove_wrappers_with_key(WRAPPERS.OUTER_SAMPLE, REUSE)
+    patched.remove_wrappers_with_key(WRAPPERS.CALC_COND_BATCH, REUSE)
+    reuse = GuidanceReuse(every, forecast)
+    if every == 1:
+        return patched, ""
+    settings = _ReuseSettings(reuse, start_percent, end_percent)
+    patched.model_options["transformer_options"][REUSE + "_settings"] = settings
+    patched.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, REUSE, _sample_with_reuse)
+    patched.add_wrapper_with_key(WRAPPERS.CALC_COND_BATCH, REUSE, _predict_prompts)
+    return patched, IN_THE_WAY if model.model_options.get(ALL_NEEDED) else ""
+
+
+def _sample_with_reuse(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    """One run with differences of its own, which go with it however it ends."""
+    guider = executor.class_obj
+    before = guider.model_options
+    if before.get(ALL_NEEDED):
+        log.warning(IN_THE_WAY)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    guider.model_options = comfy.model_patcher.create_model_options_clone(before)
+    options = guider.model_options["transformer_options"]
+    settings = options[REUSE + "_settings"]
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    active = _between(sampling, settings.start_percent, settings.end_percent)
+    kept = settings.reuse.begin(sigmas.tolist(), lambda level: active(torch.tensor(level)))
+    options[REUSE] = _GuidedRun(guider, kept)
+    try:
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    finally:
+        guider.model_options = before
+        kept.clear()
+        log.info("PixArt Guidance Reuse: %d of %d guided evaluations.", kept.reused, kept.reused + kept.computed)
+        if not kept.computed:
+            log.warning("PixArt Guidance Reuse had nothing to do: no prompt but the positive one was computed.")
+
+
+def _predict_prompts(executor, model, conds, x, timestep, model_options):
+    run = model_options.get("transformer_options", {}).get(REUSE)
+    if run is None:
+        return executor(model, conds, x, timestep, model_options)
+    return run.predict(executor, model, conds, x, timestep, model_options)
+
+
+class _GuidedRun:
+    """One sampling run: knows the guider's positive prompt among those that the host evaluates."""
+
+    def __init__(self, guider, kept: KeptGuidance):
+        self.guider, self.kept = guider, kept
+        self.last: tuple = (None, None, None)  # latent, its noise levels, and what the positive prompt gives for it
+
+    def predict(self, executor, model, conds, x, timestep, model_options):
+        """What each prompt denoises x to, as the host's own function gives it: a list of (B, C, H, W)."""
+        place = self._positive_among(conds)
+        others = [index for index, each in enumerate(conds) if each is not None and index != place]
+        known = place is not None or (self.last[0] is x and torch.equal(self.last[1], timestep))
+        if not others or not known:
+            out = executor(model, conds, x, timestep, model_options)
+            return self._note(out, place, x, timestep)
+        level = float(timestep.flatten()[0])
+        scale = timestep.reshape(-1, *[1] * (x.ndim - 1)) if timestep.numel() > 1 else level
+        around = self._around(x, level, model_options)
+        keys = {index: (*around, _prompts_at(conds[index], level)) for index in others}
+        found = {index: self.kept.recall(key, level) for index, key in keys.items()}
+        if any(difference is None for difference in found.values()):
+            out = self._note(executor(model, conds, x, timestep, model_options), place, x, timestep)
+            for index, key in keys.items():
+                self.kept.keep(key, level, (out[index] - self.last[2]) / scale)
+            self.kept.computed += 1
+            return out
+        out = [torch.zeros_like(x) for _ in conds]
+        if place is not None:
+            alone = [each if index == place else None for index, each in enumerate(conds)]
+            out = self._note(executor(model, alone, x, timestep, model_options), place, x, timestep)
+        for index, difference in found.items():
+            out[index] = self.last[2] + difference * scale
+        self.kept.reused += 1
+        return out
+
+    def _note(self, out, place, x, timestep):
+        if place is not None:
+            self.last = x, timestep, out[place]
+        return out
+
+    def _positive_among(self, conds):
+        """Which of the prompts is the guider's positive one; None where none is."""
+        positive = {entry.get("uuid") for entry in self.guider.conds.get("positive") or ()}
+        return next((i for i, each in enumerate(conds) if each and {e.get("uuid") for e in each} <= positive), None)
+
+    def _around(self, x, level, model_options):
+        """What a difference depends on beside the prompt: patched blocks, the host's window, what is positive now."""
+        options = model_options.get("transformer_options", {})
+        window = getattr(options.get("context_window"), "index_list", None)
+        where = None if window is None else tuple(window)
+        return tuple(x.shape), patched_blocks(options), where, _prompts_at(self.guider.conds.get("positive"), level)
+
+
+def _prompts_at(conds, level):
+    """The entries of a prompt that count at a noise level, as the host decides it."""
+    highest, lowest = float("inf"), float("-inf")
+    return tuple(
+        entry.get("uuid")
+        for entry in conds or ()
+        if float(entry.get("timestep_end", lowest)) <= level <= float(entry.get("timestep_start", highest))
+    )
 
 
 def compress_attention(model, factor, blocks, start_percent, end_percent):

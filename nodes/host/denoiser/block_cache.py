@@ -86,7 +86,7 @@ class BlockCache:
             return None
         self.evaluations += 1
         situation = (
-            _patched(options),
+            patched_blocks(options),
             _controlled(residuals),
             tuple(tokens.shape[1:]),
             tokens.shape[0] // len(prompts),
@@ -153,7 +153,7 @@ class Evaluation:
         self.settled = True
 
 
-def _patched(options: dict) -> tuple:
+def patched_blocks(options: dict) -> tuple:
     """Which blocks are replaced: a run that skips layers for its guidance has memories of its own."""
     replaced = options.get("patches_replace", {})
     return tuple(frozenset(replaced.get(kind, ())) for kind in ("dit", "attn1", "attn2"))
