@@ -157,15 +157,30 @@ def main(arguments=None):
     parser.add_argument("--lcm-steps", type=int, default=4, help="of an LCM loop of the first case; 0 for none")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--alone", action="store_true", help="without diffusers, even where it is installed")
+    parser.add_argument("--check", action="store_true", help="first hold what the device computes to the CPU's float32")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = cases.parse_run(parser, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.check:
+        check(options.device)
     with torch.inference_mode():
         results = [result for dtype in options.dtypes for result in measure(dtype, options)]
     if options.out:
         told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         told["device"] = cases.name_device(options.device)
         options.out.write_text(json.dumps({"options": told, "cases": results}, indent=1) + "\n", encoding="utf-8")
+
+
+def check(device):
+    """Log each finding of the checks against the CPU. Raises RuntimeError when one is not right."""
+    correctness, parts = (
+        importlib.import_module(f"{_NAME}.benchmarks.gpu.{name}") for name in ("correctness", "parts")
+    )
+    findings = correctness.check_all(device, is_small=False)
+    for each in findings:
+        logger.info("%s", parts.describe(each))
+    if wrong := [each.name for each in findings if not each.is_right]:
+        raise RuntimeError(f"The device computes otherwise than the CPU: got {', '.join(wrong)}. See the lines above.")
 
 
 def measure(dtype, options):

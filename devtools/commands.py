@@ -21,7 +21,7 @@ from .server import PACK, Server, device_flags, find_kept, link_pack, note_kept,
 from .tiers import TIERS, Run, closing_lines, exit_code, plan, run_all, table
 
 OUTPUT = ROOT / "output"
-PASSING_ON = ("test", "bench", "run")  # from the first argument that is not dev.py's own, all goes to the program
+PASSING_ON = ("test", "bench", "run", "gpu")  # all behind their own arguments goes to the program
 
 
 def ready(options: argparse.Namespace) -> Environment:
@@ -189,6 +189,43 @@ def bench(options: argparse.Namespace) -> int:
     return run(options)
 
 
+# How ComfyUI is started for `gpu`: the first makes the pictures that those of the others are held to.
+MODES = {
+    "cpu": ["--cpu"],
+    "gpu": [],
+    "lowvram": ["--disable-dynamic-vram", "--lowvram"],
+    "novram": ["--novram"],
+    "dynamic": ["--enable-dynamic-vram"],
+}
+GPU_S = 480  # of all parts together
+MODES_ON_CPU = {"cpu": ["--cpu"], "cpu_again": ["--cpu"]}
+
+
+def gpu(options: argparse.Namespace) -> int:
+    """Correctness first, then the pictures of every mode, then speed; a part that fails does not end the others."""
+    environment = ready(options)
+    program = [environment.python, LAUNCH, "-m", f"{PACK}.benchmarks.gpu", *options.rest]
+    variables = python_path(environment)
+    if "-h" in options.rest or "--help" in options.rest:
+        return foreground(program, env=variables)
+    began = time.monotonic()
+    on_cpu = "cpu" in options.rest or "--cpu" in device_flags(environment.python)
+    codes = [foreground([*program, "--parts", "correctness"], env=variables)]
+    base = prepare_base(environment.base(), environment.own_host)
+    for mode, own_flags in (MODES_ON_CPU if on_cpu else MODES).items():
+        flags = [*own_flags, "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK]
+        try:
+            with Server(environment.python, environment.host, base, flags=flags) as server:
+                server.start()
+                codes.append(foreground([*program, "--mode", mode, "--url", server.url], env=variables))
+        except DevError as error:
+            say(f"host {mode}: failed: {error}")
+            codes.append(1)
+    left_s = max(GPU_S - (time.monotonic() - began), 60)
+    codes.append(foreground([*program, "--parts", "speed", "--budget-s", f"{left_s:.0f}"], env=variables))
+    return max(codes)
+
+
 def make_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--env", metavar="DIR", help="the environment's folder (default: in the user's cache folder)")
@@ -224,6 +261,7 @@ def make_parser() -> argparse.ArgumentParser:
     for tier, text in TIERS.items():
         tiers.add_argument(f"--{tier}", dest="tier", action="store_const", const=tier, help=text)
     add(bench, "run the benchmarks", "[NAME] [ARGUMENTS]")
+    add(gpu, "what the GPU computes, in ComfyUI too, and how fast", "[--device cpu] [--small] [ARGUMENTS]")
     command = add(lint, "check style, formatting, and the files that GitHub reads")
     command.add_argument("--fix", action="store_true", help="mend what can be mended")
     command = add(docs, "build the documentation as a site, into site/")
