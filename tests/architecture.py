@@ -95,6 +95,7 @@ OPTIONAL = {
     "pixart.encoders.edges": {"kornia"},
     "pixart.data.sources": {"datasets"},
     "pixart.data.hugging_face": {"datasets"},
+    "pixart.data.streams.places": {"fsspec"},
     "editor.site_hooks": {"mkdocs"},
     "editor.lettering": {"fontTools"},  # comes with matplotlib
 }

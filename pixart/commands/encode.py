@@ -12,6 +12,7 @@ from ..data import cache, records, sources
 from ..data.identity import digest, fingerprint
 from ..data.original_features import write_original_features
 from ..data.storage.index import MANIFEST
+from ..data.streams.writing import write_stream
 from ..encoders.autoencoder import load_autoencoder
 from ..encoders.edges import canny_edges, soft_edges
 from ..encoders.hed import detect_edges, make_hed
@@ -80,6 +81,7 @@ def _add_settings(group) -> None:
     edges.add_argument("--hed", type=Path, help="the same by the HED network of this file")
     add("--original-layout", type=Path, metavar="FOLDER", help="write PixArt-alpha's .npz and .npy files too")
     add("--force", action="store_true", help="write them over those of a folder that has some")
+    add("--stream", type=Path, metavar="FOLDER", help="write tar files too, which a training reads over a network")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -180,6 +182,9 @@ def _finish(encoder, options: argparse.Namespace, settings: cache.EncodeSettings
         write_original_features(
             features, options.original_layout, settings.base_px, settings.square, settings.caption_length
         )
+    if options.stream:
+        with _Bar("stream") as bar:
+            write_stream(features, options.stream, progress=bar)
 
 
 def _identify_text_encoder(options: argparse.Namespace) -> str:

@@ -1,7 +1,8 @@
 """Batches of pictures of one size, in an order that can be continued and shared out among processes."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..resolution import ASPECT_RATIOS
 
 GRID_PX = 2 * LATENT_DOWNSCALE
 _DRAWN_AT_ONCE = 2**16
+_BLOCKS_AT_ONCE = 4
 _SWAPPED_ONE_BY_ONE = 64
 
 
@@ -65,6 +67,9 @@ class BucketSampler:
     world_size, rank: all processes together see what one process with world_size times the batch size would see.
     `epoch` and `position` (global batches of this epoch that were given out) tell where the iterator is.
     An order takes about eight bytes a picture.
+    blocks: (N,) for pictures that are read in blocks, of one size each: which one each is in. Pictures are shuffled
+    within their block and a block's last batch is filled up as a bin's is; a few blocks are drawn from at a time.
+    ahead: called with the blocks that will be drawn from next.
     Raises ValueError for no pictures, for a batch size below 1, and when drop_last leaves nothing.
     """
 
@@ -77,6 +82,8 @@ class BucketSampler:
         world_size: int = 1,
         rank: int = 0,
         is_prior: Sequence[bool] = (),
+        blocks: np.ndarray | None = None,
+        ahead: Callable[[list[int]], None] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"Batch size out of range: got {batch_size}, expected at least 1. Enter 1 or more.")
@@ -85,9 +92,14 @@ class BucketSampler:
         self.bins, self.batch_size, self.seed, self.drop_last = Bins.of(bins), batch_size, seed, drop_last
         self.world_size, self.rank = world_size, rank
         self._shown = _balanced(is_prior)
-        self._counts = self.bins.counts(slice(None) if self._shown is None else self._shown)
+        shown = slice(None) if self._shown is None else self._shown
+        self._counts = self.bins.counts(shown)
+        self._groups, self._blocks, self._ahead = self.bins.ids if blocks is None else blocks, blocks, ahead
+        self._per_epoch = sum(map(self._batches_of, np.bincount(self._groups[shown]).tolist()))
         self.epoch, self.position = 0, 0
         self._order: tuple[int, np.ndarray, array] | None = None
+        self._rounds: list[list[int]] = []  # the blocks that are drawn from at a time
+        self._starts: list[int] = []  # where that begins in the order
         if not self.batches_per_epoch:
             raise ValueError(
                 f"No full batch: got {len(bins)} pictures, none of whose sizes has {self._global_size} of them, "
@@ -101,7 +113,7 @@ class BucketSampler:
     @property
     def batches_per_epoch(self) -> int:
         """How many batches each process gets in an epoch; it is the same for every epoch."""
-        return sum(map(self._batches_of, self._counts.values()))
+        return self._per_epoch
 
     def _batches_of(self, count: int) -> int:
         return (count if self.drop_last else count + self._global_size - 1) // self._global_size
@@ -112,10 +124,14 @@ class BucketSampler:
     def __next__(self) -> list[int]:
         if self.position >= self.batches_per_epoch:
             self.epoch, self.position = self.epoch + 1, 0
+        is_new = False
         if self._order is None or self._order[0] != self.epoch:
             self._order = None  # before the next one takes its room
             self._order = (self.epoch, *self._shuffle(self.epoch))
+            is_new = True
         _, batches, places = self._order
+        if self._ahead is not None:
+            self._announce(is_new)
         batch = batches[places[self.position]]
         self.position += 1
         return batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size].tolist()
@@ -142,7 +158,16 @@ class BucketSampler:
 
     def _identity(self) -> dict:
         counts = {f"{height}x{width}": count for (height, width), count in self._counts.items()}
-        return {"bins": dict(sorted(counts.items())), "global_batch": self._global_size, "drop_last": self.drop_last}
+        own = {"bins": dict(sorted(counts.items())), "global_batch": self._global_size, "drop_last": self.drop_last}
+        return own if self._blocks is None else {**own, "blocks": int(self._blocks.max()) + 1}
+
+    def _announce(self, is_new: bool) -> None:
+        """Say what comes next, at the beginning of each round and where the iterator begins."""
+        number = bisect_right(self._starts, self.position) - 1
+        if is_new:
+            self._ahead(self._rounds[number])
+        if (is_new or self._starts[number] == self.position) and number + 1 < len(self._rounds):
+            self._ahead(self._rounds[number + 1])
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, array]:
         """((M, global batch) indices, the order of these batches), as Random.sample and Random.shuffle would give."""
@@ -150,15 +175,30 @@ class BucketSampler:
         count = len(self.bins) if self._shown is None else len(self._shown)
         order = np.frombuffer(_permute(count, draws.falling(count, 1)), np.uint32)[::-1]
         order = order if self._shown is None else self._shown[order]
-        ids = self.bins.ids[order]
-        grouped = np.argsort(ids, kind="stable")
-        ends = np.cumsum(np.bincount(ids, minlength=len(self.bins.sizes)))
+        groups = self._groups[order]
+        grouped = np.argsort(groups, kind="stable")
+        ends = np.cumsum(np.bincount(groups))
         runs = [run for run in np.split(grouped, ends[:-1]) if len(run)]
         runs.sort(key=lambda run: run[0])  # the bin of the first picture first
         size = self._global_size
         batches = [np.resize(order[run], (self._batches_of(len(run)), size)) for run in runs]
         joined = np.concatenate(batches)
-        return joined, _permute(len(joined), draws.falling(len(joined), 2))
+        if self._blocks is None:
+            return joined, _permute(len(joined), draws.falling(len(joined), 2))
+        return joined, self._by_rounds(
+            draws, [(int(groups[run[0]]), len(own)) for run, own in zip(runs, batches, strict=True)]
+        )
+
+    def _by_rounds(self, draws: "_Draws", blocks: list[tuple[int, int]]) -> array:
+        """The order of batches, given (block, its batches) in turn: that of a few blocks, then that of the next."""
+        places, self._rounds, self._starts = array("I"), [], []
+        for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
+            some = blocks[first : first + _BLOCKS_AT_ONCE]
+            start, count = len(places), sum(batches for _, batches in some)
+            self._starts.append(start)
+            self._rounds.append([int(block) for block, _ in some])
+            places.extend(start + place for place in _permute(count, draws.falling(count, 2)))
+        return places
 
 
 class _Draws:

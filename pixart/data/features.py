@@ -17,14 +17,17 @@ from .original_features import find_original_features, is_original
 from .pairs import PAIRS, open_pairs
 from .storage.index import INDEX_SUFFIX, MANIFEST, PARTS, VERSION, Index, make_index, open_index, write_index
 from .storage.shards import OpenShards, ShardFolder
+from .streams.reading import is_stream, open_stream
 
 
 def open_features(path: str | Path) -> FeatureSet:
-    """The encoded dataset at path: the list or folder of a cache, the root of features in PixArt-alpha's layout, or a
-    folder of pairs.
+    """The encoded dataset at path: the list or folder of a cache, the root of features in PixArt-alpha's layout, a
+    folder of pairs, or the folder or address of a stream.
 
-    Raises FileNotFoundError and ValueError as open_cached and find_original_features do.
+    Raises FileNotFoundError and ValueError as open_cached, find_original_features and open_stream do.
     """
+    if is_stream(path):
+        return open_stream(path)
     path = Path(path)
     if (path / PAIRS).is_file():
         return open_pairs(path)

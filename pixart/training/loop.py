@@ -90,6 +90,8 @@ class Trainer:
             world_size=self.processes.world_size,
             rank=self.processes.rank,
             is_prior=features.is_prior,
+            blocks=getattr(features, "blocks", None),
+            ahead=getattr(features, "fetch_ahead", None),
         )
         self.prepared, self.optimizer = self.processes.prepare(
             objective, lambda: make_optimizer(settings, _trained(objective).values())

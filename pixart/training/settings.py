@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..config import CONFIGS
+from ..data.streams.places import is_address
 from ..diffusion import TRAIN_STEPS
 from ..files.atomic import write_atomically
 from ..files.documents import load_json, parse_yaml
@@ -415,6 +416,8 @@ def read_config(path: str | os.PathLike, init: str | None = None) -> RunConfig:
 
 
 def _place(folder: Path, written: str) -> str:
+    if is_address(written):
+        return written
     return str(folder / os.path.expanduser(written))
 
 
