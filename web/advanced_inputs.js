@@ -12,15 +12,26 @@ function isFolded(node, widget, usual) {
 app.registerExtension({
     name: "pixart_pack.advanced_inputs",
     nodeCreated(node) {
-        if (!node.comfyClass?.startsWith("PixArt") || LiteGraph.vueNodesMode) return;
-        const advanced = (node.widgets ?? []).filter(widget => widget.options?.advanced);
-        for (const widget of advanced) {
-            const usual = widget.value;
-            const hides = { advanced: () => isFolded(node, widget, usual) };
-            hides.hidden = () => hides.advanced() && !node.showAdvanced; // else its place would stay empty
-            for (const [name, get] of Object.entries(hides))
-                Object.defineProperty(widget, name, { get, set() {}, configurable: true });
+        if (!node.comfyClass?.startsWith("PixArt")) return;
+        const folding = (node.widgets ?? []).filter(widget => widget.options?.advanced);
+        if (!folding.length) return;
+        let measures = false;
+        for (const widget of folding) {
+            const usual = widget.value, advanced = () => isFolded(node, widget, usual);
+            // Its place is to go too. Nodes 2.0 hides it by its own means, and asks the node for its height alone.
+            const hidden = () => (measures || !LiteGraph.vueNodesMode) && advanced() && !node.showAdvanced;
+            Object.defineProperty(widget, "advanced", { get: advanced, set() {}, configurable: true });
+            Object.defineProperty(widget, "hidden", { get: hidden, set() {}, configurable: true });
         }
-        if (advanced.length) node.setSize([node.size[0], node.computeSize()[1]]);
+        const computeSize = node.computeSize;
+        node.computeSize = function () {
+            measures = true;
+            try {
+                return computeSize.apply(this, arguments);
+            } finally {
+                measures = false;
+            }
+        };
+        node.setSize([node.size[0], node.computeSize()[1]]);
     },
 });

@@ -49,7 +49,7 @@ app.registerExtension({
     },
     refreshComboInNodes(defs) {
         for (const id of oldIds(defs)) {
-            LiteGraph.unregisterNodeType(id);
+            if (LiteGraph.registered_node_types[id]) LiteGraph.unregisterNodeType(id);
             delete defs[id];
         }
     },

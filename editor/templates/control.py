@@ -24,10 +24,10 @@ def controlnet_hed(workflow: Workflow) -> None:
     edges = workflow.node("PixArtHEDPreprocessor", image=picture, method="hed", hed_model=files.HED, fit="1024")
     workflow.node("PreviewImage", "Edges", images=edges)
     positive, negative = describe(workflow, loaded, TEAPOT)
+    size = picture_size(workflow, edges["width"], edges["height"])
+    workflow.group("Control and sampling", "sampling")
     links = {"control_net": control, "image": edges, "vae": loaded.vae}
     applied = workflow.node("PixArtControlNetApply", positive=positive, negative=negative, **links, strength=0.9)
-    workflow.group("Sampling", "sampling")
-    size = picture_size(workflow, edges["width"], edges["height"])
     make_picture(workflow, loaded, (applied["positive"], applied["negative"]), size)
 
 

@@ -4,7 +4,7 @@ A template opens so that all of it is seen. WIDEST_PX and HIGHEST_PX keep that z
 1440 x 900 pixels; below it the classic renderer hides what the nodes say.
 """
 
-from .node import WIDTH_PX, Node
+from .node import OWN_PREFIX, WIDTH_PX, Node
 from .schema import inputs_of
 from .wires import Box, Point, Router
 
@@ -13,17 +13,19 @@ NARROWEST_PX, NOTE_PX = 240, 290
 TITLE_PX, SLOT_PX = 30, 20
 MARGIN_PX, GAP_PX, COLUMN_GAP_PX, GROUP_GAP_PX = 14, 40, 44, 22
 GROUP_TITLE_PX = 44
-# Heights in the classic renderer and in Nodes 2.0: a widget, what is around them all, the button of advanced ones.
-CLASSIC, VUE = (24, 14, 0), (28, 14, 48)
-LINE_PX, LETTER_PX, NOTE_LINE_PX, NOTE_LETTER_PX = 18, 6.8, 15, 6.4
+# Heights in the classic renderer and in Nodes 2.0: a widget, and each line below them: the button of advanced inputs or
+# of a subgraph, and the badge of a pack.
+CLASSIC, VUE = (24, 0), (28, 26)
+AROUND_PX = 14
+LINE_PX, LETTER_PX, NOTE_LINE_PX, NOTE_LETTER_PX = 16, 6.8, 15, 6.4
 LEAST_TEXT_PX = 76
 # What a node shows below its widgets once it has run: a picture, the preview of one, or a line of text.
-PICTURE_PX, INPUT_PX, PREVIEW_PX, CHART_PX, CURVE_PX, TEXT_PX = 280, 218, 160, 190, 216, 70
+PICTURE_PX, INPUT_PX, PREVIEW_PX, SAMPLER_PX, CHART_PX, CURVE_PX, TEXT_PX = 280, 218, 160, 128, 190, 216, 70
 SHOWN_PX = {
     **dict.fromkeys(("SaveImage", "PixArtCompareSheet"), PICTURE_PX),
     "LoadImage": INPUT_PX,
     "PreviewImage": PREVIEW_PX,
-    **dict.fromkeys(("KSampler", "SamplerCustom", "SamplerCustomAdvanced"), PREVIEW_PX),
+    **dict.fromkeys(("KSampler", "SamplerCustom", "SamplerCustomAdvanced"), SAMPLER_PX),
     **dict.fromkeys(("PixArtResolution", "PixArtScheduler"), CHART_PX),
     "PixArtEncodeDataset": TEXT_PX + PREVIEW_PX,
     **dict.fromkeys(
@@ -84,8 +86,8 @@ def size_of(node: Node) -> tuple[int, int]:
         for each in texts
         if each.name not in node.sources
     ) + CLASSIC[0] * sum(each.name in node.sources for each in texts)
-    folds = any(each.is_advanced for each in node.widgets())
-    rooms = [per_widget * plain + around + folds * button for per_widget, around, button in (CLASSIC, VUE)]
+    lines = any(each.is_advanced for each in node.widgets()) + node.is_subgraph + node.type.startswith(OWN_PREFIX)
+    rooms = [per_widget * plain + AROUND_PX + lines * line for per_widget, line in (CLASSIC, VUE)]
     says = "UNIQUE_ID" in str(node.info["input"].get("hidden"))
     height = slots_of(node) * SLOT_PX + text_px + max(rooms) + SHOWN_PX.get(node.type, TEXT_PX if says else 0)
     return node.width_px, max(height, node.height_px or 0)

@@ -30,6 +30,8 @@ OPEN_TEMPLATE = """async ([pack, name]) => {
     const answer = await app.api.fetchApi(`/workflow_templates/${pack}/${name}.json`);
     await app.loadGraphData(await answer.json(), true, true, name, {openSource: 'template'});
 }"""
+IS_GHOST = "!!app.graph.nodes[0].flags.ghost"
+ANSWER_S = 20
 MIDDLE = (720, 300)  # of the canvas, and of nothing that lies above it
 CARDS = "[data-testid^='template-workflow-']"
 MORE_CARDS = f'count => document.querySelectorAll("{CARDS}").length > count'
@@ -128,13 +130,28 @@ class Editor:
     def insert_blueprint(self, title: str) -> None:
         """Find a blueprint by a double click on an empty canvas, and put it there."""
         self.close_dialogs()
+        self.page.evaluate("app.canvas.setGraph(app.rootGraph ?? app.graph)")  # out of a subgraph
         self.page.evaluate("app.graph.clear()")
-        self.page.mouse.dblclick(*MIDDLE)
-        self.page.keyboard.type(title)
+        search = self.page.get_by_role("dialog").locator("input").first
+        self._until(search.is_visible, lambda: self.page.mouse.dblclick(*MIDDLE))
+        search.fill(title)
         self.page.get_by_role("dialog").get_by_text(title, exact=True).first.click()
         self.page.wait_for_function("title => app.graph.nodes[0]?.title === title", arg=title)
+        self._until(lambda: not self.page.evaluate(IS_GHOST), self._click_beside_the_middle)
+
+    def _click_beside_the_middle(self) -> None:
+        # The node hangs at the pointer, from its first movement on.
+        self.page.mouse.move(MIDDLE[0] + 5, MIDDLE[1] + 5)
         self.page.mouse.click(*MIDDLE)
-        self.page.wait_for_function("!app.graph.nodes[0].flags.ghost")
+
+    def _until(self, is_done, act) -> None:
+        """Do something again and again until it has had its effect: the editor misses what comes too early."""
+        ends = time.monotonic() + ANSWER_S
+        while not is_done():
+            if time.monotonic() > ends:
+                raise TimeoutError("the editor does not answer")
+            act()
+            self.page.wait_for_timeout(700)
 
     def load(self, workflow: dict) -> None:
         """Load a workflow, again where the editor then puts the one of its last session in its place."""
