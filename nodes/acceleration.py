@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from .host.denoiser.acceleration import FORECASTS, cache_blocks, compress_attention, limit_guidance, reuse_guidance
+from .host.denoiser.acceleration import MODES as CACHE_MODES
 from .host.denoiser.compilation import MODES, SIZES, compile_model
 from .host.denoiser.kv_compression import BLOCKS, EVERY_OTHER
 from .host.schema import choice_input, node_input, schema
@@ -61,7 +62,8 @@ class BlockCache(io.ComfyNode):
                     max=100,
                     optional=True,
                     advanced=True,
-                    tooltip="The first block that may be skipped; those before always run and tell the change.",
+                    tooltip="The first block that may be skipped; those before always run and tell the change. With "
+                    "input, forecast all may be skipped.",
                 ),
                 node_input(
                     io.Int,
@@ -73,14 +75,31 @@ class BlockCache(io.ComfyNode):
                     advanced=True,
                     tooltip="The block at which the model runs on after a reuse; 0 skips up to the end.",
                 ),
+                choice_input(
+                    "mode",
+                    CACHE_MODES,
+                    tooltip="What tells the change, and how the rest goes on. first blocks: they run, and the rest "
+                    "follows them. first blocks, forecast: the rest follows the noise level. input, forecast: what "
+                    "the first block reads tells the change, summed up over the steps, and no block runs; saves most.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the cache.")],
         )
 
     @classmethod
-    def execute(cls, model, threshold, start_percent=0.1, end_percent=1.0, most_reuses=3, first_block=1, last_block=0):
+    def execute(
+        cls,
+        model,
+        threshold,
+        start_percent=0.1,
+        end_percent=1.0,
+        most_reuses=3,
+        first_block=1,
+        last_block=0,
+        mode=CACHE_MODES[0],
+    ):
         return io.NodeOutput(
-            cache_blocks(model, threshold, first_block, last_block, start_percent, end_percent, most_reuses)
+            cache_blocks(model, threshold, first_block, last_block, start_percent, end_percent, most_reuses, mode)
         )
 
 

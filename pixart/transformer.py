@@ -132,6 +132,12 @@ class PixArtBlock(nn.Module):
             x = x + inputs.around.cross_attention(self.cross_attn, x, keys_values, inputs)
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
 
+    def modulate_input(self, x, inputs: BlockInputs, index):
+        """What self-attention reads of x where this is block `index` of the model: (B, N, D), of the same."""
+        rows = self.modulation_rows(inputs.modulation) if inputs.rows is None else inputs.rows[index]
+        shift, scale, *_ = rows.chunk(6, dim=1)
+        return modulate(x, shift, scale)
+
     def modulation_rows(self, modulation):
         """Shifts, scales and gates of both branches: (B or 1, 6, D), of the same."""
         return modulation + read_table(self.scale_shift_table, modulation)

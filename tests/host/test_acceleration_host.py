@@ -147,6 +147,9 @@ def test_attention_on_the_cpu_is_exact_and_can_be_chosen(comfy, patcher, host_at
     torch.testing.assert_close(fast, sample(comfy, patcher, **PROMPTS), **FLOAT_NOISE)
 
 
+FIRST_BLOCKS, FORECAST, INPUT = MODES = ("first blocks", "first blocks, forecast", "input, forecast")
+
+
 def cached(acceleration, model, threshold=0.5, **changes):
     settings = {"first_block": 1, "last_block": 0, "start_percent": 0.0, "end_percent": 1.0, "most_reuses": 100}
     return acceleration.cache_blocks(model, threshold, **{**settings, **changes})
@@ -235,10 +238,87 @@ def test_large_numbers_in_half_precision_stay_finite(block_cache):
 def test_cache_under_samplers_that_evaluate_out_of_order(comfy, patcher, acceleration, blocks_run, name):
     exact = sample(comfy, patcher, **PROMPTS, steps=6, sampler_name=name)
     whole, nothing = len(blocks_run), torch.zeros_like(exact)
+    for mode in MODES:
+        blocks_run.clear()
+        model = cached(acceleration, patcher, 0.6, most_reuses=1, mode=mode)
+        found = sample(comfy, model, **PROMPTS, steps=6, sampler_name=name)
+        assert len(blocks_run) < whole, mode
+        assert (found - exact).square().mean() < 0.2 * (nothing - exact).square().mean(), mode
+
+
+@pytest.mark.parametrize("name", ["_Forecast", "_InputForecast"])
+def test_a_forecast_goes_on_with_the_noise_level(block_cache, name):
+    """By its distance from the last two whole evaluations, whatever the probe does."""
+    generator = torch.Generator().manual_seed(0)
+    probe, start, way = torch.randn(3, 2, 6, 8, generator=generator)
+    memory = getattr(block_cache, name)(probe, start, place=3.0)
+    assert torch.equal(memory.predict(probe, 2.0), start)
+    memory = memory.follow(probe, start + way, 2.0)
+    torch.testing.assert_close(memory.predict(probe, 1.5), start + 1.5 * way)
+    assert torch.equal(memory.predict(probe, 2.5), start + way)  # a solver that looks back
+    again = memory.follow(probe, start + 1.1 * way, 2.0)  # at the same level, as Heun's solver does
+    torch.testing.assert_close(again.predict(probe, 1.0), start + 2.1 * way)
+    memory = memory.follow(probe, start + 2 * way, 1.0)
+    torch.testing.assert_close(memory.predict(probe, 0.0), start + 3 * way)
+    far = memory.predict(probe, -100.0)
+    torch.testing.assert_close(far, start + (2 + block_cache.LONGEST_FORECAST) * way)
+    swung = memory.follow(probe, start, 0.0)  # the line did not hold
+    assert torch.equal(swung.predict(probe, -1.0), start)
+
+
+def test_changes_of_the_input_are_summed_up(block_cache):
+    memory = block_cache._InputForecast(torch.ones(1, 2, 4), torch.ones(1, 2, 4), place=2.0)
+    for step in (1.1, 1.2, 1.3):
+        memory.note(torch.full((1, 2, 4), step))
+    assert abs(float(memory.drift) - (0.1 + 0.1 / 1.1 + 0.1 / 1.2)) < 1e-6
+    assert float(memory.follow(torch.ones(1, 2, 4), memory.added, 1.0).drift) == 0.0
+
+
+def test_the_input_tells_without_a_block(comfy, patcher, acceleration, blocks_run):
+    """Also with a patch that replaces what all blocks read, and the other dials."""
+    model = cached(acceleration, patcher, 1e9, mode=INPUT)
+    sample(comfy, model, **PROMPTS, steps=3)
+    assert blocks_run == [0, 1, 2]
     blocks_run.clear()
-    found = sample(comfy, cached(acceleration, patcher, 0.6, most_reuses=1), **PROMPTS, steps=6, sampler_name=name)
-    assert len(blocks_run) < whole
-    assert (found - exact).square().mean() < 0.2 * (nothing - exact).square().mean()
+    sample(comfy, cached(acceleration, patcher, 1e9, mode=INPUT, last_block=2), **PROMPTS, steps=3)
+    assert blocks_run == [0, 1, 2, 2, 2]
+    exact = sample(comfy, patcher, **PROMPTS, steps=4)
+    for mode in MODES:
+        assert torch.equal(sample(comfy, cached(acceleration, patcher, 0.0, mode=mode), **PROMPTS, steps=4), exact)
+
+
+def test_tiles_have_memories_of_their_own(comfy, patcher, acceleration, blocks_run):
+    """A node that evaluates a picture in tiles calls the model several times for one prompt at one noise level."""
+
+    def halves(apply_model, given):
+        x, c = given["input"], given["c"]
+        return torch.cat([apply_model(part, given["timestep"], **c) for part in x.chunk(2, dim=3)], dim=3)
+
+    tiled = patcher.clone()
+    tiled.set_model_unet_function_wrapper(halves)
+    exact = sample(comfy, tiled, **PROMPTS, size=(8, 16), steps=3)
+    for mode in MODES:
+        blocks_run.clear()
+        model = cached(acceleration, tiled, 1e9, mode=mode, most_reuses=1)
+        found = sample(comfy, model, **PROMPTS, size=(8, 16), steps=3)
+        probes = [] if mode == INPUT else [0, 0]
+        assert blocks_run == [0, 1, 2, 0, 1, 2, *probes, 0, 1, 2, 0, 1, 2], mode
+        assert found.isfinite().all() and not torch.equal(found, exact)
+
+
+def test_two_models_in_turn_and_one_within_the_other(comfy, patcher, acceleration, host_model):
+    """Each run has memories of its own, also one that begins while another is on its way."""
+    other = host_model.make_patcher(make_weights(CONFIG, seed=7), CONFIG, dtype=torch.float32)
+    models = [cached(acceleration, each, 0.6, mode=INPUT) for each in (patcher, other)]
+    alone = [sample(comfy, each, **PROMPTS, steps=4) for each in models]
+    within = []
+
+    def begin(step, *_):
+        if step == 1:
+            within.append(sample(comfy, models[1], **PROMPTS, steps=4))
+
+    assert torch.equal(sample(comfy, models[0], **PROMPTS, steps=4, callback=begin), alone[0])
+    assert torch.equal(within[0], alone[1])
 
 
 def test_cache_does_not_depend_on_how_prompts_are_batched(comfy, patcher, acceleration, monkeypatch):
@@ -613,8 +693,9 @@ def test_cache_of_regions_and_parts_of_the_sampling(comfy, patcher, acceleration
 
     exact = run(patcher)
     assert torch.equal(run(cached(acceleration, patcher, 0.0)), exact)
-    model = cached(acceleration, patcher, 1e9, most_reuses=1)
-    found = run(model)
-    assert found.isfinite().all() and not torch.equal(found, exact)
-    assert torch.equal(run(model), found)
+    for mode in MODES:
+        model = cached(acceleration, patcher, 1e9, most_reuses=1, mode=mode)
+        found = run(model)
+        assert found.isfinite().all() and not torch.equal(found, exact)
+        assert torch.equal(run(model), found)
     assert not list(patcher.model._captions.items())

@@ -115,6 +115,24 @@ def test_an_interrupted_run_leaves_nothing(server):
     assert np.array_equal(pictures(server, DialGraph(**STRONG), steps=5)[0], expected)
 
 
+def test_the_cache_that_runs_no_block(server):
+    """Two models in one graph, a size and a prompt that change, and the same again: nothing of one reaches another."""
+
+    def graph_of(threshold):
+        return DialGraph(PixArtBlockCache={"threshold": threshold, "start_percent": 0.0, "mode": "input, forecast"})
+
+    exact, found = pictures(server, DialGraph(), steps=6)[0], pictures(server, graph_of(0.3), steps=6)[0]
+    assert np.abs(found - exact).max() > 1
+    graph = graph_of(0.3)
+    first = graph.sample(graph.empty(64, 64, 1), steps=6)
+    graph.turn(PixArtBlockCache={"threshold": 0.0, "mode": "input, forecast"})
+    graph.save(first)
+    graph.save(graph.sample(graph.empty(72, 104, 2), steps=6))
+    server.unload()  # or the results that are kept would be shown
+    shown = [np.asarray(image.convert("RGB"), np.float32) for image in server.run(graph.nodes, timeout_s=300)]
+    assert len(shown) == 3 and any(each.shape == found.shape and np.array_equal(each, found) for each in shown)
+
+
 def test_what_is_wrong_is_said(server):
     for settings, message in (
         ({"PixArtBlockCache": {"threshold": 0.3, "first_block": 3, "last_block": 9}}, "Wrong blocks: got 3 to 9"),

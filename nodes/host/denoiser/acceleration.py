@@ -10,10 +10,10 @@ import torch
 
 from ....pixart.acceleration.guidance_reuse import FORECASTS, GuidanceReuse, KeptGuidance
 from ..text.captions import pixart_config
-from .block_cache import BLOCK_CACHE, BlockCache, patched_blocks
+from .block_cache import BLOCK_CACHE, FIRST_BLOCKS, MODES, BlockCache, patched_blocks, window_of
 from .kv_compression import KV_COMPRESSION, KVCompression
 
-__all__ = ["FORECASTS", "cache_blocks", "compress_attention", "limit_guidance", "reuse_guidance"]
+__all__ = ["FORECASTS", "MODES", "cache_blocks", "compress_attention", "limit_guidance", "reuse_guidance"]
 
 log = logging.getLogger(__name__)
 IN_THE_WAY = (
@@ -37,10 +37,11 @@ class _CacheSettings:
     start_percent: float
     end_percent: float
     most_reuses: int
+    mode: str
 
     def make(self, model_sampling) -> BlockCache:
         active = _between(model_sampling, self.start_percent, self.end_percent)
-        return BlockCache(self.threshold, self.first_block, self.last_block, active, self.most_reuses)
+        return BlockCache(self.threshold, self.first_block, self.last_block, active, self.most_reuses, self.mode)
 
 
 def _between(model_sampling, start_percent: float, end_percent: float):
@@ -58,10 +59,11 @@ def _check_interval(start_percent: float, end_percent: float) -> None:
         )
 
 
-def cache_blocks(model, threshold, first_block, last_block, start_percent, end_percent, most_reuses):
+def cache_blocks(model, threshold, first_block, last_block, start_percent, end_percent, most_reuses, mode=FIRST_BLOCKS):
     """A clone of the MODEL that skips blocks [first_block, last_block) while the ones before change little.
 
-    last_block: 0 for all. The percents are of the sampling. Raises ValueError for a wrong range or another model.
+    last_block: 0 for all. The percents are of the sampling. mode: of MODES.
+    Raises ValueError for a wrong range or another model.
     """
     depth = pixart_config(model).depth
     last_block = last_block or depth
@@ -72,11 +74,21 @@ def cache_blocks(model, threshold, first_block, last_block, start_percent, end_p
         )
     _check_interval(start_percent, end_percent)
     patched = model.clone()
-    settings = _CacheSettings(threshold, first_block, last_block, start_percent, end_percent, most_reuses)
+    settings = _CacheSettings(threshold, first_block, last_block, start_percent, end_percent, most_reuses, mode)
     patched.model_options["transformer_options"][BLOCK_CACHE + "_settings"] = settings
     patched.remove_wrappers_with_key(WRAPPERS.OUTER_SAMPLE, BLOCK_CACHE)
     patched.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, BLOCK_CACHE, _sample_with_cache)
+    patched.remove_wrappers_with_key(WRAPPERS.CALC_COND_BATCH, BLOCK_CACHE)
+    patched.add_wrapper_with_key(WRAPPERS.CALC_COND_BATCH, BLOCK_CACHE, _evaluate_with_cache)
     return patched
+
+
+def _evaluate_with_cache(executor, model, conds, x, timestep, model_options):
+    """All prompts at one noise level: where one is evaluated several times in it, that is of tiles."""
+    cache = model_options.get("transformer_options", {}).get(BLOCK_CACHE)
+    if cache is not None:
+        cache.next_turn()
+    return executor(model, conds, x, timestep, model_options)
 
 
 def _sample_with_cache(executor, *args, **kwargs):
@@ -231,9 +243,8 @@ class _GuidedRun:
     def _around(self, x, level, model_options):
         """What a difference depends on beside the prompt: patched blocks, the host's window, what is positive now."""
         options = model_options.get("transformer_options", {})
-        window = getattr(options.get("context_window"), "index_list", None)
-        where = None if window is None else tuple(window)
-        return tuple(x.shape), patched_blocks(options), where, _prompts_at(self.guider.conds.get("positive"), level)
+        positive = _prompts_at(self.guider.conds.get("positive"), level)
+        return tuple(x.shape), patched_blocks(options), window_of(options), positive
 
 
 def _prompts_at(conds, level):

@@ -133,7 +133,10 @@ class PixArtNet(PixArt):
         options["total_blocks"], options["block_type"] = len(self.blocks), "double"
         placed = read_patches(options, len(self.blocks), self.config.kv_compress_ratio, inputs.grid)
         cache = options.get(BLOCK_CACHE)
-        evaluation = None if cache is None else cache.begin(options, residuals, tokens, len(self.blocks))
+        evaluation = None
+        if cache is not None:
+            read_input = functools.partial(self.blocks[0].modulate_input, tokens, inputs, 0)
+            evaluation = cache.begin(options, residuals, tokens, len(self.blocks), read_input)
         index = 0
         while index < len(self.blocks):
             if evaluation is not None:
