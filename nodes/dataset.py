@@ -80,7 +80,8 @@ class TrainingDataset(io.ComfyNode):
                     default=KINDS[0],
                     tooltip="auto chooses by what is there. folder: pictures with .txt of the same name. csv (also "
                     "dir,text), jsonl. pixart json: data_info.json. sam: images, captions, partition. datasets: "
-                    "what Hugging Face's save_to_disk wrote, or .parquet files.",
+                    "what Hugging Face's save_to_disk wrote, or .parquet files. tar: tar files as WebDataset and SA-1B "
+                    "have them.",
                 ),
                 _text_input("caption", "The caption of pictures that have none, such as: a photo of sks dog"),
                 _text_input("picture_column", "For tables; empty: by its usual names.", advanced=True),

@@ -47,6 +47,14 @@ def parquet_files(path: Path) -> list[Path]:
     return [file for file in files if file.name.startswith("train")] or files
 
 
+def is_picture_column(feature) -> bool:
+    """Whether a column holds pictures: the feature Image, or as other programs write it, bytes or {bytes, path}."""
+    from datasets import Image
+
+    inner = feature.get("bytes") if isinstance(feature, dict) else feature
+    return isinstance(feature, Image) or getattr(inner, "dtype", None) in ("binary", "large_binary")
+
+
 def _checked(file: Path, path: Path) -> Path:
     if file != path:
         check_inside(file, path)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..files.inside import is_inside
-from ..files.regular import MEGABYTE, read_bytes
+from ..files.regular import MEGABYTE, open_regular, read_bytes
 from ..quoting import shorten
 from .identity import digest
 
@@ -72,6 +72,22 @@ class FilePicture(_EncodedPicture):
 
     def content(self) -> bytes:
         return read_bytes(self.path, PICTURE_BYTES)
+
+
+@dataclass(frozen=True)
+class ArchivePicture(_EncodedPicture):
+    """A picture file within a tar file: so many bytes from an offset on."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def content(self) -> bytes:
+        if self.size > PICTURE_BYTES:
+            raise ValueError(f"{self.size} bytes, expected at most {PICTURE_BYTES}")
+        with open_regular(self.path) as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ..files.documents import TABLE_LIMIT, parse_json
 from ..files.inside import check_inside, is_inside
 from ..files.regular import MEGABYTE, TABLE_BYTES, read_bytes
 from ..quoting import list_names, plain, shorten
-from .hugging_face import open_rows, parquet_files
+from .archives import Sample, is_picture, read_samples, tar_files
+from .hugging_face import is_picture_column, open_rows, parquet_files
 from .pictures import PICTURE_SUFFIXES, FilePicture, RowPicture
 from .records import Record, wrong_table
 
 AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE = "auto", "folder", "csv", "jsonl", "pixart json", "sam", "datasets"
-KINDS = (AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE)
+TAR = "tar"
+KINDS = (AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE, TAR)
 _COLUMN_LIMIT = 1000
 _CSV_END = "\x1e"  # a row behind the last one: a quote that is never closed takes it in
 _CAPTION_SUFFIXES = (".txt", ".caption", ".TXT")
@@ -87,7 +89,7 @@ def read_dataset(
 def detect_kind(path: Path) -> str:
     """The kind of what lies at path: by the suffix of a file, by the names in a folder."""
     if path.is_file():
-        kinds = {".csv": CSV, ".tsv": CSV, ".jsonl": JSONL, ".json": PIXART, ".parquet": HUGGING_FACE}
+        kinds = {".csv": CSV, ".tsv": CSV, ".jsonl": JSONL, ".json": PIXART, ".parquet": HUGGING_FACE, ".tar": TAR}
         if path.suffix.lower() not in kinds:
             raise ValueError(
                 f"Unknown dataset file: got {shorten(path.name)}, expected {', '.join(kinds)}. Choose such a file, or "
@@ -101,6 +103,8 @@ def detect_kind(path: Path) -> str:
         return PIXART
     if (path / "images").is_dir() and (path / "captions").is_dir():
         return SAM
+    if tar_files(path):
+        return TAR
     tables = _tables_in(path)
     pictures = {entry.stem for entry in path.iterdir() if entry.suffix.lower() in PICTURE_SUFFIXES}
     captions = {entry.stem for entry in path.iterdir() if entry.suffix in _CAPTION_SUFFIXES}
@@ -399,13 +403,38 @@ def _read_hugging_face(path: Path, place: _Place, columns: Columns, control: _St
     caption = _column(columns.caption, CAPTION_COLUMNS, found, "caption", path, shown)
     hint = _column(columns.control, CONTROL_COLUMNS, found, "control", path, shown)
     for name in filter(None, (picture, hint)):
-        if not isinstance(rows.features[name], Image):
+        if not is_picture_column(rows.features[name]):
             raise wrong_table(path, f"the type {rows.features[name]} in {name}", "pictures (the feature Image)")
         rows = rows.cast_column(name, Image(decode=False))
     for index, text in enumerate(rows[caption]):
         hint_picture = RowPicture(rows, index, hint, place.root, place.confined) if hint else None
         own = RowPicture(rows, index, picture, place.root, place.confined)
         yield Record(f"row {index + 1}", own, _caption_of(text), hint_picture)
+
+
+def _read_tar(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:
+    """Captions that are not in the tar files are looked for in a folder captions, as SA-1B's are."""
+    captions = place.root / "captions"
+    texts = {text.stem: text for text in walk_files(captions) if text.suffix == ".txt"} if captions.is_dir() else {}
+    for archive in tar_files(path):
+        place.check(archive)
+        for sample in read_samples(archive):
+            yield _record_of(sample, texts, place, columns, control)
+
+
+def _record_of(sample: Sample, texts: dict[str, Path], place: _Place, columns: Columns, control) -> Record:
+    usual = [suffix for suffix in sample.files if is_picture(suffix) and suffix.split(".")[0] in CONTROL_COLUMNS]
+    hints = [columns.control] if columns.control in sample.files else usual
+    picture, problem = sample.picture(columns.picture, hints)
+    hint = sample.picture(hints[0], ())[0] if hints else control and control.find(Path(sample.name))
+    try:
+        caption = sample.caption(columns.caption, CAPTION_COLUMNS)
+    except (OSError, ValueError) as error:
+        caption, problem = None, problem or f"caption: {shorten(error, 200)}"
+    if caption is None and problem is None:
+        caption, problem = _read_caption(texts.get(PurePosixPath(sample.name).name), place)
+    name = f"{sample.archive.name}/{sample.name}"
+    return Record(name, None if problem else picture, caption, hint, problem=problem)
 
 
 def _only_table(path: Path, suffixes: tuple[str, ...], place: _Place) -> Path:
@@ -425,6 +454,7 @@ _EXPECTED = {
     PIXART: "an entry for each in the list",
     SAM: "some in its folder images",
     HUGGING_FACE: "a row for each",
+    TAR: "files such as 1.jpg and 1.txt in its tar files",
 }
 _READERS = {
     FOLDER: _read_folder,
@@ -433,4 +463,5 @@ _READERS = {
     PIXART: _read_pixart,
     SAM: _read_sam,
     HUGGING_FACE: _read_hugging_face,
+    TAR: _read_tar,
 }

@@ -1,7 +1,9 @@
 """Datasets on disk: every layout, paths of every system, and the table of what is wrong."""
 
+import gzip
 import io
 import json
+import tarfile
 from random import Random
 from unicodedata import normalize
 
@@ -515,3 +517,75 @@ def test_a_caption_of_nothing_that_is_seen_is_none(tmp_path):
     dataset = check_records(read_dataset(tmp_path))
     assert len(dataset.records) == 1 and dataset.report.count("no caption") == 4  # a line for each, and how many
     assert [record.caption for record in check_records(read_dataset(tmp_path), fallback_caption="y").records][0] == "y"
+
+
+def _picture_bytes(number):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 16), (number, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _tar(path, **files):
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_tar_files_in_webdatasets_form(tmp_path):
+    _tar(
+        tmp_path / "b.tar",
+        **{"x/7.png": _picture_bytes(7), "x/7.json": b'{"caption": "seven", "prompt": ["first", "second"]}'},
+    )
+    _tar(
+        tmp_path / "a.tar",
+        **{"1.txt": "eins é".encode(), "1.png": _picture_bytes(1), "1.control.png": _picture_bytes(9)},
+        **{"2.png": _picture_bytes(2), "3.txt": b"without", "4.left.png": b"", "4.right.png": b"", "5.png": b"broken"},
+    )
+    records = read_dataset(tmp_path)
+    assert [record.name for record in records] == [
+        "a.tar/1",
+        *(f"a.tar/{number}" for number in range(2, 6)),
+        "b.tar/x/7",
+    ]
+    assert [record.caption for record in records] == ["eins é", None, "without", None, None, "first"]
+    assert [bool(record.control) for record in records] == [True, False, False, False, False, False]
+    assert read_picture(records[5].picture)[0, 0, 0] == 7 / 255 and records[0].control.content() == _picture_bytes(9)
+    assert "no picture of its name" in records[2].problem and "left.png" in records[3].problem
+    chosen = read_dataset(tmp_path / "b.tar", columns=Columns(caption="caption", picture="png"))
+    assert [record.caption for record in chosen] == ["seven"]
+    checked = check_records(records, fallback_caption="any")
+    assert len(checked) == 3 and "a.tar/5" in checked.report
+
+
+def test_sa1b_with_captions_beside_its_tar_files(tmp_path):
+    """Its tar files hold sa_N.jpg and sa_N.json with masks; captions of it are published as text files."""
+    annotations = json.dumps({"image": {"image_id": 1, "file_name": "sa_1.jpg"}, "annotations": [{"area": 3}]})
+    _tar(tmp_path / "sa_000000.tar", **{"./sa_1.jpg": _picture_bytes(3), "./sa_1.json": annotations.encode()})
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "sa_1.txt").write_text("A red wall.")
+    (record,) = read_dataset(tmp_path)
+    assert record.caption == "A red wall." and record.name == "sa_000000.tar/sa_1" and record.problem is None
+
+
+def test_tar_files_that_are_cut_or_none_are_named(tmp_path):
+    whole = _tar(tmp_path / "a.tar", **{"1.png": _picture_bytes(1) * 100, "1.txt": b"a"}).read_bytes()
+    for data in (whole[:900], b"no tar file" * 100, gzip.compress(whole)):
+        (tmp_path / "a.tar").write_bytes(data)
+        with pytest.raises(
+            ValueError, match="Dataset cannot be read: got no tar file .* in a.tar, expected one that is"
+        ):
+            read_dataset(tmp_path)
+
+
+@pytest.mark.slow
+def test_parquet_by_other_programs_with_pictures_inside(tmp_path):
+    parquet, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    cells = [_picture_bytes(number) for number in range(2)]
+    for name, column in (("plain", cells), ("struct", [{"bytes": cell, "path": None} for cell in cells])):
+        parquet.write_table(pa.table({"image": column, "text": ["a", "b"]}), tmp_path / f"{name}.parquet")
+        records = read_dataset(tmp_path / f"{name}.parquet")
+        assert [record.caption for record in records] == ["a", "b"]
+        assert read_picture(records[1].picture)[0, 0, 0] == 1 / 255
