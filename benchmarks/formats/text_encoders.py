@@ -1,10 +1,12 @@
 """T5 encoders as transformers, bitsandbytes, optimum-quanto, torchao, compressed-tensors and llama.cpp keep them."""
 
 import functools
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
 from ...pixart.weights.quantised.gguf_file import llama_name
@@ -76,15 +78,15 @@ def _quanto(kind: str) -> tuple:
     return make, lambda path: measure(path, peers[path.parent])
 
 
-def _torchao(folder: Path, model=None) -> T5EncoderModel:
-    from torchao.quantization import Int8WeightOnlyConfig
+def _torchao(folder: Path, kind: str = "Int8WeightOnlyConfig") -> T5EncoderModel:
+    from torchao import quantization
     from transformers import TorchAoConfig
 
-    return _from_pretrained(folder, TorchAoConfig(Int8WeightOnlyConfig()))
+    return _from_pretrained(folder, TorchAoConfig(getattr(quantization, kind)()))
 
 
-def make_torchao(folder: Path) -> Path:
-    _torchao(folder).save_pretrained(folder / "quantised")
+def make_torchao(folder: Path, kind: str = "Int8WeightOnlyConfig") -> Path:
+    _torchao(folder, kind).save_pretrained(folder / "quantised")
     return folder / "quantised"
 
 
@@ -95,6 +97,88 @@ def measure_torchao(path: Path) -> Found:
 def make_torchao_pickle(folder: Path) -> Path:
     torch.save(_torchao(folder).state_dict(), folder / "t5.bin")
     return folder / "t5.bin"
+
+
+def make_modelopt(folder: Path) -> Path:
+    from modelopt.torch import quantization
+    from modelopt.torch.export import export_hf_checkpoint
+
+    model = copy()
+    model.config.architectures, model.config.dtype = ["T5EncoderModel"], torch.float32  # the export asks for both
+    calibrate = lambda network: network(input_ids=torch.tensor([[1, 2, 3]]))  # noqa: E731
+    export_hf_checkpoint(
+        quantization.quantize(model, quantization.FP8_DEFAULT_CFG, forward_loop=calibrate),
+        export_dir=folder / "exported",
+    )
+    return folder / "exported"
+
+
+def measure_modelopt(path: Path) -> Found:
+    """By modelopt's own tensors: the package has no reader of what it exports."""
+    from modelopt.torch.quantization.qtensor import FP8QTensor
+
+    stored, peer = load_file(path / "model.safetensors"), {}
+    for name, tensor in stored.items():
+        scale = stored.get(name.replace(".weight", ".weight_scale"))
+        if scale is None:
+            peer[name] = tensor
+        elif name.endswith(".weight"):
+            own = FP8QTensor(tensor.shape, torch.float32, tensor)
+            peer[name] = own.dequantize(scale=scale, dtype=torch.float32)
+    return measure(path, peer)
+
+
+def _fine_grained(scale_format: str) -> tuple:
+    """Quantised by transformers' operation alone, since its loader wants a GPU for that; read by its loader."""
+
+    def make(folder: Path) -> Path:
+        from transformers import FineGrainedFP8Config
+        from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+        config = FineGrainedFP8Config(weight_block_size=(32, 32), scale_fmt=scale_format)
+        quantise, state = Fp8Quantize(SimpleNamespace(quantization_config=config)), {}
+        for name, tensor in weights().items():
+            is_layer = "SelfAttention" in name or "DenseReluDense" in name
+            chosen = is_layer and "bias" not in name
+            state |= quantise.convert({name: tensor}) if chosen else {name: tensor}
+        base().save_pretrained(folder)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content["quantization_config"] = config.to_dict()
+        (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        return folder
+
+    def compare_to_peer(path: Path) -> Found:
+        return measure(path, plain_state(T5EncoderModel.from_pretrained(path, device_map="cpu")))
+
+    return make, compare_to_peer
+
+
+def make_comfy(folder: Path) -> Path:
+    """By hand: ComfyUI reads this form, and has no program of its own that writes it."""
+    state = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+    for name, tensor in weights().items():
+        state[name] = tensor
+        if "DenseReluDense" in name:
+            scale = tensor.abs().max() / 448
+            state |= {name: (tensor / scale).to(torch.float8_e4m3fn), name.replace("weight", "scale_weight"): scale}
+    save_file(state, folder / "t5_scaled.safetensors")
+    return folder / "t5_scaled.safetensors"
+
+
+def measure_comfy(path: Path) -> Found:
+    stored = load_file(path)
+    scales = {name: stored.get(name.replace("weight", "scale_weight"), torch.ones(())) for name in weights()}
+    return measure(path, {name: stored[name].float() * scale for name, scale in scales.items()})
+
+
+def make_float8(folder: Path) -> Path:
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights().items()}, folder / "t5.safetensors")
+    return folder / "t5.safetensors"
+
+
+def measure_float8(path: Path) -> Found:
+    return measure(path, {name: tensor.float() for name, tensor in load_file(path).items()})
 
 
 def make_cast(folder: Path) -> Path:
@@ -162,7 +246,7 @@ def _read(path: Path) -> Found:
     raise AssertionError(f"{path.name} is not refused")
 
 
-BITS4 = 0.95
+BITS4, BITS2 = 0.95, 0.7
 ROWS = [
     Row("T5", "8 bit", "bitsandbytes", *_bitsandbytes(load_in_8bit=True)),
     Row(
@@ -188,10 +272,24 @@ ROWS = [
         *_compressed(4, "int", "group", True, "pack-quantized"),
         BITS4,
     ),
+    Row("T5", "fp8", "modelopt", make_modelopt, measure_modelopt),
+    Row("T5", "fp8 in blocks", "transformers", *_fine_grained("float")),
+    Row("T5", "fp8 in blocks, powers of two", "transformers", *_fine_grained("ue8m0")),
     Row("T5", "qint8", "optimum-quanto", *_quanto("qint8")),
     Row("T5", "qfloat8", "optimum-quanto", *_quanto("qfloat8")),
+    Row("T5", "qint4", "optimum-quanto", *_quanto("qint4"), BITS4),
+    Row("T5", "qint2", "optimum-quanto", *_quanto("qint2"), BITS2),
     Row("T5", "int8, safetensors", "torchao", make_torchao, measure_torchao),
+    Row(
+        "T5",
+        "float8, safetensors",
+        "torchao",
+        functools.partial(make_torchao, kind="Float8WeightOnlyConfig"),
+        measure_torchao,
+    ),
     Row("T5", "int8, pickled", "torchao", make_torchao_pickle, _read, refused=True),
+    Row("T5", "scaled fp8", "by hand, for ComfyUI", make_comfy, measure_comfy),
+    Row("T5", "float8 without a scale", "a cast", make_float8, measure_float8),
     Row("T5", "int8 without a scale", "a cast", make_cast, _read, refused=True),
     *(Row("T5", f"GGUF {kind}", "gguf", *_gguf(kind), BITS4 if "4" in kind else 0.99) for kind in ("F16", "BF16")),
     *(

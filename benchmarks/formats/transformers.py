@@ -9,6 +9,7 @@ from diffusers import PixArtTransformer2DModel
 from safetensors.torch import save_file
 
 from ...pixart.checkpoint import to_original
+from ...pixart.weights.quantised.gguf_saving import PIXART, write_gguf
 from ...pixart.weights.reading import read_checkpoint
 from . import Found, Row
 from .comparing import compare, plain_state
@@ -98,6 +99,25 @@ def _quanto(kind: str) -> tuple:
     return make, lambda path: measure(path, peers[path])
 
 
+def _gguf(kind: str) -> tuple:
+    def make(folder: Path) -> Path:
+        state = {
+            name: tensor.contiguous() for name, tensor in base().state_dict().items() if name != "pos_embed.pos_embed"
+        }
+        write_gguf(folder / "pixart-sigma-1024.gguf", state, PIXART, kind)
+        return folder / "pixart-sigma-1024.gguf"
+
+    def compare_to_peer(path: Path) -> Found:
+        import gguf
+
+        tensors = gguf.GGUFReader(path).tensors
+        numbers = {each.name: gguf.quants.dequantize(each.data, each.tensor_type).copy() for each in tensors}
+        shapes = {name: tensor.shape for name, tensor in base().state_dict().items()}
+        return measure(path, {name: torch.from_numpy(each).reshape(shapes[name]) for name, each in numbers.items()})
+
+    return make, compare_to_peer
+
+
 def make_float8(folder: Path) -> Path:
     state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in base().state_dict().items()}
     save_file(state, folder / "pixart-sigma-1024.safetensors")
@@ -111,7 +131,13 @@ def measure_float8(path: Path) -> Found:
 ROWS = [
     Row("transformer", "8 bit", "bitsandbytes", *_bitsandbytes("int8")),
     Row("transformer", "nf4", "bitsandbytes", *_bitsandbytes("nf4"), BITS4),
+    Row("transformer", "fp4", "bitsandbytes", *_bitsandbytes("fp4"), BITS4),
     Row("transformer", "qint8", "optimum-quanto", *_quanto("qint8")),
     Row("transformer", "qfloat8", "optimum-quanto", *_quanto("qfloat8")),
+    Row("transformer", "qint4", "optimum-quanto", *_quanto("qint4"), BITS4),
+    *(
+        Row("transformer", f"GGUF {kind}", "gguf", *_gguf(kind), BITS4 if "4" in kind else 0.99)
+        for kind in ("F16", "Q8_0", "Q5_0", "Q4_0")
+    ),
     Row("transformer", "float8 without a scale", "a cast", make_float8, measure_float8),
 ]

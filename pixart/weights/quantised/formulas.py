@@ -111,15 +111,16 @@ def by_quanto(layer: Layer) -> torch.Tensor | Packed:
             return _scaled_whole(layer, data, scale)
         return scaled(layer, data.float() - shift.float(), scale)
     packed = layer.take("weight._data._data")
-    if shift is None or packed.ndim != 2 or packed.dtype != torch.uint8 or not scale.numel() or not packed.numel():
+    if shift is None or packed.ndim < 2 or packed.dtype != torch.uint8 or not scale.numel() or not packed.numel():
         raise misfit(layer, "packed weights without their shift", "weight._shift")
     bits = next((bits for bits in (4, 2) if packed.shape[0] * (8 // bits) == scale.numel()), None)
     if bits is None or scale.numel() != shift.numel():
         raise misfit(layer, f"{packed.shape[0]} packed rows for {scale.numel()} scales", "2 or 4 rows in each")
-    parts = [(packed >> start) & (2**bits - 1) for start in range(0, 8, bits)]
+    parts = [(packed.flatten(1) >> start) & (2**bits - 1) for start in range(0, 8, bits)]
     values, scale, shift = torch.cat(parts).float(), scale.reshape(-1, 1), shift.reshape(-1, 1)
     values = values * scale - shift if shift.is_floating_point() else (values - shift) * scale
-    return values.reshape(layer.shape_of(values.numel()))
+    in_groups = packed.ndim == 2  # which a convolution's rows are not
+    return values.reshape(layer.shape_of(values.numel()) if in_groups else (-1, *packed.shape[1:]))
 
 
 def by_torchao(layer: Layer) -> torch.Tensor | Packed:
