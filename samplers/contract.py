@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .conventions import AS_IT_IS
 from .schedules import sigmas as noise_levels
 
 try:
@@ -81,11 +82,14 @@ def steps_to_lower(levels):
 class Denoiser:
     """Evaluates the model at the i-th noise level and calls the callback."""
 
-    def __init__(self, model, levels, extra_args=None, callback=None):
+    def __init__(self, model, levels, extra_args=None, callback=None, conventions=None):
+        """conventions: how the model is asked and what of its answer is kept, None as it is."""
         self.model = model
         self.levels = levels
         self.extra_args = {} if extra_args is None else extra_args
         self.callback = callback
+        self.conventions = conventions or AS_IT_IS
+        self.unlimited = None  # the last answer, before its limits
 
     def __call__(self, x, i):
         """The denoised latent of x at noise level i. x: (B, C, H, W), variance exploding."""
@@ -97,8 +101,8 @@ class Denoiser:
 
     def again(self, x, i):
         """The same without telling the callback, for a second evaluation in a step."""
-        sigma = x.new_full((1,), self.levels[i]).expand(x.shape[0])  # by which a model sees that all rows are alike
-        return self.model(x, sigma, **self.extra_args)
+        self.unlimited = self.conventions.ask(self.model, x, self.levels[i], self.extra_args)
+        return self.conventions.limit(self.unlimited)
 
 
 def steps(levels, disable=None):

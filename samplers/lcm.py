@@ -10,16 +10,27 @@ SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
 
 
-def sample_lcm(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None, noise_device="cpu"):
+def sample_lcm(
+    model,
+    x,
+    sigmas,
+    extra_args=None,
+    callback=None,
+    disable=None,
+    noise_sampler=None,
+    noise_device="cpu",
+    conventions=None,
+):
     """Alternate between the consistency function, which jumps to a clean picture, and noising it to the next level.
 
     model(x, sigma, **extra_args) -> denoised. x: (B, C, H, W), variance exploding. sigmas: descending, >= 2 values.
-    noise_sampler and noise_device: see sa_solver. Guidance is the model's own affair: official LCM weights run without.
+    noise_sampler and noise_device: see sa_solver. conventions: limits of diffusers' schedulers. Guidance is the
+        model's own affair: official LCM weights run without.
     Returns the latent at the last sigma, the consistency function's value when that is 0.
     """
     levels = check_sigmas(sigmas)
     draw = noise_source(x, noise_sampler, extra_args, noise_device)
-    denoise = Denoiser(model, levels, extra_args, callback)
+    denoise = Denoiser(model, levels, extra_args, callback, conventions)
     times = timesteps_from_sigmas(levels).tolist()
     for i in steps(levels, disable):
         c_skip, c_out = boundary_scalings(times[i])

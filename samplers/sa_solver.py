@@ -38,6 +38,8 @@ def sample_sa_solver(
     mode="PEC",
     few_steps=False,
     noise_device="cpu",
+    conventions=None,
+    correct_end=False,
 ):
     """Solve the variance-controlled diffusion SDE with SA-Solver; with tau 0 it is the probability-flow ODE.
 
@@ -52,27 +54,34 @@ def sample_sa_solver(
     few_steps: the paper's simplified second-order weights (appendix D), which the originals use; False is exact, and
         more accurate from about 8 steps on.
     noise_sampler(sigma, sigma_next) replaces the noise of noise_device ("cpu" or "gpu").
+    conventions: limits and times of diffusers' schedulers (Conventions). correct_end: evaluate and correct
+        once more at the last level, as diffusers does where its last two levels are one.
     Returns the latent at the last sigma.
     """
     levels = check_sigmas(sigmas)
     _check_options(predictor_order, corrector_order, mode, len(levels) - 1)
-    last = steps_to_lower(levels)
+    last = len(levels) if correct_end else steps_to_lower(levels)
     taus = _tau_per_step(levels, tau, tau_interval, tau_unit, tau_at)
     draw = noise_source(x, noise_sampler, extra_args, noise_device)
-    denoise = Denoiser(model, levels, extra_args, callback)
+    denoise = Denoiser(model, levels, extra_args, callback, conventions)
     step, source, outputs = None, x, []
+
+    def corrected(x, predicted, i):
+        order = min(corrector_order, i + 1, last - i + 2)
+        return step.advance(source, levels[i::-1][:order], [predicted, *outputs][:order], few_steps)
+
     for i in steps(levels, disable):
         predicted = denoise(x, i)
         if step is not None and corrector_order:
-            order = min(corrector_order, i + 1, last - i + 2)
-            nodes = levels[i::-1][:order]
-            x = step.advance(source, nodes, [predicted, *outputs][:order], few_steps)
+            x = corrected(x, predicted, i)
             predicted = denoise.again(x, i) if mode == "PECE" else predicted
         outputs = [predicted, *outputs][:MAX_ORDER]
         order = min(predictor_order, i + 1, max(1, last - i))
         noise = draw(levels[i], levels[i + 1]) if taus[i] and levels[i + 1] else None
         step, source = _Step(levels[i], levels[i + 1], taus[i], noise), x
         x = step.advance(source, levels[i::-1][:order], outputs[:order], few_steps)
+    if correct_end and corrector_order and levels[-1] > 0.0:
+        x = corrected(x, denoise.again(x, len(levels) - 1), len(levels) - 1)
     return x
 
 

@@ -243,7 +243,9 @@ LCM_FOLDER = {"_class_name": "LCMScheduler", "beta_start": 1e-4, "beta_end": 0.0
 @pytest.mark.parametrize(
     ("scheduler", "steps", "guidance", "last"),
     [(LCM_FOLDER, 4, 1.0, 0.0), ({"_class_name": "DPMSolverMultistepScheduler"}, 20, 4.5, 0.0),
-     ({"_class_name": "SASolverScheduler"}, 20, 4.5, 0.01)],
+     ({"_class_name": "SASolverScheduler"}, 20, 4.5, 0.01), ({"_class_name": "DDIMScheduler"}, 20, 4.5, 0.0),
+     ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True,
+       "thresholding": True}, 20, 4.5, 0.0)],
 )  # fmt: skip
 def test_a_folder_is_sampled_as_it_says(run_node, make_model, captions, scheduler, steps, guidance, last):
     model = make_model("alpha-512")

@@ -59,7 +59,7 @@ def _apply_scheduler(model, denoise):
         )
     _check_schedule(model.get_model_object("model_sampling"))
     asked = read_scheduler(config)
-    sampler = make_sampler(asked.sampler, **asked.options(asked.steps))
+    sampler = make_sampler(asked.sampler, **asked.options(asked.steps, denoise))
     notice = "\n".join((str(asked), *asked.remarks))
     return sampler, asked.levels(asked.steps, denoise).float(), asked.guidance, notice
 
