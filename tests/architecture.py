@@ -80,6 +80,7 @@ DOORS = {
 LADDER = ("pixart.config", "pixart.layers", "pixart.transformer", "pixart.controlnet")
 # Optional libraries of single modules.
 OPTIONAL = {
+    "samplers.from_diffusers": {"scipy"},
     "pixart.text": {"transformers", "sentencepiece", "ftfy"},
     "pixart.resolution": {"PIL"},
     "pixart.scores.measures": {"torchmetrics", "transformers"},
