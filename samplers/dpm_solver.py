@@ -106,13 +106,16 @@ def _weighed(levels, outputs, integrals, rules):
 
 
 def _check_rules(algorithm, second, third):
-    given = (("algorithm", algorithm, ALGORITHMS), ("second order", second, SECOND), ("third order", third, THIRD))
-    for what, got, known in given:
-        if got not in known:
-            raise ValueError(
-                f"Unknown {what} of DPM-Solver: got {reprlib.repr(got)}, expected one of {', '.join(known)}. Choose "
-                f"{known[0]}."
-            )
+    if algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"Unknown algorithm of DPM-Solver: got {reprlib.repr(algorithm)}, expected one of {', '.join(ALGORITHMS)}. "
+            f"Choose dpmsolver++."
+        )
+    if second not in SECOND or third not in THIRD:
+        raise ValueError(
+            f"Unknown weights of DPM-Solver: got {reprlib.repr(second)} and {reprlib.repr(third)}, expected "
+            f"{' or '.join(SECOND)} and {' or '.join(THIRD)}. Choose midpoint and exact."
+        )
 
 
 def _check_order(order, lower_order_final, count):

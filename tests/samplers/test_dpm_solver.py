@@ -157,3 +157,9 @@ def test_bad_sigmas(sampler, levels, message):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         solve(4, **options)
+
+
+@pytest.mark.parametrize("options", [{"algorithm": "dpm"}, {"second": "heun"}, {"third": "midpoint"}])
+def test_unknown_rules_are_refused(options):
+    with pytest.raises(ValueError, match="Unknown (algorithm|weights) of DPM-Solver"):
+        solve(2, **options)

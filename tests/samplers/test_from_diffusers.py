@@ -14,6 +14,7 @@ from pixart_pack.pixart.transformer import PixArt
 from pixart_pack.pixart.weights.reading import read_checkpoint
 from pixart_pack.samplers import SAMPLERS
 from pixart_pack.samplers.contract import check_sigmas
+from pixart_pack.samplers.conventions import Conventions
 from pixart_pack.samplers.from_diffusers import read_scheduler
 from pixart_pack.samplers.schedules import SCHEDULES, schedule_sigmas, timesteps_from_sigmas
 
@@ -293,3 +294,8 @@ def test_the_clean_end_is_what_makes_the_difference(pipeline):
     _, asked = make("DPMSolverMultistepScheduler", {})
     torch.testing.assert_close(settings.levels, asked.levels(20))
     assert dataclasses.replace(settings, is_clean=None).levels[-1] > 0.0099
+
+
+def test_unknown_conventions_are_refused():
+    with pytest.raises(ValueError, match="Unknown times: got 'odd'"):
+        Conventions(times="odd")
