@@ -4,11 +4,13 @@ import argparse
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..data import cache, records, sources
+from ..data.features import open_features
 from ..data.identity import digest, fingerprint
 from ..data.original_features import write_original_features
 from ..data.storage.index import MANIFEST
@@ -47,6 +49,7 @@ def parse() -> argparse.ArgumentParser:
     add("--tokenizer", type=Path, help="its folder (default: beside the text encoder, or in COMFYUI_PATH)")
     add("--vae", type=Path, required=True, help="autoencoder file or folder")
     add("--vae-dtype", choices=list(DTYPES), default="fp32", help="default: %(default)s")
+    add("--share", type=_share, metavar="I/N", help="encode the Ith of N shares; the last one writes the list of all")
     add("--batch-size", type=int, default=1, help="pictures at once (default: %(default)s)")
     add_device(parser)
     _add_dataset_options(parser.add_argument_group("dataset"))
@@ -133,11 +136,27 @@ def _settings(options: argparse.Namespace) -> cache.EncodeSettings:
 def _read(options: argparse.Namespace) -> records.Dataset:
     columns = sources.Columns(options.picture_column, options.caption_column, options.control_column)
     own = sources.read_dataset(options.dataset, options.kind, columns, control_folder=options.control_folder)
-    dataset = _check(own, options, fallback_caption=options.caption)
+    dataset = _check(_own_share(own, options.share), options, fallback_caption=options.caption)
     if options.prior is None:
         return dataset
-    prior = sources.read_dataset(options.prior, columns=columns)
+    prior = _own_share(sources.read_dataset(options.prior, columns=columns), options.share, len(own))
     return dataset + _check(prior, options, fallback_caption=options.prior_caption, is_prior=True)
+
+
+def _share(text: str) -> tuple[int, int]:
+    which, _, count = text.partition("/")
+    share = int(which), int(count)
+    if not 1 <= share[0] <= share[1]:
+        raise ValueError
+    return share
+
+
+def _own_share(found: list[records.Record], share: tuple[int, int] | None, first: int = 0) -> list[records.Record]:
+    """Every Nth record, numbered as in the whole source."""
+    if share is None:
+        return found
+    numbers = range(share[0] - 1, len(found), share[1])
+    return [replace(found[number], number=first + number) for number in numbers]
 
 
 def _check(found: list[records.Record], options: argparse.Namespace, **checks) -> records.Dataset:
@@ -169,7 +188,13 @@ def _finish(encoder, options: argparse.Namespace, settings: cache.EncodeSettings
     tokenizer = functools.cache(lambda: load_tokenizer(options.tokenizer or find_tokenizer(options.text_encoder)))
     notes = encoder.describe_cut(lambda text: count_tokens(text, tokenizer()))
     try:
-        features = encoder.features(options.name, notes)
+        missing = encoder.write_share(options.share, options.name, notes) if options.share else []
+        if missing:
+            log.info("Share %d of %d is encoded; not yet: %s", *options.share, ", ".join(map(str, missing)))
+            return
+        features = (
+            open_features(options.output / options.name) if options.share else encoder.features(options.name, notes)
+        )
     except FileNotFoundError as error:
         if is_alone:
             raise

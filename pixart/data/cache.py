@@ -1,5 +1,6 @@
 """Encodes a dataset once: captions by T5, pictures by the autoencoder, into a cache of content-keyed shards."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ from ..resolution import fit_images
 from ..text import clean_prompt
 from ..weights.saving import DTYPES
 from .buckets import GRID_PX, training_bins
-from .features import CachedFeatures, complete_index, open_cached, write_list
+from .features import CachedFeatures, complete_index, merge_parts, open_cached, write_list, write_part
 from .identity import digest
 from .pictures import Picture, measure_picture, read_picture
 from .records import Record
-from .storage.index import MANIFEST, VERSION
+from .storage.index import MANIFEST, RECORD, VERSION
 from .storage.shards import ShardFolder, ShardWriter
 
 CAPTION_DTYPES = ("fp16", "bf16", "fp32")
@@ -197,6 +198,18 @@ class DatasetEncoder:
         write_list(path, index, asdict(self.settings), notes)
         return open_cached(path)
 
+    def write_share(self, share: tuple[int, int], manifest: str = MANIFEST, notes: Sequence[str] = ()) -> list[int]:
+        """Write the list of this share, (which, of how many), and once all shares have one, that of the dataset.
+
+        Returns the shares that are missing yet. Raises FileNotFoundError as features does.
+        """
+        self.shards.scan()
+        index = complete_index(self.items, self.null_key, self.shards)
+        path, settings = self.shards.folder / manifest, asdict(self.settings)
+        run = digest(json.dumps(settings), self._text_identity, self._image_identity, self._hint_identity)
+        write_part(path, index, settings, notes, share, run)
+        return merge_parts(path, share[1], run)
+
     def _share(self, entries: Iterable[tuple]) -> list[tuple]:
         return list(entries)[self._rank :: self._world_size]
 
@@ -234,6 +247,7 @@ class DatasetEncoder:
                 "size_px": list(bin_px if self.settings.size_condition == "bin" else size_px),
                 "aspect_ratio": ratio,
                 "is_prior": record.is_prior,
+                **({} if record.number is None else {RECORD: record.number}),
             }
 
     def _plan_picture(self, name, picture, content: str, bin_px, flipped: bool, edges: bool = False) -> str:

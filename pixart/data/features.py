@@ -16,6 +16,7 @@ from .examples import Example, FeatureSet
 from .original_features import find_original_features, is_original
 from .pairs import PAIRS, open_pairs
 from .storage.index import INDEX_SUFFIX, MANIFEST, PARTS, VERSION, Index, make_index, open_index, write_index
+from .storage.merging import merge_indexes
 from .storage.shards import OpenShards, ShardFolder
 from .streams.reading import is_stream, open_stream
 
@@ -50,10 +51,10 @@ def _incomplete(missing: int, wanted: int, folder: Path) -> FileNotFoundError:
     )
 
 
-def write_list(path: Path, index: Index, settings: dict, notes: Sequence[str] = ()) -> None:
+def write_list(path: Path, index: Index, settings: dict, notes: Sequence[str] = (), **more) -> None:
     """Write a dataset's list: an index, and then the small file that names it, in the place of an older one.
 
-    settings: the fields of EncodeSettings.
+    settings: the fields of EncodeSettings. more: plain values to keep with them.
     """
     old, name = _index_of(path), f"{path.stem}.{index.fingerprint()[:16]}{INDEX_SUFFIX}"
     if not _is_index(path.with_name(name)):  # else it is the same, and others may have it open
@@ -66,12 +67,55 @@ def write_list(path: Path, index: Index, settings: dict, notes: Sequence[str] = 
         "pictures": len(index),
         "identity": index.identify(),
         "index": name,
+        **more,
     }
     text = json.dumps(head, ensure_ascii=False, indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     if old is not None and old.name != name:
         with contextlib.suppress(OSError):  # Windows keeps what another process has mapped
             old.unlink(missing_ok=True)
+
+
+def _part(path: Path, which: int, count: int) -> Path:
+    return path.with_name(f"{path.stem}.{which}-of-{count}.part")
+
+
+def write_part(
+    path: Path, index: Index, settings: dict, notes: Sequence[str], share: tuple[int, int], run: str
+) -> None:
+    """Write the list of a share, (which, of how many), of the dataset whose list is to be at path.
+
+    run: what tells this encoding from others: only shares of one are put together.
+    """
+    write_list(_part(path, *share), index, settings, notes, run=run)
+
+
+def merge_parts(path: Path, count: int, run: str) -> list[int]:
+    """Write the list of the whole dataset from those of its shares. Returns the shares that have none yet.
+
+    Whoever ends last finds all of them; two that end at once write the same.
+    """
+    parts = {which: _read_part(_part(path, which, count), run) for which in range(1, count + 1)}
+    missing = [which for which, part in parts.items() if part is None]
+    if not missing:
+        heads, indexes = zip(*parts.values(), strict=True)
+        notes = [note for head in heads for note in head["notes"]]
+        write_list(path, merge_indexes(indexes), heads[0]["settings"], notes)
+    return missing
+
+
+def _read_part(path: Path, run: str) -> tuple[dict, Index] | None:
+    for _ in range(2):  # its writer may put another one in its place meanwhile
+        try:
+            head = load_json(path)
+            if head["run"] != run:
+                return None
+            return head, open_index(_index_of(path))
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            raise _wrong_list(path) from error
+    return None
 
 
 def _is_index(file: Path) -> bool:

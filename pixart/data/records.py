@@ -21,6 +21,7 @@ class Record:
     """A picture and its caption. name: what tables and errors call it. caption: None when there is none.
 
     problem: what the source could not make out, such as a file that is missing. is_prior: see examples.Example.
+    number: in the whole source, where this is a share of it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Record:
     control: Picture | None = None
     is_prior: bool = False
     problem: str | None = None
+    number: int | None = None
 
 
 @dataclass(frozen=True)

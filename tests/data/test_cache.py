@@ -377,3 +377,29 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     assert len(features) == 5
     with pytest.raises(ValueError, match="Not a file: got a pipe"):
         read_prompts(tmp_path / "cache.safetensors")
+
+
+def test_shares_of_several_machines_make_the_list_that_one_would(tmp_path):
+    """Each reads and lists its own records alone; a picture that two shares have is listed once, as one check would."""
+    folder = make_folder(tmp_path / "set", 9)
+    for suffix in ("png", "txt"):
+        (folder / f"7b.{suffix}").write_bytes((folder / f"2.{suffix}").read_bytes())
+    settings = replace(SETTINGS, flip=True)
+    whole, _ = encode(folder, tmp_path / "whole", settings)
+    found = [replace(record, number=number) for number, record in enumerate(read_dataset(folder))]
+    cache, missing, encoders = tmp_path / "shares", [], Encoders()
+    for which in (3, 1, 2):
+        records = check_records(found[which - 1 :: 3]).records
+        encoder = DatasetEncoder(records, cache, settings, "t5", "vae")
+        encoder.encode_captions(encoders.text)
+        encoder.encode_pictures(encoders.image)
+        missing.append(encoder.write_share((which, 3), notes=[f"note {which}"]))
+    assert missing == [[1, 2], [2], []]
+    features = open_features(cache)
+    assert features.identity == whole.identity and features.notes == ["note 1", "note 2", "note 3"]
+    assert [features.name_of(index) for index in range(18)] == [whole.name_of(index) for index in range(18)]
+    assert list(features.bins) == list(whole.bins) and encoders.pictures == 18
+    assert all(torch.equal(features[index].latent, whole[index].latent) for index in range(18))
+    assert [features[index].text for index in range(18)] == [whole[index].text for index in range(18)]
+    other = DatasetEncoder(check_records(found[::3]).records, cache, SETTINGS, "t5", "vae")
+    assert other.write_share((1, 3)) == [2, 3] and len(open_features(cache)) == 18  # another encoding's share

@@ -99,6 +99,21 @@ def test_prior_pictures_and_bad_input(arguments, scenes, tmp_path):
         run([*arguments, "--text-encoder", str(VAE)])
 
 
+def test_shares_make_one_dataset_and_its_stream(arguments, scenes, tmp_path):
+    prior = ["--prior", str(scenes), "--prior-caption", "a shape"]
+    run([*arguments, *prior, "--name", "whole.json"])
+    run([*arguments, *prior, "--share", "2/2"])
+    assert not (tmp_path / "cache" / "features.json").exists()
+    run([*arguments, *prior, "--share", "1/2", "--stream", str(tmp_path / "stream")])
+    whole, shared = (open_features(tmp_path / "cache" / name) for name in ("whole.json", "features.json"))
+    assert shared.identity == whole.identity and shared.is_prior.tolist() == [False] * 5 + [True] * 5
+    stream = open_features(tmp_path / "stream")
+    latents = [sorted(float(each[index].latent.sum()) for index in range(10)) for each in (stream, shared)]
+    assert latents[0] == latents[1]
+    with pytest.raises(SystemExit):
+        run([*arguments, "--share", "3/2"])
+
+
 def test_captions_of_another_tokenizer_are_encoded_again(arguments, tmp_path, comfyui):
     run(arguments)
     shards = set((tmp_path / "cache").glob("*.safetensors"))

@@ -28,19 +28,20 @@ PARTS = ("caption", "picture", "hint")  # which have a key in each row
 _ROWS_AT_ONCE = 2**16
 _TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64, "F64": np.float64}
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
-_TEXTS = ("name", "text")
+TEXTS = ("name", "text")
+RECORD = "record"  # in the lists of shares: the number of each row's record in the whole source
 # column: (its type, its shape behind the rows); the last ones are not by rows
 _ROWS = {
     **{part: (np.uint8, (KEY_BYTES,)) for part in PARTS},
     **{f"{part}_shard": (np.int32, ()) for part in PARTS},
-    **{f"{text}_end": (np.int64, ()) for text in _TEXTS},
+    **{f"{text}_end": (np.int64, ()) for text in TEXTS},
     "size_px": (np.int32, (2,)),
     "aspect_ratio": (np.float64, ()),
     "is_prior": (np.uint8, ()),
     "has_deviation": (np.uint8, ()),
 }
 _OTHERS = {
-    **{f"{text}_bytes": (np.uint8, ()) for text in _TEXTS},
+    **{f"{text}_bytes": (np.uint8, ()) for text in TEXTS},
     "sizes": (np.int32, (2,)),
     "shard_bytes": (np.int64, ()),
     "shard_names": (np.uint8, ()),
@@ -84,9 +85,13 @@ class Index:
 
     def text(self, which: str, row: int) -> str:
         """The `name` or the `text` of a row."""
+        return self.raw_text(which, row).decode("utf-8", "replace")
+
+    def raw_text(self, which: str, row: int) -> bytes:
+        """The same in UTF-8."""
         ends = self.columns[f"{which}_end"]
         start = int(ends[row - 1]) if row else 0
-        return self.columns[f"{which}_bytes"][start : int(ends[row])].tobytes().decode("utf-8", "replace")
+        return self.columns[f"{which}_bytes"][start : int(ends[row])].tobytes()
 
     def place(self, part: str, row: int) -> tuple[str, str] | None:
         """(shard, key) of a part of a row; None for a hint that there is not."""
@@ -155,6 +160,8 @@ def _check(columns: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"a column {name} of another form")
     if not count or int(columns["bin"].max()) >= len(columns["sizes"]):
         raise ValueError("no rows, or bins that there are not")
+    if RECORD in columns and (columns[RECORD].dtype != np.int64 or columns[RECORD].shape != (count,)):
+        raise ValueError("numbers of records of another form")
     if len(columns["null_shard"]) != 1:
         raise ValueError("no empty caption")
     for part in (*PARTS, "null"):
@@ -192,7 +199,9 @@ def make_index(items: Sequence[Mapping], null_key: str, shards: ShardFolder) -> 
         "shard_names": np.frombuffer("\n".join(numbers).encode(), np.uint8),
         "shard_bytes": np.array([(shards.folder / name).stat().st_size for name in numbers], np.int64),
     }
-    for which in _TEXTS:
+    if all(RECORD in item for item in items):
+        columns[RECORD] = np.array([item[RECORD] for item in items], np.int64)
+    for which in TEXTS:
         texts = [item[which].encode("utf-8", "replace") for item in items]
         columns[f"{which}_end"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
         columns[f"{which}_bytes"] = np.frombuffer(b"".join(texts), np.uint8)
@@ -228,7 +237,8 @@ def open_index(path: Path) -> Index:
     open_regular(path).close()
     try:
         with safe_open(path, framework="pt") as file:
-            columns = {name: file.get_tensor(name).numpy() for name in ("bin", *_ROWS, *_OTHERS)}
+            more = [RECORD] if RECORD in file.keys() else []  # noqa: SIM118
+            columns = {name: file.get_tensor(name).numpy() for name in ("bin", *_ROWS, *_OTHERS, *more)}
         return Index(columns, path)
     except (SafetensorError, RuntimeError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"no list in columns ({error})") from error
