@@ -20,6 +20,7 @@ ROOMS = {
         ("torch", "safetensors"),
     ),
     "pixart.acceleration": ("the same numbers in less time", ("pixart",), ("torch",)),
+    "pixart.reference": ("attention to another picture", ("pixart",), ("torch",)),
     "pixart.stages": (
         "what a training begins with",
         ("pixart", "pixart.weights"),
@@ -58,7 +59,7 @@ ROOMS = {
         "`python -m pixart <command>`",
         (
             *("pixart", "pixart.files", "pixart.weights", "pixart.lora", "pixart.acceleration", "pixart.encoders"),
-            *("pixart.drawing", "pixart.data", "pixart.training", "pixart.stages", "pixart.scores"),
+            *("pixart.drawing", "pixart.data", "pixart.training", "pixart.stages", "pixart.scores", "pixart.reference"),
         ),
         ("torch", "numpy", "safetensors", "PIL", "tqdm"),
     ),

@@ -72,7 +72,15 @@ def _add_dataset_options(group) -> None:
 
 def _add_settings(group) -> None:
     add, usual = group.add_argument, cache.EncodeSettings()
-    add("--resolution", type=int, default=usual.base_px, metavar="PX", help="trained size (default: %(default)s)")
+    add(
+        "--resolution",
+        type=int,
+        nargs="+",
+        default=[usual.base_px],
+        metavar="PX",
+        help=f"trained size, or several for one training (default: {usual.base_px})",
+    )
+    add("--spread", choices=cache.SPREADS, default=usual.spread, help="of several sizes: into each, or the nearest")
     add("--square", action="store_true", help="all pictures into the square bin")
     add("--flip", action="store_true", help="add the mirrored picture of each")
     add("--caption-length", type=int, default=usual.caption_length, help="120 for alpha, 300 for Sigma")
@@ -96,6 +104,11 @@ def main(options: argparse.Namespace) -> None:
     if original and not options.force and original.is_dir() and any(original.iterdir()):
         raise FileExistsError(
             f"Exists already: got {shorten(str(original), 300)}, expected a new folder. Use --force to write over it."
+        )
+    if original and len(options.resolution) > 1:
+        raise ValueError(
+            f"Original layout holds one size: got {len(options.resolution)} in --resolution, expected one. Leave "
+            f"--original-layout out, or encode one size."
         )
     rank, world_size = process_rank()
     settings = _settings(options)
@@ -123,13 +136,15 @@ def main(options: argparse.Namespace) -> None:
 
 def _settings(options: argparse.Namespace) -> cache.EncodeSettings:
     return cache.EncodeSettings(
-        options.resolution,
+        options.resolution[0],
         options.square,
         options.flip,
         options.caption_length,
         options.clean,
         options.caption_dtype,
         options.size_condition,
+        tuple(options.resolution[1:]),
+        options.spread,
     )
 
 

@@ -7,6 +7,8 @@ import torch
 from ..acceleration.guidance_reuse import GuidanceReuse
 from ..encoders.autoencoder import Autoencoder
 from ..encoders.t5 import TextEncoder
+from ..reference.attention import Reference, ReferencedModel
+from ..reference.pictures import fit_reference
 from ..sampling import Captions, Settings, sample_latents
 from ..transformer import PixArt
 
@@ -29,6 +31,14 @@ class Pipeline:
         like = next(self.model.parameters())
         return Captions(encoded.states.to(like), encoded.mask.to(like.device))
 
+    @torch.no_grad()
+    def read_reference(self, pixels: torch.Tensor, **fields) -> Reference:
+        """The reference of a picture (H, W, 3) in [0, 1]. fields: see Reference."""
+        fitted = fit_reference(pixels.movedim(-1, 0)[None], self.model.config.base_px)
+        mean, _ = self.autoencoder.encode(fitted * 2 - 1)
+        latent = mean.float() * self.model.config.vae_scale
+        return Reference.of(latent.to(next(self.model.parameters()).device), **fields)
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -39,12 +49,14 @@ class Pipeline:
         settings: Settings,
         on_step: Callable[[dict], None] | None = None,
         reuse: GuidanceReuse | None = None,
+        reference: Reference | None = None,
     ) -> torch.Tensor:
         """One picture for each prompt, (B, H, W, 3) in [0, 1]. seeds, reuse: see sample_latents."""
+        model = self.model if reference is None else ReferencedModel(self.model, reference)
         positive = self.encode(prompts)
         unguided = self.encode([negative] * len(prompts))
         size = height_px, width_px
-        latents = sample_latents(self.model, positive, unguided, *size, seeds, settings, on_step, True, reuse)
+        latents = sample_latents(model, positive, unguided, *size, seeds, settings, on_step, True, reuse)
         with torch.no_grad():
             pictures = [self.autoencoder.decode(latent[None]) for latent in latents]  # one by one: the largest memory
         return ((torch.cat(pictures).float() + 1) / 2).clamp(0, 1).movedim(1, -1).cpu()

@@ -3,6 +3,7 @@
     python -m pixart sample --model PixArt-XL-2-1024-MS.pth --t5 t5xxl_fp16.safetensors --tokenizer t5/ \\
         --vae sd-vae-ft-ema/ --prompt "a cactus with a happy face" --preset "alpha DPM-Solver++ 20"
     python -m pixart sample --model PixArt-Sigma-XL-2-1024-MS/ --prompts prompts.txt --output pictures/ --batch 4
+    python -m pixart sample --model PixArt-Sigma-XL-2-1024-MS/ --prompt "a harbour" --reference painting.png
 
 A diffusers folder brings its own text encoder and autoencoder. With the seed and settings of a KSampler in ComfyUI the
 pictures are the same to rounding.
@@ -21,11 +22,13 @@ from PIL.PngImagePlugin import PngInfo
 from ..acceleration.compilation import compile_blocks, explain_failure
 from ..acceleration.guidance_reuse import LINE, GuidanceReuse
 from ..config import LATENT_DOWNSCALE, PixArtConfig
+from ..data.pictures import FilePicture, read_picture
 from ..encoders.autoencoder import load_autoencoder
 from ..encoders.t5 import load_text_encoder
 from ..files.atomic import write_atomically
 from ..lora import describe_lora, merge, read_lora
 from ..quoting import shorten
+from ..reference.attention import Reference
 from ..resolution import parse_prompt_flags
 from ..sampling import Settings
 from ..solvers import PRESETS, SAMPLERS, SCHEDULES, Asked, read_scheduler
@@ -38,6 +41,7 @@ from .console import add_device, add_weights, make_parser, tell
 from .pipeline import Pipeline
 
 REUSE_START = 0.1  # of the steps: before, the picture forms
+MOST_STRENGTH = 10.0  # of a reference
 ENDS = {"official": None, "clean": True}  # for schedule_sigmas
 
 
@@ -185,7 +189,42 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="prompts at a time")
     parser.add_argument("--output", type=Path, default=Path("output"), help="the folder for the pictures")
     parser.add_argument("--force", action="store_true", help="overwrite pictures that are there")
+    reference = parser.add_argument_group("reference")
+    reference.add_argument("--reference", type=Path, help="a picture that the pictures are to resemble")
+    reference.add_argument("--reference-strength", type=float, default=1.0, help="0 is off; default: 1")
+    reference.add_argument(
+        "--reference-range", default="0:1", metavar="START:END", help="the part of the sampling that reads it"
+    )
     return parser
+
+
+def read_range(text: str) -> tuple[float, float]:
+    """(start, end) of START:END, shares of the sampling. Raises ValueError for others."""
+    match = re.fullmatch(r"(\d*\.?\d+):(\d*\.?\d+)", text)
+    start, end = (float(match[1]), float(match[2])) if match else (1.0, 0.0)
+    if not 0 <= start < end <= 1:
+        raise ValueError(
+            f"Part of the sampling out of range: got {shorten(text)}, expected START:END from 0 to 1 such as 0:0.8. "
+            f"Correct it."
+        )
+    return start, end
+
+
+def load_reference(options: argparse.Namespace, pipeline: Pipeline) -> Reference | None:
+    """What --reference asks for. Raises FileNotFoundError, and ValueError for what is no picture or a bad range."""
+    start, end = read_range(options.reference_range)
+    if not 0 <= options.reference_strength <= MOST_STRENGTH:
+        raise ValueError(
+            f"Strength out of range: got {options.reference_strength:g}, expected 0 to {MOST_STRENGTH:g}. Correct it."
+        )
+    if options.reference is None:
+        return None
+    if not options.reference.is_file():
+        raise FileNotFoundError(
+            f"No reference: got {shorten(str(options.reference), 300)}, expected a picture. Correct the path."
+        )
+    pixels = read_picture(FilePicture(options.reference))
+    return pipeline.read_reference(pixels, strength=options.reference_strength, start=start, end=end)
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
@@ -234,6 +273,7 @@ def main(options: argparse.Namespace) -> None:
     if there and not options.force:
         raise FileExistsError(f"Picture exists: got {there[0]}, expected a new file. Use --force, or another --output.")
     pipeline = load_pipeline(options)
+    reference = load_reference(options, pipeline)
     options.output.mkdir(parents=True, exist_ok=True)
     negative = clean_prompt(options.negative) if options.clean else options.negative
     base_px = min((256, 512, 1024, 2048), key=lambda side: abs(side - pipeline.model.config.base_px))
@@ -242,7 +282,8 @@ def main(options: argparse.Namespace) -> None:
             texts = [text for _, text in batch]
             seeds = [options.seed + number for number, _ in batch]
             on_step = partial(_advance, bar, len(texts))
-            pictures = pipeline.generate(texts, negative, height, width, seeds, settings, on_step, reuse)
+            given = texts, negative, height, width, seeds, settings, on_step, reuse, reference
+            pictures = pipeline.generate(*given)
             for (number, text), seed, picture in zip(batch, seeds, to_pictures(pictures), strict=True):
                 notes = PngInfo()
                 how = f"{settings}, seed: {seed}" + (f", guidance reuse: {reuse.every}" if reuse else "")

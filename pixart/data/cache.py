@@ -1,6 +1,8 @@
 """Encodes a dataset once: captions by T5, pictures by the autoencoder, into a cache of content-keyed shards."""
 
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from .storage.shards import ShardFolder, ShardWriter
 
 CAPTION_DTYPES = ("fp16", "bf16", "fp32")
 SIZE_CONDITIONS = ("bin", "picture")
+EACH, NEAREST = SPREADS = ("each", "nearest")
 LANCZOS_FROM_PX = 2048  # PixArt-Sigma prepared its largest pictures so
 _LATENT_CHANNELS = 4
 _CAPTIONS_AT_ONCE = 16
@@ -41,7 +44,8 @@ class EncodeSettings:
     base_px: the size that the model was trained at; pictures go to the nearest of its bins, or with `square` all to
     the square one. flip: add the mirrored picture of each. caption_length: in tokens; `clean`: as the official ones.
     caption_dtype: of CAPTION_DTYPES. size_condition: the size that the model is given, of SIZE_CONDITIONS: the bin's as
-    when pictures are made, or the picture's own as in PixArt-alpha's training.
+    when pictures are made, or the picture's own as in PixArt-alpha's training. more_px: further sizes to train at, like
+    base_px; spread, of SPREADS: each picture goes into the bins of every size, or of the one nearest to its own.
     """
 
     base_px: int = 512
@@ -51,24 +55,40 @@ class EncodeSettings:
     clean: bool = False
     caption_dtype: str = "fp16"
     size_condition: str = SIZE_CONDITIONS[0]
+    more_px: tuple[int, ...] = ()
+    spread: str = EACH
 
     def __post_init__(self):
-        for name, allowed in (("caption_dtype", CAPTION_DTYPES), ("size_condition", SIZE_CONDITIONS)):
+        choices = {"caption_dtype": CAPTION_DTYPES, "size_condition": SIZE_CONDITIONS, "spread": SPREADS}
+        object.__setattr__(self, "more_px", tuple(self.more_px))
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"Unknown {name}: got {shorten(getattr(self, name))}, expected one of {', '.join(allowed)}. Choose "
                     f"one."
                 )
-        if self.base_px < GRID_PX:
+        if min(self.sizes_px) < GRID_PX:
             raise ValueError(
-                f"Resolution out of range: got {self.base_px}, expected at least {GRID_PX}. Enter the size in pixels "
-                f"that the model was trained at, or connect the model and enter 0."
+                f"Resolution out of range: got {min(self.sizes_px)}, expected at least {GRID_PX}. Enter the size in "
+                f"pixels that the model was trained at, or connect the model and enter 0."
             )
+
+    @property
+    def sizes_px(self) -> tuple[int, ...]:
+        """All sizes to train at, each once."""
+        return tuple(dict.fromkeys((self.base_px, *self.more_px)))
+
+    def sizes_for(self, height_px: int, width_px: int) -> tuple[int, ...]:
+        """Those that a picture goes into; the nearest in proportion."""
+        if self.spread == EACH:
+            return self.sizes_px
+        own = math.sqrt(height_px * width_px)
+        return (min(self.sizes_px, key=lambda size: abs(math.log(size / own))),)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A picture to be encoded under a key. edges: its hint is to be made of it."""
+    """A picture to be encoded under a key. edges: its hint is to be made of it. method: of fitting it into its bin."""
 
     key: str
     name: str
@@ -77,6 +97,7 @@ class _Job:
     bin_px: tuple[int, int]
     flipped: bool
     edges: bool = False
+    method: str = "bicubic"
 
 
 class DatasetEncoder:
@@ -103,7 +124,7 @@ class DatasetEncoder:
         self.settings, self.shards = settings, ShardFolder(folder)
         self._text_identity, self._image_identity, self._hint_identity = text_identity, image_identity, hint_identity
         self._rank, self._world_size = rank, world_size
-        self._bins = training_bins(settings.base_px, settings.square)
+        self._bins = {size: training_bins(size, settings.square) for size in settings.sizes_px}
         self._captions: dict[str, str] = {}
         self._jobs: dict[str, _Job] = {}
         self.null_key = self._plan_caption("")
@@ -223,25 +244,25 @@ class DatasetEncoder:
         return key
 
     def _plan(self, record: Record) -> Iterator[dict]:
-        """The items of a record, one or with its mirror two."""
+        """The items of a record: of each of its sizes one, or with its mirror two."""
         caption_key = self._plan_caption(record.caption or "")
         data = record.picture.content()
         size_px = height, width = measure_picture(record.picture, data)
-        ratio = min(self._bins, key=lambda nominal: abs(nominal - height / width))
-        bin_px = self._bins[ratio]
         content = digest(data)
         control = None if record.control is None else digest(record.control.content())
-        for flipped in (False, True)[: 1 + self.settings.flip]:
-            hint = None
+        sizes, mirrors = self.settings.sizes_for(height, width), (False, True)[: 1 + self.settings.flip]
+        for size, flipped in itertools.product(sizes, mirrors):
+            ratio = min(self._bins[size], key=lambda nominal: abs(nominal - height / width))
+            bin_px, method, hint = self._bins[size][ratio], _fit_method(size), None
             if control is not None:
-                hint = self._plan_picture(record.name, record.control, control, bin_px, flipped)
+                hint = self._plan_picture(record.name, record.control, control, bin_px, method, flipped)
             elif self._hint_identity:
-                hint = self._plan_picture(record.name, record.picture, content, bin_px, flipped, edges=True)
+                hint = self._plan_picture(record.name, record.picture, content, bin_px, method, flipped, edges=True)
             yield {
                 "name": record.name,
                 "text": self._captions[caption_key],
                 "caption": caption_key,
-                "picture": self._plan_picture(record.name, record.picture, content, bin_px, flipped),
+                "picture": self._plan_picture(record.name, record.picture, content, bin_px, method, flipped),
                 "hint": hint,
                 "bin_px": list(bin_px),
                 "size_px": list(bin_px if self.settings.size_condition == "bin" else size_px),
@@ -250,21 +271,21 @@ class DatasetEncoder:
                 **({} if record.number is None else {RECORD: record.number}),
             }
 
-    def _plan_picture(self, name, picture, content: str, bin_px, flipped: bool, edges: bool = False) -> str:
-        method = [self._fit_method, "flipped" if flipped else "", self._hint_identity if edges else ""]
-        key = digest("picture", str(VERSION), content, "{}x{}".format(*bin_px), *method, self._image_identity)
-        self._jobs[key] = _Job(key, name, picture, content, bin_px, flipped, edges)
+    def _plan_picture(self, name, picture, content: str, bin_px, method: str, flipped: bool, edges=False) -> str:
+        parts = [method, "flipped" if flipped else "", self._hint_identity if edges else ""]
+        key = digest("picture", str(VERSION), content, "{}x{}".format(*bin_px), *parts, self._image_identity)
+        self._jobs[key] = _Job(key, name, picture, content, bin_px, flipped, edges, method)
         return key
-
-    @property
-    def _fit_method(self) -> str:
-        return "lanczos" if self.settings.base_px >= LANCZOS_FROM_PX else "bicubic"
 
     def _prepare(self, job: _Job) -> torch.Tensor:
         """(H, W, 3) of the bin's size, as PixArt's training pictures were prepared."""
         pixels = read_picture(job.picture, job.bin_px, job.content)
-        fitted = fit_images(pixels.movedim(-1, 0)[None], *job.bin_px, self._fit_method)[0].movedim(0, -1)
+        fitted = fit_images(pixels.movedim(-1, 0)[None], *job.bin_px, job.method)[0].movedim(0, -1)
         return fitted.flip(1) if job.flipped else fitted
+
+
+def _fit_method(base_px: int) -> str:
+    return "lanczos" if base_px >= LANCZOS_FROM_PX else "bicubic"
 
 
 def _batches(entries: list, size: int) -> Iterator[tuple[int, list]]:

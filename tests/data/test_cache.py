@@ -403,3 +403,38 @@ def test_shares_of_several_machines_make_the_list_that_one_would(tmp_path):
     assert [features[index].text for index in range(18)] == [whole[index].text for index in range(18)]
     other = DatasetEncoder(check_records(found[::3]).records, cache, SETTINGS, "t5", "vae")
     assert other.write_share((1, 3)) == [2, 3] and len(open_features(cache)) == 18  # another encoding's share
+
+
+def encode_sizes(tmp_path, **fields):
+    pictures = [TensorPicture(torch.rand(height, width, 3)) for height, width in ((40, 60), (200, 130), (130, 200))]
+    records = [Record(f"{number}", picture, "x") for number, picture in enumerate(pictures)]
+    settings = EncodeSettings(base_px=64, more_px=(128, 64), caption_length=20, **fields)
+    encoder, encoders = DatasetEncoder(records, tmp_path, settings, "text", "image"), Encoders()
+    encoder.encode_captions(encoders.text)
+    encoder.encode_pictures(encoders.image, batch_size=2)
+    return encoder.features(), encoders
+
+
+def areas(features):
+    return [round((height * width) ** 0.5 * 8 / 64) for height, width in features.bins]
+
+
+def test_each_picture_goes_into_each_size(tmp_path):
+    features, encoders = encode_sizes(tmp_path)
+    assert encoders.pictures == len(features) == 6
+    assert areas(features) == [1, 2] * 3
+    assert features[3].size_px == tuple(side * 8 for side in features.bins[3])
+    alone = EncodeSettings(base_px=64, caption_length=20)
+    assert alone.sizes_px == (64,)
+
+
+def test_each_picture_goes_into_the_nearest_size(tmp_path):
+    features, encoders = encode_sizes(tmp_path, spread="nearest", flip=True)
+    assert encoders.pictures == len(features) == 6  # with their mirrors
+    assert areas(features) == [1, 1, 2, 2, 2, 2]
+
+
+def test_sizes_that_cannot_be(tmp_path):
+    for fields, match in (({"more_px": (8,)}, "Resolution out of range: got 8"), ({"spread": "all"}, "Unknown spread")):
+        with pytest.raises(ValueError, match=match):
+            EncodeSettings(base_px=64, **fields)

@@ -1,0 +1,1 @@
+"""A picture that another is to resemble: attention to its keys and values."""
