@@ -82,6 +82,7 @@ LADDER = ("pixart.config", "pixart.layers", "pixart.transformer", "pixart.contro
 # Optional libraries of single modules.
 OPTIONAL = {
     "samplers.from_diffusers": {"scipy"},
+    "editor.screenshots": {"playwright"},
     "pixart.text": {"transformers", "sentencepiece", "ftfy"},
     "pixart.resolution": {"PIL"},
     "pixart.scores.measures": {"torchmetrics", "transformers"},

@@ -3,7 +3,8 @@
 from . import files
 from .blocks import describe, load, make_picture, picture_size
 from .graph import Workflow
-from .pictures import CACTUS, LIGHTHOUSE, TEAPOT
+from .pictures import CACTUS, TEAPOT
+from .training import PROMPT
 
 
 def _control(workflow: Workflow, note: str, more: tuple[str, ...]):
@@ -65,7 +66,7 @@ def lora(workflow: Workflow) -> None:
     workflow.group("LoRA", "models")
     changed = workflow.node("PixArtLoadLoRA", model=loaded.model, lora="my_lora_001.safetensors", strength=0.9)
     workflow.node("PreviewAny", "What fitted", source=changed["info"], height_px=160)
-    prompts = describe(workflow, loaded, LIGHTHOUSE)
+    prompts = describe(workflow, loaded, PROMPT)
     workflow.group("Sampling", "sampling")
     make_picture(workflow, loaded, prompts, picture_size(workflow, 1024, 1024), model=changed)
 

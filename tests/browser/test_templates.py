@@ -179,6 +179,7 @@ def test_an_app_opens_as_a_page(small_window, name):
 def test_who_types_into_the_app_and_runs_it_sees_a_picture(small_window):
     small_window.open_template("demo_app")
     page = small_window.page
+    small_window.fill({str(small_window.number_of("KSampler")): {"inputs": {"steps": 4}}})
     page.get_by_test_id("linear-widgets").locator("textarea").first.fill("a large red circle in the center")
     page.evaluate("() => { window.ends = []; }")
     page.get_by_test_id("linear-run-button").get_by_role("button", name="Run").click()
