@@ -114,7 +114,14 @@ class LoadDiffusers(io.ComfyNode):
             category=CATEGORY,
             description="Load transformer, T5 and VAE of a PixArt folder in diffusers' layout, as on Hugging Face, "
             "sharded or not. A part that the folder lacks has no output.",
-            search_aliases=["pixart diffusers", "diffusers folder", "hugging face", "pipeline"],
+            search_aliases=[
+                "pixart diffusers",
+                "pixart sigma",
+                "pixart alpha",
+                "diffusers folder",
+                "hugging face",
+                "pipeline",
+            ],
             inputs=[
                 node_input(
                     io.Combo,

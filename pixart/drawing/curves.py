@@ -11,15 +11,17 @@ _FONT_PX = 12
 _PAPER, _GRID, _INK, _FAINT, _LINE = (255, 255, 255), (225, 225, 225), (60, 60, 60), (176, 205, 235), (31, 97, 172)
 
 
-def draw_curve(losses: Sequence[tuple[int, float]], size: tuple[int, int] = (768, 384)) -> Image.Image:
+def draw_curve(
+    losses: Sequence[tuple[int, float]], size: tuple[int, int] = (768, 384), font_px: int = _FONT_PX
+) -> Image.Image:
     """Losses by step as a picture: each one faint, and smoothed over 2 % of them."""
     image = Image.new("RGB", size, _PAPER)
-    draw, font = ImageDraw.Draw(image), load_font(_FONT_PX)
+    draw, font = ImageDraw.Draw(image), load_font(font_px)
     points = [(step, loss) for step, loss in losses if math.isfinite(loss)]
     if not points:
         draw.text((size[0] // 2, size[1] // 2), "no loss yet", _INK, font, "mm")
         return image
-    box = (64, 16, size[0] - 16, size[1] - 36)  # left, top, right, bottom
+    box = (round(5.4 * font_px), 16, size[0] - 24, size[1] - 3 * font_px)  # left, top, right, bottom
     smooth = _smooth(points, max(1, len(points) // 50))
     # Single losses reach far beyond their course: the axis ends above nine in ten of them.
     ordered = sorted(loss for _, loss in points)

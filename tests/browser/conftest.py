@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pixart_pack.editor.templates.rehearsal import prepare
-from pixart_pack.tests.browser.editor import Editor
+from pixart_pack.tests.browser.editor import CLASSIC, Editor
 from pixart_pack.tests.host.server import Host, start
 
 REQUIRED = os.environ.get("PIXART_BROWSER_TESTS") == "required" or bool(os.environ.get("CI"))
@@ -79,6 +79,14 @@ def editor(chromium: str, editor_host: Host, tmp_path_factory: pytest.TempPathFa
         browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield Editor(browser.new_page(viewport={"width": 1600, "height": 1000}), editor_host.url, shots)
         browser.close()
+
+
+@pytest.fixture(autouse=True)
+def renderer(request: pytest.FixtureRequest, editor: Editor) -> str:
+    """What draws the nodes: the classic canvas, or Nodes 2.0 for tests with `in_both`."""
+    name = getattr(request, "param", CLASSIC)
+    editor.draw_by(name)
+    return name
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,15 @@
 """What a user does in the ComfyUI editor, as functions."""
 
+import json
 import time
 from pathlib import Path
 
+import pytest
+
 from pixart_pack.editor.templates.collection import TITLES
 
+CLASSIC, NODES_2 = "classic", "nodes2"  # what draws the nodes: a canvas, or elements of the page
+in_both = pytest.mark.parametrize("renderer", (CLASSIC, NODES_2), indirect=True)
 PACK = "pixart_pack"
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 TIMEOUT_MS = 120_000
@@ -46,11 +51,23 @@ A_DIALOG_LESS = """async () => {
     const count = () => document.querySelectorAll('[role=dialog]').length, before = count(), ends = Date.now() + 3000;
     while (count() && count() >= before && Date.now() < ends) await new Promise(go => setTimeout(go, 50));
 }"""
+# In Nodes 2.0 a picture is an element of the node's; the classic renderer keeps it with the node.
+PICTURE_PX = """type => {
+    const node = app.graph.nodes.find(node => node.type === type);
+    const elements = () => [...document.querySelectorAll(`[data-node-id="${node.id}"] img`)];
+    const shown = LiteGraph.vueNodesMode ? elements() : node.imgs;
+    return Math.max(0, ...(shown ?? []).map(image => image.naturalWidth));
+}"""
+SEARCHED = "items => items.map(item => item.innerText.split('\\n')[0])"
 PLACE_OF_TITLE = """number => {
     const node = app.graph.getNodeById(number), {scale, offset} = app.canvas.ds;
     const {left, top} = app.canvas.canvas.getBoundingClientRect();
     return [left + (node.pos[0] + 60 + offset[0]) * scale, top + (node.pos[1] - 12 + offset[1]) * scale];
 }"""
+
+
+def shipped_workflow(name: str) -> dict:
+    return json.loads((WORKFLOWS / f"{TITLES[name]}.json").read_text(encoding="utf-8"))
 
 
 class Editor:
@@ -59,6 +76,7 @@ class Editor:
     def __init__(self, page, url: str, shots: Path):
         self.page, self.url, self.shots = page, url, shots
         self.problems: list[str] = []
+        self.renderer: str | None = None
         page.set_default_timeout(TIMEOUT_MS)
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.problems.append(f"uncaught: {error}"))
@@ -170,10 +188,41 @@ class Editor:
 
     def run(self, timeout_s: float = 120) -> tuple[str, dict]:
         """Press Run and wait for the end; returns what it was, with the server's report."""
+        self.begin()
+        return self.end(timeout_s)
+
+    def begin(self) -> None:
+        """Press Run."""
         self.page.evaluate("() => { window.previews = []; window.ends = []; }")
         self.page.get_by_test_id("queue-button").click()
+
+    def end(self, timeout_s: float = 120) -> tuple[str, dict]:
+        """Wait for the end of a run."""
         self.page.wait_for_function("window.ends.length > 0", timeout=timeout_s * 1000)
         return self.page.evaluate("window.ends[0]")
+
+    def draw_by(self, renderer: str) -> None:
+        """Choose the renderer, of CLASSIC and NODES_2."""
+        if renderer != self.renderer:
+            self.set_setting("Comfy.VueNodes.Enabled", renderer == NODES_2)
+            self.page.wait_for_function("is => LiteGraph.vueNodesMode === is", arg=renderer == NODES_2)
+            self.renderer = renderer
+
+    def wait_for_picture(self, node_type: str) -> None:
+        """Wait until a node shows a picture. The classic renderer loads none of a node that is out of sight."""
+        self.page.wait_for_function(f"type => ({PICTURE_PX})(type) > 0", arg=node_type)
+
+    def search_nodes(self, words: str) -> list[str]:
+        """What the search for nodes lists, in its order."""
+        self.page.evaluate("app.graph.clear()")
+        self.page.mouse.dblclick(800, 600)
+        self.page.get_by_role("dialog").locator("input").first.fill(words)
+        items = self.page.get_by_test_id("result-item")
+        items.first.wait_for()
+        self.page.wait_for_timeout(300)  # the list follows the words
+        found = items.evaluate_all(SEARCHED)
+        self.close_dialogs()
+        return found
 
     def number_of(self, node_type: str) -> int:
         return self.page.evaluate("type => app.graph.nodes.find(node => node.type === type).id", node_type)
@@ -194,5 +243,5 @@ class Editor:
         """Set the widgets to the values of a workflow in API format."""
         self.page.evaluate(FILL, api)
 
-    def set_setting(self, name: str, value: str) -> None:
+    def set_setting(self, name: str, value: str | bool) -> None:
         self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])

@@ -10,12 +10,12 @@ import pytest
 from pixart_pack.editor.templates.api import to_api
 from pixart_pack.editor.templates.collection import TITLES
 from pixart_pack.editor.templates.rehearsal import rehearse
+from pixart_pack.tests.browser.editor import in_both, shipped_workflow
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 NAMES = list(TITLES)
 FIRST_PICTURE_S = 30  # on two cores that others leave alone
-HAS_PICTURE = "app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0"
 HAS_THUMBNAILS = (
     "[...document.querySelectorAll(\"[data-testid^='template-workflow-'] img\")]"
     ".filter(image => image.naturalWidth > 0).length >= 6"
@@ -53,10 +53,6 @@ ENCLOSE = """() => {
 }"""
 
 
-def shipped_workflow(name: str) -> dict:
-    return read(ROOT / "workflows" / f"{TITLES[name]}.json")
-
-
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -69,7 +65,7 @@ def test_from_opening_to_the_first_picture(editor, record_property):
     editor.shoot("demo_opened")
     end, report = editor.run()
     assert end == "execution_success", report
-    editor.page.wait_for_function(HAS_PICTURE)
+    editor.wait_for_picture("SaveImage")
     taken_s = time.perf_counter() - began
     record_property("opened_s", round(opened_s, 1))
     record_property("first_picture_s", round(taken_s, 1))
@@ -109,9 +105,7 @@ def test_a_template_opens_whole(editor, name):
         assert node["needs"][0] <= node["has"][0] + 1 and node["needs"][1] <= node["has"][1] + 1, node
 
 
-HAS_DIAGRAM = "app.graph.nodes.find(node => node.type === 'PixArtResolution').imgs?.[0]?.naturalWidth > 0"
-
-
+# Of the classic renderer alone: Nodes 2.0 makes a node taller for the picture that it shows.
 @pytest.mark.parametrize("name", ["any_aspect_ratio", "lora_training", "compare_settings"])
 def test_what_nodes_show_stays_in_their_places(editor, name):
     editor.load(shipped_workflow(name))
@@ -120,15 +114,16 @@ def test_what_nodes_show_stays_in_their_places(editor, name):
     editor.fill(rehearse(read(ROOT / "workflows" / "api" / f"{name}.json"), steps=4))
     end, report = editor.run()
     assert end == "execution_success", report
-    editor.page.wait_for_function(HAS_PICTURE)
+    editor.wait_for_picture("SaveImage")
     if name == "any_aspect_ratio":
-        editor.page.wait_for_function(HAS_DIAGRAM)
+        editor.wait_for_picture("PixArtResolution")
     shipped = {node["id"]: node for node in shipped_workflow(name)["nodes"]}
     for node in editor.export()["workflow"]["nodes"]:
         assert node["size"][1] <= shipped[node["id"]]["size"][1] + 1, node["type"]
     editor.shoot(f"ran_{name}")
 
 
+@in_both
 def test_nodes_tell_of_results_from_the_cache_too(editor):
     for _ in range(2):
         editor.load(shipped_workflow("demo"))
@@ -137,6 +132,7 @@ def test_nodes_tell_of_results_from_the_cache_too(editor):
         editor.page.wait_for_function(SAYS, arg=["PixArtTextEncode", " tokens"])
 
 
+@in_both
 def test_model_info_has_room_for_its_text(editor):
     editor.page.evaluate(ADD_INFO)
     end, report = editor.run()
@@ -147,6 +143,7 @@ def test_model_info_has_room_for_its_text(editor):
     assert width >= 360 and height >= 300
 
 
+@in_both
 def test_help_shows_the_nodes_page(editor):
     editor.open_template("demo")
     editor.select("PixArtTextEncode")
@@ -157,6 +154,7 @@ def test_help_shows_the_nodes_page(editor):
     editor.shoot("help")
 
 
+@in_both
 def test_our_errors_are_readable(editor):
     editor.open_template("demo")
     number = editor.number_of("PixArtNegative")

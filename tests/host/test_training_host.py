@@ -185,7 +185,7 @@ def test_a_base_of_any_precision_is_trained_on(run_node, make_model, features, d
 def test_an_interruption_saves_and_gives_what_is_there(run_node, make_model, features, management, monkeypatch, output):
     training = importlib.import_module("pixart_pack.nodes.host.training.runs")
     usual = {"model": make_model(), "features": features, "name": "cut", "rank": 2, "targets": "attention"}
-    stepped = training._HostEvents.stepped
+    stepped = training.TrainingView.stepped
 
     def interrupt(self, progress):
         stepped(self, progress)
@@ -194,7 +194,7 @@ def test_an_interruption_saves_and_gives_what_is_there(run_node, make_model, fea
 
     whole, *_ = run_node("PixArtTrainLoRA", **{**usual, **USUAL, "name": "whole", "steps": 5})
     with monkeypatch.context() as patched:
-        patched.setattr(training._HostEvents, "stepped", interrupt)
+        patched.setattr(training.TrainingView, "stepped", interrupt)
         trained, file, *_ = run_node("PixArtTrainLoRA", **{**usual, **USUAL, "steps": 5})
     assert trained.patches and (output.parent / file).is_file() and not management.processing_interrupted()
     again, second, *_ = run_node("PixArtTrainLoRA", **{**usual, **USUAL, "steps": 5})

@@ -82,7 +82,7 @@ def test_a_lora_is_trained_and_sampled_in_one_prompt(host, folder):
         graph.add("PreviewImage", images=[trained[0], output])
     graph.add("PreviewAny", source=[trained[0], 1])
     events = host.events(graph.nodes, 300)
-    assert texts_of(events)[trained[0]].splitlines()[1] == "steps: 4 of 4"
+    assert texts_of(events)[trained[0]].splitlines()[0] == "done: 4 of 4 steps"
     assert [kind for kind, _ in events].count("preview") >= 2
     file = host.output / "loras" / f"{folder.name}_001.safetensors"
     assert not read_lora(file).unmatched
@@ -154,7 +154,7 @@ def test_an_interruption_ends_the_training_the_graph_goes_on_and_so_does_the_tra
     assert "queue it again to go on" in text and "no validation pictures: connect a vae" in text
     assert (host.output / "loras" / f"{folder.name}_001.safetensors").is_file()
     second, ran, text = made()
-    assert second == steps - first and saved[0] in ran and f"steps: {steps} of {steps}" in text
+    assert second == steps - first and saved[0] in ran and f"done: {steps} of {steps} steps" in text
     third, ran, _ = made()
     assert third == 0 and trained[0] not in ran
     assert not log.parent.with_name(f"{folder.name}_002").exists()

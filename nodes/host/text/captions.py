@@ -146,4 +146,5 @@ def show_text(hidden, text: str) -> None:
     if node_id is None or client is None:
         return
     if supports_feature(instance.sockets_metadata, client, "supports_preview_metadata"):
-        instance.send_progress_text(text, node_id, client)
+        # Nodes 2.0 reads it as Markdown, which joins lines that do not end so.
+        instance.send_progress_text(text.replace("\n", "  \n"), node_id, client)

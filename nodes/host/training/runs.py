@@ -5,7 +5,6 @@ copies what comes in.
 """
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,8 @@ from ....pixart.data.examples import FeatureSet
 from ....pixart.data.features import CachedFeatures
 from ....pixart.data.sketches import differences, sketch_weights, write_sketch
 from ....pixart.data.storage.index import MANIFEST
-from ....pixart.drawing.curves import draw_curve
 from ....pixart.tracking.weights_and_biases import describe_mode, usual_mode
-from ....pixart.training.loop import Events, Progress
 from ....pixart.training.processes import SingleProcess
-from ....pixart.training.report import Course
 from ....pixart.training.run import TrainingResult, check_name, choose_folder, count_stops, lora_factors, train
 from ....pixart.training.settings import RunConfig, TrainingSettings, parse_settings, write_config
 from ....pixart.training.validation import Decode, ValidationPrompt, write_prompts
@@ -41,7 +37,8 @@ from ..loading import AUTO, hints_of, load_patcher
 from ..lora import PREFIX, add_lora, host_key, patched_weight
 from ..pictures import to_image
 from ..server.users import own_output
-from ..text.captions import pixart_config, show_text
+from ..text.captions import pixart_config
+from .view import TrainingView
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +48,6 @@ PLACES = {"lora": "loras", "lcm_lora": "loras", "controlnet": "controlnet"}
 WHOLE_MODELS = "diffusion_models"
 AUTO_DTYPE = "auto"
 _HALVES = (torch.float16, torch.bfloat16)
-_PREVIEW_PX = 768
-_PREVIEW_EVERY_S, _TEXT_EVERY_S = 2.0, 0.5
 _VALIDATION_PROMPTS = 4
 
 
@@ -104,7 +99,7 @@ def run_training(
     folder = choose_folder(runs, name, resume, settings.steps)
     place = PLACES.get(settings.kind, WHOLE_MODELS), own_output()
     device = model.load_device
-    events = _HostEvents(settings, hidden)
+    events = TrainingView(settings, hidden, device)
     with torch.inference_mode(False), torch.enable_grad():
         plain = plain_model(model, settings, device)
         prompts = _prompts(validation, features, settings, config)
@@ -272,14 +267,17 @@ def _trained(model, result: TrainingResult, settings: TrainingSettings):
 
 
 def _outputs(trained, result: TrainingResult, settings: TrainingSettings, notes: Sequence[str]) -> TrainingOutputs:
-    lines = [f"saved: {show_path(result.file)}", f"steps: {result.step} of {settings.steps}"]
-    if result.step < settings.steps:
-        lines.append("stopped: queue it again to go on")
+    shown, is_done = show_path(result.file), result.step >= settings.steps
+    lines = [
+        f"{'done' if is_done else 'stopped'}: {result.step} of {settings.steps} steps",
+        *(() if is_done else ("queue it again to go on",)),
+        f"saved in output: {shown.removeprefix('output/')}",
+    ]
     if settings.wandb:
         lines.append(describe_mode(usual_mode(), "the training's folder"))
     lines += notes
     samples = result.strip or Image.new("RGB", (64, 64), (128, 128, 128))
-    return TrainingOutputs(trained, show_path(result.file), to_image(result.curve), to_image(samples), "\n".join(lines))
+    return TrainingOutputs(trained, shown, to_image(result.curve), to_image(samples), "\n".join(lines))
 
 
 def _go_on_after_interruption() -> None:
@@ -287,62 +285,6 @@ def _go_on_after_interruption() -> None:
     if comfy.model_management.processing_interrupted():
         logger.info("PixArt training was interrupted: saved, and the graph goes on with what is there")
         comfy.model_management.interrupt_current_processing(False)
-
-
-class _HostEvents(Events):
-    """Progress, time left and previews on the node; the host's interruption ends the training."""
-
-    def __init__(self, settings: TrainingSettings, hidden):
-        self.bar = comfy.utils.ProgressBar(settings.steps)
-        self.hidden = hidden
-        self.losses = Course()
-        self.pictures: Image.Image | None = None
-        self.shown_at = self.told_at = 0.0
-        self.is_interrupted = False
-
-    def stepped(self, progress: Progress) -> None:
-        now = time.monotonic()
-        is_last = progress.step == progress.steps
-        self.losses.add(progress.step, progress.loss)
-        preview = None
-        if now - self.shown_at >= _PREVIEW_EVERY_S or is_last:
-            preview, self.shown_at = ("JPEG", self._picture(), _PREVIEW_PX), now
-        try:
-            self.bar.update_absolute(progress.step, progress.steps, preview)
-        except comfy.model_management.InterruptProcessingException:  # the bar met it first, and took it back
-            self.is_interrupted = True
-        if now - self.told_at >= _TEXT_EVERY_S or is_last:
-            self.told_at = now
-            show_text(self.hidden, describe_progress(progress))
-
-    def should_stop(self) -> bool:
-        return self.is_interrupted or comfy.model_management.processing_interrupted()
-
-    def show_pictures(self, pictures: Image.Image) -> None:
-        """Validation pictures, under the curve from now on."""
-        self.pictures, self.shown_at = pictures, 0.0
-
-    def _picture(self) -> Image.Image:
-        curve = draw_curve(self.losses.points())
-        if self.pictures is None:
-            return curve
-        scale = min(curve.width / self.pictures.width, 2.0)
-        size = (round(self.pictures.width * scale), round(self.pictures.height * scale))
-        both = Image.new("RGB", (curve.width, curve.height + size[1]), (255, 255, 255))
-        both.paste(curve, (0, 0))
-        both.paste(self.pictures.resize(size), (0, curve.height))
-        return both
-
-
-def describe_progress(progress: Progress) -> str:
-    """One line: step, loss, and the time that is left."""
-    left = round(progress.seconds_left)
-    hours, minutes = left // 3600, left % 3600 // 60
-    time_left = f"{hours} h {minutes:02} min" if hours else f"{minutes} min {left % 60:02} s"
-    return (
-        f"step {progress.step} of {progress.steps}, loss {progress.smoothed:.4f}, {time_left} left, "
-        f"{progress.seconds_per_step:.2f} s a step"
-    )
 
 
 def _decoder(vae) -> Decode:
