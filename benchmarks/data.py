@@ -2,7 +2,8 @@
 
 The lists are whole, with a name, a caption and keys of its own for each picture. The shards are as many as a real
 dataset of 512 px would have, but all are links to one file with a few features. Every number is of processes of their
-own, which have imported everything before: one alone, and two at once for the memory of all.
+own, which have imported everything before: one alone, and two at once for the memory of all, their own and the pages of
+the list that they share. Time is the processor's, so that other work on the machine counts for little.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 from ..pixart.data.buckets import BucketSampler, training_bins
 from ..pixart.data.examples import collate
 from ..pixart.data.features import open_features, write_list
-from ..pixart.data.storage.index import KEY_BYTES, PARTS, Index
+from ..pixart.data.storage.index import INDEX_SUFFIX, KEY_BYTES, PARTS, Index
 from ..pixart.data.storage.shards import ShardWriter
 from .peaks import read_status
 from .report import RESULTS, keep_runs, markdown_table
@@ -99,23 +100,24 @@ def measure(folder: Path) -> dict:
         process.start()
     barrier.wait()
     total = sum(queue.get() for _ in pair)
+    barrier.wait()
     for process in pair:
         process.join()
     return {**alone, "resume_s": resumed["open_s"] + resumed["first_s"], "total_bytes": total}
 
 
 def _train(folder: Path, state: dict | None) -> dict:
-    own, began = read_status("RssAnon"), time.perf_counter()
+    own, began = read_status("RssAnon"), time.process_time()
     features = open_features(folder)
     sampler = BucketSampler(features.bins, BATCH, is_prior=features.is_prior)
     if state:
         sampler.load_state_dict(state)
-    opened = time.perf_counter()
+    opened = time.process_time()
     collate([features[index] for index in next(sampler)])
-    first = time.perf_counter()
+    first = time.process_time()
     sampler.position = sampler.batches_per_epoch
     next(sampler)
-    changed = time.perf_counter()
+    changed = time.process_time()
     sampler.position //= 2
     return {
         "open_s": opened - began,
@@ -127,18 +129,24 @@ def _train(folder: Path, state: dict | None) -> dict:
 
 
 def _hold(folder: Path, rank: int, barrier, queue) -> None:
-    before = _shared_memory()
+    before = read_status("RssAnon")
     features = open_features(folder)
     sampler = BucketSampler(features.bins, BATCH, world_size=2, rank=rank, is_prior=features.is_prior)
     collate([features[index] for index in next(sampler)])
     barrier.wait()
-    queue.put(_shared_memory() - before)
+    queue.put(read_status("RssAnon") - before + _list_pages())
+    barrier.wait()  # until both have counted
 
 
-def _shared_memory() -> int:
-    """Bytes that are this process's own, and its part of what it shares with others (Linux)."""
-    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+def _list_pages() -> int:
+    """Bytes of the list that this process has in its memory, divided by how many processes share them (Linux)."""
+    total, is_list = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if "-" in line.partition(" ")[0]:
+            is_list = line.endswith(INDEX_SUFFIX)
+        elif is_list and line.startswith("Pss:"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 def publish(runs: list[dict], folder: Path) -> str:

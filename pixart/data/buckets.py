@@ -260,9 +260,9 @@ def _permute(count: int, draws: Iterator[np.ndarray]) -> array:
 def _balanced(is_prior: Sequence[bool]) -> np.ndarray | None:
     """The pictures that an epoch shows, where there are two groups: each as often as the larger; None for all once."""
     marks = np.asarray(is_prior, bool)
-    groups = [np.flatnonzero(marks == kind).astype(np.uint32) for kind in (False, True)]
-    if not all(map(len, groups)):
+    if not marks.any() or marks.all():
         return None
+    groups = [np.flatnonzero(marks == kind).astype(np.uint32) for kind in (False, True)]
     most = max(map(len, groups))
     return np.concatenate([np.resize(group, most) for group in groups])
 

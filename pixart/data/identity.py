@@ -21,6 +21,10 @@ class Digest:
         self._state.update(len(data).to_bytes(8, "little"))
         self._state.update(data)
 
+    def add_all(self, parts: Iterable[str]) -> None:
+        """Take in texts one after the other, all of ASCII; in one go, which is faster."""
+        self._state.update(b"".join(len(part).to_bytes(8, "little") + part.encode("ascii") for part in parts))
+
     def hexdigest(self) -> str:
         """Of all that was added so far."""
         return self._state.hexdigest()

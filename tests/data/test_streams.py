@@ -250,6 +250,16 @@ def test_another_content_is_refused(written, tmp_path, change):
         open_features(tmp_path)
 
 
+def test_the_cache_of_the_environment(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXART_STREAM_CACHE", str(tmp_path / "mine"))
+    monkeypatch.setenv("PIXART_STREAM_CACHE_GB", "0.5")
+    place = open_stream(server.address).place
+    assert place.folder.parent == tmp_path / "mine" and place.limit_bytes == 500_000_000
+    monkeypatch.setenv("PIXART_STREAM_CACHE_GB", "much")
+    with pytest.raises(ValueError, match="much.* GB in PIXART_STREAM_CACHE_GB"):
+        open_stream(server.address)
+
+
 def test_addresses_that_do_not_answer(tmp_path):
     with pytest.raises(OSError, match="Stream cannot be opened: got .* for 'stream.json' of 'http://127.0.0.1:9"):
         open_stream("http://127.0.0.1:9/x", tmp_path)

@@ -5,6 +5,7 @@ it, so that a process holds nothing of it but the pages that it looks at. Names 
 one column of bytes, with a column of where each ends.
 """
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ MANIFEST, INDEX_SUFFIX = "features.json", ".index"
 KEY_BYTES = 20
 PARTS = ("caption", "picture", "hint")  # which have a key in each row
 _ROWS_AT_ONCE = 2**16
+_MARKS = ("aspect_ratio", "is_prior")
 _TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64, "F64": np.float64}
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
 TEXTS = ("name", "text")
@@ -130,12 +132,22 @@ class Index:
         """The identity of pictures and captions in their order (see examples.FeatureSet)."""
         state = Digest()
         state.add(self.null_key)
+        columns, sizes = self.columns, [[side * LATENT_DOWNSCALE for side in size] for size in self.bins.sizes.tolist()]
+
+        @functools.cache
+        def tail(number: int, height: int, width: int, ratio: float, is_prior: int) -> str:
+            return repr([sizes[number], [height, width], ratio, bool(is_prior)])[1:]
+
         for rows in _blocks(len(self)):
-            block = {name: self.columns[name][rows].tolist() for name in ("size_px", "aspect_ratio", "is_prior")}
-            keys = [_hex(self.columns[part][rows], self.columns[f"{part}_shard"][rows]) for part in PARTS]
-            bins = (self.columns["sizes"][self.columns["bin"][rows]] * LATENT_DOWNSCALE).tolist()
-            for row in zip(*keys, bins, block["size_px"], block["aspect_ratio"], block["is_prior"], strict=True):
-                state.add(repr([*row[:-1], bool(row[-1])]))
+            keys = [_hex(columns[part][rows], columns[f"{part}_shard"][rows]) for part in PARTS]
+            numbers = [columns["bin"][rows], *columns["size_px"][rows].T, *(columns[name][rows] for name in _MARKS)]
+            tails = map(tail, *(column.tolist() for column in numbers))
+            state.add_all(
+                f"['{caption}', '{picture}', {hint!r}, {rest}"
+                for caption, picture, hint, rest in zip(*keys, tails, strict=True)
+            )
+            if tail.cache_info().currsize > _ROWS_AT_ONCE:
+                tail.cache_clear()
         return state.hexdigest()
 
 

@@ -20,7 +20,8 @@ from ..examples import Example
 from .places import Ahead, Cache, Folder, digest_of, fetch_small, is_address
 from .writing import STREAM, VERSION
 
-CACHE_BYTES = 4 * 10**9
+CACHE, CACHE_GB = "PIXART_STREAM_CACHE", "PIXART_STREAM_CACHE_GB"  # of the environment: the folder, and its bound
+_USUAL_GB = 4.0
 SHARDS_A_BLOCK = 8  # whose pictures are shuffled with each other
 _HEAD_BYTES = 64 * MEGABYTE
 _COLUMNS = {
@@ -131,10 +132,11 @@ def is_stream(where: str | os.PathLike) -> bool:
     return is_address(where) or (Path(where) / STREAM).is_file()
 
 
-def open_stream(where: str | os.PathLike, cache: Path | None = None, cache_bytes: int = CACHE_BYTES) -> StreamFeatures:
+def open_stream(where: str | os.PathLike, cache: Path | None = None, cache_bytes: int | None = None) -> StreamFeatures:
     """The stream in a folder or at an address: http, https, or one that fsspec knows.
 
-    cache: folder for what is fetched from an address; None is one below the user's own. cache_bytes: how much it keeps.
+    cache: folder for what is fetched from an address; None is that of the environment, or one below the user's own.
+    cache_bytes: how much it keeps; None is the environment's number, or 4 GB.
     Raises OSError when nothing answers, ValueError for another content.
     """
     try:
@@ -143,13 +145,22 @@ def open_stream(where: str | os.PathLike, cache: Path | None = None, cache_bytes
             return _open(Folder(Path(where)), head)
         head = parse_json(fetch_small(os.fspath(where), STREAM, _HEAD_BYTES))
         own = hashlib.blake2b(os.fspath(where).encode(), digest_size=8).hexdigest()
-        folder = (cache or Path.home() / ".cache" / "pixart-pack" / "streams") / own
-        return _open(Cache(os.fspath(where), folder, cache_bytes), head)
+        usual = os.environ.get(CACHE) or Path.home() / ".cache" / "pixart-pack" / "streams"
+        limit = _usual_bytes() if cache_bytes is None else cache_bytes
+        return _open(Cache(os.fspath(where), Path(cache or usual) / own, limit), head)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
             f"Not a stream: got {shorten(error, 200)} at {shorten(os.fspath(where), 300)}, expected {STREAM} of "
             f"version {VERSION} and what it names. Write it with: python -m pixart encode --stream"
         ) from error
+
+
+def _usual_bytes() -> int:
+    written = os.environ.get(CACHE_GB) or _USUAL_GB
+    try:
+        return int(float(written) * 1e9)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{shorten(written)} GB in {CACHE_GB}, expected a number") from error
 
 
 def _open(place: Folder | Cache, head: dict) -> StreamFeatures:
