@@ -77,7 +77,7 @@ class HostLoop(OurLoop):
         import comfy.model_patcher
         import comfy.supported_models
 
-        from ..nodes.host.denoiser.model import set_inference_dtype
+        from ..nodes.host.weights.precision import set_inference_dtype
 
         settings = {
             "image_model": "pixart_sigma" if config.is_sigma else "pixart_alpha",

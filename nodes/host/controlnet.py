@@ -20,6 +20,7 @@ from .denoiser.model import cast_weight, name_tables, with_table
 from .folders import find_file, find_folder, find_folders, list_files
 from .loading import DTYPES, class_name, hints_of, make_model
 from .weights.packed import PackedOperations, is_packed
+from .weights.precision import choose_dtypes
 
 FILE_KINDS, FOLDER_KINDS = ("controlnet",), ("controlnet", "diffusers")
 
@@ -239,12 +240,8 @@ def make_control(checkpoint: ControlNetCheckpoint, dtype: torch.dtype | None = N
     """A CONTROL_NET. dtype: of the weights; None lets the host choose by the file and the device."""
     management = comfy.model_management
     state_dict, packed = checkpoint.state_dict, is_packed(checkpoint.state_dict)
-    if dtype is None:
-        dtype = management.unet_dtype(
-            model_params=comfy.utils.calculate_parameters(state_dict),
-            supported_dtypes=[torch.float16, torch.bfloat16, torch.float32],
-            weight_dtype=comfy.utils.weight_dtype(state_dict),
-        )
+    supported = [torch.float16, torch.bfloat16, torch.float32]
+    dtype, _ = choose_dtypes(state_dict, management.get_torch_device(), supported, dtype)
     model = ControlNetModel(checkpoint.config, checkpoint.num_copies, dtype, packed)
     state_dict = name_tables({key: cast_weight(key, value, dtype) for key, value in state_dict.items()})
     model.load_state_dict(state_dict, strict=True, assign=True)

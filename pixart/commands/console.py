@@ -42,8 +42,14 @@ def run_command(
     return OK
 
 
-def add_device(parser) -> None:
-    """--device and --dtype; the defaults are what this machine is best at."""
+AUTO = "auto"
+
+
+def add_device(parser, asks_file: bool = False) -> None:
+    """--device and --dtype; the defaults are what this machine is best at.
+
+    asks_file: the default of --dtype is AUTO, which the model's file decides, see `processors.own_dtype`.
+    """
     # Here, since the list of commands needs no PyTorch, which takes seconds.
     import torch
 
@@ -51,6 +57,10 @@ def add_device(parser) -> None:
 
     device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
     parser.add_argument("--device", default=device, help="default: %(default)s")
+    if asks_file:
+        help = "auto: bf16 on a GPU, and for a file in bf16 on a CPU that has it (AVX512_BF16, AMX); else fp32"
+        parser.add_argument("--dtype", choices=[AUTO, *DTYPES], default=AUTO, help=help)
+        return
     parser.add_argument("--dtype", choices=list(DTYPES), default=dtype, help="default: %(default)s")
 
 

@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..acceleration.compilation import compile_blocks, explain_failure
 from ..acceleration.guidance_reuse import LINE, GuidanceReuse
+from ..acceleration.processors import own_dtype
 from ..config import LATENT_DOWNSCALE, PixArtConfig
 from ..data.pictures import FilePicture, read_picture
 from ..encoders.autoencoder import load_autoencoder
@@ -58,7 +59,7 @@ def add_models(parser: argparse.ArgumentParser, required: bool = True) -> None:
     models.add_argument("--strict", action="store_true", help="refuse a LoRA that fits the model only in part")
     models.add_argument("--variant", help="which released model it is, such as alpha-512, where the file does not say")
     add_weights(models)
-    add_device(models)
+    add_device(models, asks_file=True)
     models.add_argument(
         "--compile", action="store_true", help="compile a block of the model first, which needs a compiler; then faster"
     )
@@ -75,10 +76,10 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
                 f"with {folder}/, or {flag}. Name the file or folder with {flag}."
             )
         parts[flag] = given or own
-    dtype = DTYPES[options.dtype]
     hints = {"variant": options.variant} if options.variant else {}
     checkpoint = read_checkpoint(options.model, weights=options.weights, **hints)
     tell(options.model.name, checkpoint.remarks)
+    dtype = DTYPES.get(options.dtype) or own_dtype(torch.device(options.device).type, _dtype_of(checkpoint.state_dict))
     with torch.device("meta"):
         model = PixArt(checkpoint.config)
     weights = add_loras(checkpoint.state_dict, checkpoint.config, options.lora, options.strict)
@@ -92,6 +93,11 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
     if options.compile:
         compile_blocks(model, on_failure=explain_failure)
     return Pipeline(model, text_encoder, autoencoder)
+
+
+def _dtype_of(weights: dict) -> torch.dtype:
+    """The dtype of the largest weight, such as most are in."""
+    return max(weights.values(), key=torch.Tensor.numel).dtype
 
 
 def add_loras(weights: dict, config: PixArtConfig, texts: list[str], strict: bool) -> dict:

@@ -286,6 +286,33 @@ def test_nothing_is_left_without_memory(patcher):
     assert not [name for name, tensor in tensors if tensor.is_meta]
 
 
+@pytest.mark.parametrize(
+    ("file_dtype", "chosen", "has_bf16", "kept", "maths"),
+    [
+        (torch.bfloat16, None, True, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, None, False, torch.float32, torch.float32),
+        (torch.float16, None, True, torch.float32, torch.float32),  # of more digits than bfloat16 holds
+        (torch.float32, None, True, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, True, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16, False, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float32, True, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float16, True, torch.float16, torch.float32),
+        (torch.float32, torch.float8_e4m3fn, True, torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float32, torch.float8_e4m3fn, False, torch.float8_e4m3fn, torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bf16_where_it_has_that(host_model, monkeypatch, file_dtype, chosen, has_bf16, kept, maths):
+    precision = importlib.import_module("pixart_pack.nodes.host.weights.precision")
+    monkeypatch.setattr(precision, "has_bf16", lambda: has_bf16)
+    weights = {name: weight.to(file_dtype) for name, weight in make_weights(CONFIG).items()}
+    net = host_model.make_patcher(weights, CONFIG, dtype=chosen).model
+    assert (net.get_dtype(), net.get_dtype_inference()) == (kept, maths)
+    monkeypatch.setattr(precision.args, "force_fp32", True)
+    assert precision.choose_dtypes(make_weights(CONFIG), torch.device("cpu"), [torch.float32], torch.bfloat16)[1] == (
+        torch.float32
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_low_precision_weights(comfy, host_model, patcher, dtype):
     model = host_model.make_patcher(make_weights(CONFIG), CONFIG, dtype=dtype)

@@ -1,7 +1,6 @@
 """PixArt as one of ComfyUI's own models: weights under its memory management, patches and wrappers honoured."""
 
 import functools
-import inspect
 from typing import NamedTuple
 
 import comfy.model_base
@@ -20,6 +19,7 @@ from ....pixart.quoting import shorten
 from ....pixart.transformer import PixArt, ProjectedCaption, add_control
 from ....pixart.weights.quantised.packed import Packed
 from ..weights.packed import PackedOperations, is_packed
+from ..weights.precision import choose_dtypes, set_inference_dtype
 from .attention import block_attention
 from .block_cache import BLOCK_CACHE
 from .compilation import COMPILED, compiled_blocks
@@ -375,20 +375,14 @@ class PixArtModelConfig(comfy.supported_models_base.BASE):
 def make_patcher(state_dict, config, dtype=None, fp8_optimizations=False, disable_dynamic=False):
     """A MODEL from a state dict in the original layout, which is emptied on the way.
 
-    dtype: of the weights; None lets the host choose by the file and the device.
+    dtype: of the weights; None lets the host choose by the file and the device, see `choose_dtypes`.
     Raises ValueError when weights and config do not fit.
     """
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     model_config = PixArtModelConfig(config)
     supported = list(model_config.supported_inference_dtypes)
-    if dtype is None:
-        dtype = management.unet_dtype(
-            model_params=comfy.utils.calculate_parameters(state_dict),
-            supported_dtypes=supported,
-            weight_dtype=comfy.utils.weight_dtype(state_dict),
-        )
-    manual_cast = management.unet_manual_cast(dtype, load_device, supported)
+    dtype, manual_cast = choose_dtypes(state_dict, load_device, supported, dtype)
     set_inference_dtype(model_config, dtype, manual_cast, load_device)
     model_config.optimizations["fp8"] = fp8_optimizations
     packed = is_packed(state_dict)
@@ -407,12 +401,6 @@ def make_patcher(state_dict, config, dtype=None, fp8_optimizations=False, disabl
 def name_tables(state_dict):
     """Original names -> the module's: a table is a leaf module here."""
     return {f"{key}.weight" if key.endswith(TABLES) else key: value for key, value in state_dict.items()}
-
-
-def set_inference_dtype(model_config, dtype, manual_cast, device):
-    """Set in the host's config the dtypes of weights and maths; hosts before 0.30 do not ask for the device."""
-    takes_device = "device" in inspect.signature(model_config.set_inference_dtype).parameters
-    model_config.set_inference_dtype(dtype, manual_cast, **({"device": device} if takes_device else {}))
 
 
 def cast_weight(key, tensor, dtype):
