@@ -6,7 +6,9 @@ import pkgutil
 import sys
 from pathlib import Path
 
-TOOLS = frozenset({"__main__", "cases", "gpu", "host", "mixture", "peaks", "peers", "plain", "report", "timing"})
+TOOLS = frozenset(
+    {"__main__", "cases", "counting", "gpu", "host", "mixture", "peaks", "peers", "plain", "report", "timing"}
+)
 
 
 def main(arguments: list[str]) -> int:

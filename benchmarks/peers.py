@@ -79,17 +79,7 @@ class HostLoop(OurLoop):
 
         from ..nodes.host.weights.precision import set_inference_dtype
 
-        settings = {
-            "image_model": "pixart_sigma" if config.is_sigma else "pixart_alpha",
-            "depth": config.depth,
-            "hidden_size": config.hidden_size,
-            "num_heads": config.num_heads,
-            "caption_channels": config.caption_channels,
-            "micro_condition": config.micro_condition,
-            "pe_interpolation": config.pe_scale,
-            "model_max_length": config.caption_length,
-            "dtype": dtype,
-        }
+        settings = {**host_settings(config), "dtype": dtype}
         kind = comfy.supported_models.PixArtSigma if config.is_sigma else comfy.supported_models.PixArtAlpha
         description = kind(settings)
         description.unet_config = settings
@@ -98,6 +88,20 @@ class HostLoop(OurLoop):
         model = description.get_model({}, "")
         model.diffusion_model.load_state_dict(weights, strict=False)
         self.patcher = comfy.model_patcher.ModelPatcher(model, *_devices())
+
+
+def host_settings(config):
+    """What ComfyUI's own PixArt is built from."""
+    return {
+        "image_model": "pixart_sigma" if config.is_sigma else "pixart_alpha",
+        "depth": config.depth,
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_heads,
+        "caption_channels": config.caption_channels,
+        "micro_condition": config.micro_condition,
+        "pe_interpolation": config.pe_scale,
+        "model_max_length": config.caption_length,
+    }
 
 
 def _devices():

@@ -71,8 +71,10 @@ def tile_rows(x, batch):
 
 
 def modulate(x, shift, scale):
-    """Normalises x over its channels, then scales and shifts it. x: (B, N, D); shift, scale: (B or 1, 1, D)."""
-    scale = 1 + scale
+    """Normalises x over its channels, then scales and shifts it. x: (B, N, D); shift, scale: (B or 1, 1, D).
+
+    scale is the factor itself: the model's tables hold what it has above 1, see `PixArtBlock.modulation_rows`.
+    """
     if shift.shape[0] == 1 and shift.dtype == x.dtype:  # alike for the whole batch: one pass over x in place of two
         return F.layer_norm(x, x.shape[-1:], scale.flatten(), shift.flatten(), eps=NORM_EPS)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale)

@@ -59,9 +59,11 @@ class BlockInputs(NamedTuple):
     modulation: (B, 6, D), or (1, 6, D) when all rows are alike. caption: (B, L, D), projected.
     caption_bias: (B, 1, 1, L) additive, or None. grid: (rows, columns) of tokens.
     self_attention, cross_attention: see `layers.attend`. keys_values: of `caption`, see ProjectedCaption.
-    rows: for every block its table added to `modulation`, or None where each computes that.
+    rows: for every block its `modulation_rows`, or None where each computes them.
     window: self-attention reads the means of window x window tokens. run: what runs a block in place
     of itself, see `run_block`.
+    overwrites: blocks may write into the tokens that they are given, which nobody else holds, where no gradient is
+    needed: a tensor less at the peak, of four or five times the tokens.
     around: what a host does in front of the attentions and behind them, or None: an object that runs the modules, with
     self_attention(module, x, inputs) and cross_attention(module, x, keys_values, inputs).
     """
@@ -75,6 +77,7 @@ class BlockInputs(NamedTuple):
     keys_values: tuple[torch.Tensor, ...] | None = None
     rows: tuple[torch.Tensor, ...] | None = None
     window: int = 1
+    overwrites: bool = False
     run: Callable[..., torch.Tensor] | None = None
     around: Any = None
 
@@ -89,10 +92,13 @@ class BlockInputs(NamedTuple):
     def run_block(self, block, x, index):
         """Block `index` of the model, by `run` where there is one. x: (B, N, D). Returns (B, N, D)."""
         rows = None if self.rows is None else self.rows[index]
-        return self.run_copy(block, x, self.keys_values_of(index), rows)
+        return self._run(block, x, self.keys_values_of(index), rows)
 
-    def run_copy(self, block, x, keys_values=None, rows=None):
-        """Any block of this width, by `run` where there is one. x: (B, N, D). Returns (B, N, D)."""
+    def run_copy(self, block, x, keys_values=None):
+        """Any block of this width, by `run` where there is one. x: (B, N, D), kept as it is. Returns (B, N, D)."""
+        return (self._replace(overwrites=False) if self.overwrites else self)._run(block, x, keys_values)
+
+    def _run(self, block, x, keys_values=None, rows=None):
         return block(x, self, keys_values, rows) if self.run is None else self.run(block, x, self, keys_values, rows)
 
 
@@ -121,16 +127,20 @@ class PixArtBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = rows.chunk(6, dim=1)  # (B, 1, D)
         if keys_values is None:
             keys_values = self.cross_attn.keys_values(inputs.caption)
-        modulated = modulate(x, shift_attn, scale_attn)
         # The caption is read from the raw stream: no norm, no modulation, no gate.
-        if inputs.around is None:
-            attended = self.attn(modulated, inputs.grid, inputs.self_attention, window=inputs.window)
+        if inputs.around is not None:
+            attended = inputs.around.self_attention(self.attn, modulate(x, shift_attn, scale_attn), inputs)
             x = torch.addcmul(x, gate_attn, attended)
-            x = x + self.cross_attn(x, keys_values, inputs.caption_bias, inputs.cross_attention)
-        else:
-            x = torch.addcmul(x, gate_attn, inputs.around.self_attention(self.attn, modulated, inputs))
             x = x + inputs.around.cross_attention(self.cross_attn, x, keys_values, inputs)
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
+            return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
+        x = add_gated(
+            x, gate_attn, self.attn(
+                modulate(x, shift_attn, scale_attn), inputs.grid, inputs.self_attention, window=inputs.window
+            ), inputs.overwrites,
+        )  # fmt: skip
+        # From here on x is this block's own.
+        x = add_to(x, self.cross_attn(x, keys_values, inputs.caption_bias, inputs.cross_attention))
+        return add_gated(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)), True)
 
     def modulate_input(self, x, inputs: BlockInputs, index):
         """What self-attention reads of x where this is block `index` of the model: (B, N, D), of the same."""
@@ -139,8 +149,28 @@ class PixArtBlock(nn.Module):
         return modulate(x, shift, scale)
 
     def modulation_rows(self, modulation):
-        """Shifts, scales and gates of both branches: (B or 1, 6, D), of the same."""
-        return modulation + read_table(self.scale_shift_table, modulation)
+        """Shifts, scales and gates of both branches: (B or 1, 6, D), of the same. The scales are whole factors."""
+        return with_whole_scales(modulation + read_table(self.scale_shift_table, modulation))
+
+
+def with_whole_scales(rows):
+    """Adds the 1 that is no part of what the model holds of its scales. rows: (..., 6, D), changed in place."""
+    rows[..., 1::3, :].add_(1)
+    return rows
+
+
+def add_gated(x, gate, branch, overwrites):
+    """x + gate * branch, written into x where that is allowed and no gradient is needed."""
+    if overwrites and x.dtype == branch.dtype and not (x.requires_grad or gate.requires_grad or branch.requires_grad):
+        return x.addcmul_(gate, branch)
+    return torch.addcmul(x, gate, branch)
+
+
+def add_to(x, branch):
+    """x + branch, written into x where no gradient is needed."""
+    if x.dtype == branch.dtype and not (x.requires_grad or branch.requires_grad):
+        return x.add_(branch)
+    return x + branch
 
 
 class FinalLayer(nn.Module):
@@ -157,7 +187,7 @@ class FinalLayer(nn.Module):
         """x: (B, N, D). condition: (B or 1, D). Returns (B, N, patch_size**2 * C_out), the channel fastest."""
         rows = read_table(self.scale_shift_table, x) + condition.unsqueeze(1)  # (B or 1, 2, D)
         shift, scale = rows.chunk(2, dim=1)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(modulate(x, shift, 1 + scale))
 
 
 class PixArt(nn.Module):
@@ -220,9 +250,16 @@ class PixArt(nn.Module):
         x, grid = self.embed_latent(latent)
         condition = self.embed_condition(latent, timestep, resolution, aspect_ratio)
         inputs = self.prepare_blocks(x, grid, condition, caption, caption_mask, self.attention)
+        inputs = inputs._replace(overwrites=not control and not self.is_watched())
         for index, block in enumerate(self.blocks):
             x = inputs.run_block(block, add_control(x, control, index, inputs), index)
         return self.project(x, condition, grid, latent.shape)
+
+    def is_watched(self) -> bool:
+        """Whether anybody may hold what goes into a block or comes out of it: by hooks, or by recomputing it later."""
+        return any(
+            block._forward_hooks or block._forward_pre_hooks or type(block) is not PixArtBlock for block in self.blocks
+        )
 
     def embed_latent(self, latent):
         """(B, C, H, W) -> tokens (B, N, D) with their positions added, and their grid (rows, columns)."""
@@ -319,7 +356,7 @@ class PixArt(nn.Module):
             bias = caption_bias(tile_rows(caption_mask.flatten(1), batch), x.dtype)
         modulation = self.t_block(condition).unflatten(1, (6, -1))
         tables = self.stack_tables(x) if caption.tables is None else caption.tables
-        rows = None if tables is None else (modulation + tables).unbind()  # of all blocks at once
+        rows = None if tables is None else with_whole_scales(modulation + tables).unbind()  # of all blocks at once
         states = tile_rows(caption.states, batch)
         inputs = BlockInputs(modulation, states, bias, grid, attention, attention, caption.keys_values, rows)
         return inputs if self.compiled is None else self.compiled.enter(inputs, x)

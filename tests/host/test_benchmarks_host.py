@@ -156,3 +156,16 @@ def test_a_text_encoder_in_blocks(pack, tmp_path):
     assert run["finite"] and 20 < run["tokens"] < 120
     text = packed.publish([{"case": case, "file_bytes": path.stat().st_size, "runs": [run]}], tmp_path)
     assert "| T5, 1 layers | Q4_K | 0.02 GB |" in text
+
+
+def test_a_step_in_comfyui_is_counted_and_stays_lean(comfy):
+    """At 1024 px, the whole model: 471 kernels, 22.4 GB and 127 MiB when this was written; ComfyUI's own has 1540."""
+    from pixart_pack.benchmarks.count import HOST, OURS
+    from pixart_pack.tests.benchmarks.test_count import whole_model
+
+    found, rival = whole_model(OURS), whole_model(HOST)
+    assert found.kernels <= 480 and found.bytes <= 22.6e9 and found.peak <= 130 * 2**20, found
+    assert found.casts <= 10 and found.copies <= 8
+    assert rival.kernels > 3 * found.kernels and rival.bytes > 1.4 * found.bytes
+    packed = whole_model(OURS, dtype=torch.float8_e4m3fn)
+    assert packed.casts > 10 * 28 and packed.peak <= 1.2 * found.peak  # a weight or a bias at a time becomes 16 bits

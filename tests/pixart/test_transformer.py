@@ -453,3 +453,30 @@ def test_what_is_not_finite_behind_a_mask_is_hidden(value, mask_rows):
     with torch.no_grad():
         outputs = [model(latent, torch.full((2,), 5.0), states, mask) for states in (caption, broken)]
     assert torch.equal(*outputs) and outputs[0].isfinite().all()
+
+
+def test_tokens_that_somebody_holds_are_not_written_into():
+    """Blocks write into their tokens where nobody else can hold them; a hook may, and a caller of a block does."""
+    model, held = tiny_model(), []
+    latent, caption = torch.randn(2, 4, 8, 8), torch.randn(2, 5, model.config.caption_channels)
+    given = latent, torch.tensor([500.0]), caption
+    with torch.no_grad():
+        expected = model(*given)
+        hooks = [
+            block.register_forward_hook(
+                lambda _module, args, out: held.append((args[0], args[0].clone(), out, out.clone()))
+            )
+            for block in model.blocks
+        ]
+        assert torch.equal(model(*given), expected)
+        for before, before_then, after, after_then in held:
+            assert torch.equal(before, before_then) and torch.equal(after, after_then)
+        for hook in hooks:
+            hook.remove()
+        x, grid = model.embed_latent(latent)
+        condition = model.embed_condition(latent, given[1])
+        inputs = model.prepare_blocks(x, grid, condition, caption, None, model.attention)
+        before = x.clone()
+        inputs.run_block(model.blocks[0], x, 0)
+        inputs._replace(overwrites=True).run_copy(model.blocks[0], x)
+        assert torch.equal(x, before)

@@ -137,6 +137,8 @@ class PixArtNet(PixArt):
         if cache is not None:
             read_input = functools.partial(self.blocks[0].modulate_input, tokens, inputs, 0)
             evaluation = cache.begin(options, residuals, tokens, len(self.blocks), read_input)
+        held = placed is not None or evaluation is not None or residuals
+        inputs = inputs._replace(overwrites=not held and not self.is_watched())
         index = 0
         while index < len(self.blocks):
             if evaluation is not None:

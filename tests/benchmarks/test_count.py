@@ -1,0 +1,71 @@
+"""The counts of a step: of operations whose work is known, and of the model, which no change may raise unnoticed."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pixart_pack.benchmarks.count import ALONE, DTYPES, PROGRAMS, count
+from pixart_pack.benchmarks.counting import Counter, Counts, fake
+from pixart_pack.pixart.config import CONFIGS
+
+pytestmark = pytest.mark.slow  # seconds, most of them until PyTorch knows tensors of no device
+
+DEPTH = CONFIGS["alpha-1024"].depth
+# At 1024 px, a prompt and its negative: 452 kernels, 22.4 GB and 126.6 MiB when this was written.
+MOST = Counts(kernels=460, bytes=22.6e9, casts=4, copies=8, peak=130 * 2**20)
+
+
+def counted(act):
+    with FakeTensorMode(), torch.inference_mode():
+        given = fake((4, 8)), fake((8,), torch.bfloat16)
+        with Counter() as counter:
+            act(*given)
+    return counter.counts()
+
+
+@pytest.mark.parametrize(
+    ("act", "expected"),
+    [
+        (lambda x, y: x.view(8, 4).transpose(0, 1)[1:].unsqueeze(0), Counts(0, 0, 0, 0, 0)),
+        (lambda x, y: torch.empty_like(x), Counts(0, 0, 0, 0, 128)),
+        (lambda x, y: x.to(torch.float32).contiguous().float(), Counts(0, 0, 0, 0, 0)),
+        (lambda x, y: x + 1, Counts(1, 256, 0, 0, 128)),
+        (lambda x, y: x.add_(1), Counts(1, 128, 0, 0, 0)),
+        (lambda x, y: y.expand(4, 8) * x, Counts(1, 16 + 256, 0, 0, 128)),
+        (lambda x, y: y.float(), Counts(1, 16 + 32, 1, 0, 32)),
+        (lambda x, y: x.t().contiguous(), Counts(1, 256, 0, 1, 128)),
+        (lambda x, y: x.t().reshape(-1), Counts(1, 256, 0, 1, 128)),
+        (lambda x, y: ((x + 1) * 2) + 3, Counts(3, 768, 0, 0, 256)),  # each is gone when the next but one comes
+    ],
+)
+def test_operations_are_counted_as_what_they_do(act, expected):
+    assert counted(act) == expected
+
+
+def test_an_attention_is_one_kernel_that_holds_no_logits():
+    def act(x, y):
+        q = fake((2, 5, 48)).unflatten(2, (4, 12)).transpose(1, 2)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=fake((2, 1, 1, 5)))
+
+    assert counted(act) == Counts(1, 4 * 4 * 480 + 40, 0, 0, 2 * 4 * 480 + 40)
+
+
+def whole_model(program, side_px=1024, dtype=torch.bfloat16, **options):
+    """The counts of all blocks, from two models of a few: every block adds the same."""
+    few, more = (
+        count(program, dataclasses.replace(CONFIGS["alpha-1024"], depth=depth), dtype, side_px, **options)
+        for depth in (2, 3)
+    )
+    whole = [first + (DEPTH - 2) * (second - first) for first, second in zip(few, more, strict=True)]
+    return Counts(*whole)
+
+
+def test_a_step_of_the_model_stays_as_lean_as_it_is():
+    found = whole_model(ALONE)
+    assert all(one <= most for one, most in zip(found, MOST, strict=True)), found
+
+
+def test_every_program_is_offered():
+    assert len(PROGRAMS) == 4 and set(DTYPES) == {"bf16", "fp16", "fp8"}
