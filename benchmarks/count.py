@@ -7,6 +7,7 @@ but the first. An attention counts as one kernel. Other lengths of captions chan
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -83,12 +84,16 @@ def _own_kind(config):
     return description
 
 
-def ours(config, dtype, batch=1):
-    """This pack in ComfyUI, which joins both captions into one batch under a mask."""
+def ours(config, dtype, batch=1, copies=0):
+    """This pack in ComfyUI, which joins both captions into one batch under a mask.
+
+    copies: of blocks of a ControlNet. The function's `model` is the host's.
+    """
     with unset_fake_temporarily():  # what is computed while modules are imported and models built are numbers
         import_host("cpu")
         import comfy.model_patcher
 
+        from ..nodes.host.controlnet import ControlNetModel
         from ..nodes.host.denoiser.model import PixArtModelConfig, name_tables
 
         model = _host_model(PixArtModelConfig, config, dtype).get_model({})
@@ -98,12 +103,20 @@ def ours(config, dtype, batch=1):
     model.current_patcher = comfy.model_patcher.ModelPatcher(model, torch.device(DEVICE), torch.device("cpu"))
     rows, wide = 2 * batch, model.get_dtype_inference()
     caption, mask = fake((rows, LENGTHS[0], config.caption_channels), wide), fake((rows, LENGTHS[0]), torch.long)
+    branch = ControlNetModel(config, copies, wide).requires_grad_(False) if copies else None
+    if branch is not None:
+        weights = {name: fake(tensor.shape, wide) for name, tensor in branch.state_dict().items()}
+        branch.load_state_dict(weights, assign=True)
 
     def step(side):
         size, ratio = (fake((1, n), torch.long).expand(rows, -1) for n in (2, 1))
         given = {"c_crossattn": caption, "attention_mask": mask, "c_size": size, "c_ar": ratio}
+        if branch is not None:
+            hint = fake((1, config.in_channels, side, side))
+            given["control"] = branch(hint, hint, None, None, base_model=model.diffusion_model)
         return model.apply_model(fake((rows, config.in_channels, side, side)), fake((1,)).expand(rows), **given)
 
+    step.model = model
     return step
 
 
@@ -161,6 +174,28 @@ def diffusers(config, dtype, batch=1):
 PROGRAMS = {OURS: ours, ALONE: alone, HOST: comfyui, DIFFUSERS: diffusers}
 
 
+def count_peak(config, dtype, side_px, batch=1, copies=0) -> tuple[int, int]:
+    """Bytes alive at once while this pack samples in ComfyUI, and the host's own estimate.
+
+    With what is made in the first step and kept. copies: of blocks of a ControlNet.
+    """
+    side, caption = side_px // LATENT_DOWNSCALE, [1, LENGTHS[0], config.caption_channels]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), pytorch_attention():
+        step = ours(config, dtype, batch, copies)
+        with Counter() as counter:
+            step(side)
+            step(side)
+        with unset_fake_temporarily():
+            import comfy.model_management
+
+            from ..nodes.host.denoiser.memory import CONTROLS
+
+        shapes = {"c_crossattn": [caption], CONTROLS: [[int(copies > 0), copies]]}
+        with mock.patch.object(comfy.model_management, "pytorch_attention_flash_attention", lambda: True):
+            estimate = step.model.memory_required([2 * batch, config.in_channels, side, side], cond_shapes=shapes)
+    return counter.counts().peak, round(estimate)
+
+
 def count(program, config, dtype, side_px, batch=1) -> Counts:
     """What a step of one of PROGRAMS is on a GPU; batch: pictures, each with a prompt and its negative."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
@@ -171,6 +206,12 @@ def count(program, config, dtype, side_px, batch=1) -> Counts:
             with Counter() as counter:
                 step(side)
     return counter.counts()
+
+
+def count_whole(program, config, dtype, side_px, batch=1) -> Counts:
+    """As `count`, from models of two and of three blocks: every block adds the same."""
+    few, more = (count(program, dataclasses.replace(config, depth=depth), dtype, side_px, batch) for depth in (2, 3))
+    return Counts(*(low + (config.depth - 2) * (high - low) for low, high in zip(few, more, strict=True)))
 
 
 def main(arguments):
@@ -187,9 +228,12 @@ def main(arguments):
             for program in PROGRAMS:
                 if DTYPES[name].itemsize == 1 and program in (ALONE, DIFFUSERS):
                     continue  # they compute in the dtype of the weights
-                counts = count(program, CONFIGS[options.variant], DTYPES[name], side)
-                found.append({"dtype": name, "side_px": side, "program": program, **counts._asdict()})
-                logger.info("%s %s px, %s: %s", name, side, program, counts)
+                try:
+                    counts = count_whole(program, CONFIGS[options.variant], DTYPES[name], side)._asdict()
+                except ZeroDivisionError:  # ComfyUI's own cannot draw less than half of what it was trained at
+                    counts = {}
+                found.append({"dtype": name, "side_px": side, "program": program, **counts})
+                logger.info("%s %s px, %s: %s", name, side, program, counts or "fails")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "count.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (options.out / "count.md").write_text(describe(options.variant, found), encoding="utf-8")
@@ -197,13 +241,13 @@ def main(arguments):
 
 def describe(variant, found):
     """The results as Markdown."""
-    rows = [
-        [
-            row["dtype"], f"{row['side_px']} px", row["program"], row["kernels"], f"{row['bytes'] / GB:.1f} GB",
-            row["casts"], row["copies"], f"{row['peak'] / MIB:.0f} MiB",
-        ]
-        for row in found
-    ]  # fmt: skip
+    rows = []
+    for row in found:
+        told = ["fails", "", "", "", ""]
+        if "kernels" in row:
+            touched, peak = f"{row['bytes'] / GB:.1f} GB", f"{row['peak'] / MIB:.0f} MiB"
+            told = [row["kernels"], touched, row["casts"], row["copies"], peak]
+        rows.append([row["dtype"], f"{row['side_px']} px", row["program"], *told])
     text = f"{variant}, a prompt and its negative, one picture. Every tensor that a kernel touches is counted once.\n\n"
     return text + markdown_table(
         ["weights", "picture", "program", "kernels", "memory touched", "casts", "copies", "activations"], rows

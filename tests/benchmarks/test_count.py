@@ -1,18 +1,15 @@
 """The counts of a step: of operations whose work is known, and of the model, which no change may raise unnoticed."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pixart_pack.benchmarks.count import ALONE, DTYPES, PROGRAMS, count
+from pixart_pack.benchmarks.count import ALONE, DTYPES, PROGRAMS, count_whole
 from pixart_pack.benchmarks.counting import Counter, Counts, fake
 from pixart_pack.pixart.config import CONFIGS
 
 pytestmark = pytest.mark.slow  # seconds, most of them until PyTorch knows tensors of no device
 
-DEPTH = CONFIGS["alpha-1024"].depth
 # At 1024 px, a prompt and its negative: 452 kernels, 22.4 GB and 126.6 MiB when this was written.
 MOST = Counts(kernels=460, bytes=22.6e9, casts=4, copies=8, peak=130 * 2**20)
 
@@ -52,18 +49,8 @@ def test_an_attention_is_one_kernel_that_holds_no_logits():
     assert counted(act) == Counts(1, 4 * 4 * 480 + 40, 0, 0, 2 * 4 * 480 + 40)
 
 
-def whole_model(program, side_px=1024, dtype=torch.bfloat16, **options):
-    """The counts of all blocks, from two models of a few: every block adds the same."""
-    few, more = (
-        count(program, dataclasses.replace(CONFIGS["alpha-1024"], depth=depth), dtype, side_px, **options)
-        for depth in (2, 3)
-    )
-    whole = [first + (DEPTH - 2) * (second - first) for first, second in zip(few, more, strict=True)]
-    return Counts(*whole)
-
-
 def test_a_step_of_the_model_stays_as_lean_as_it_is():
-    found = whole_model(ALONE)
+    found = count_whole(ALONE, CONFIGS["alpha-1024"], torch.bfloat16, 1024)
     assert all(one <= most for one, most in zip(found, MOST, strict=True)), found
 
 

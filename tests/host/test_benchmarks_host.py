@@ -1,11 +1,13 @@
 """The benchmarks that run ComfyUI: on tiny models every rival runs, and what cannot run is said."""
 
+import dataclasses
 import json
 from argparse import Namespace
 
 import pytest
 import torch
 
+from pixart_pack.pixart.config import CONFIGS
 from pixart_pack.tests.tiny_pixart import tiny_config
 
 OPTIONS = Namespace(
@@ -160,12 +162,51 @@ def test_a_text_encoder_in_blocks(pack, tmp_path):
 
 def test_a_step_in_comfyui_is_counted_and_stays_lean(comfy):
     """At 1024 px, the whole model: 471 kernels, 22.4 GB and 127 MiB when this was written; ComfyUI's own has 1540."""
-    from pixart_pack.benchmarks.count import HOST, OURS
-    from pixart_pack.tests.benchmarks.test_count import whole_model
+    from pixart_pack.benchmarks.count import HOST, OURS, count_whole
 
-    found, rival = whole_model(OURS), whole_model(HOST)
+    config = CONFIGS["alpha-1024"]
+    found, rival = (count_whole(program, config, torch.bfloat16, 1024) for program in (OURS, HOST))
     assert found.kernels <= 480 and found.bytes <= 22.6e9 and found.peak <= 130 * 2**20, found
     assert found.casts <= 10 and found.copies <= 8
     assert rival.kernels > 3 * found.kernels and rival.bytes > 1.4 * found.bytes
-    packed = whole_model(OURS, dtype=torch.float8_e4m3fn)
+    packed = count_whole(OURS, config, torch.float8_e4m3fn, 1024)
     assert packed.casts > 10 * 28 and packed.peak <= 1.2 * found.peak  # a weight or a bias at a time becomes 16 bits
+
+
+@pytest.mark.parametrize(
+    ("dtype", "side_px", "batch", "copies"),
+    [
+        (torch.bfloat16, 256, 1, 0),
+        (torch.bfloat16, 1024, 1, 0),
+        (torch.float16, 2048, 8, 0),
+        (torch.bfloat16, 256, 8, 2),
+        (torch.bfloat16, 2048, 1, 2),
+        (torch.float8_e4m3fn, 256, 1, 0),
+    ],
+)
+def test_the_estimate_of_memory_covers_what_is_counted(comfy, dtype, side_px, batch, copies):
+    """Too little is an out-of-memory, too much a model that is moved for nothing."""
+    from pixart_pack.benchmarks.count import count_peak
+
+    config = dataclasses.replace(CONFIGS["sigma-1024"], depth=3)
+    counted, estimate = count_peak(config, dtype, side_px, batch, copies)
+    assert counted <= estimate <= 1.25 * counted
+
+
+def test_the_estimate_hears_of_captions_and_controls(comfy):
+    from pixart_pack.nodes.host.denoiser import memory
+
+    class Control:
+        def __init__(self, copies, previous=None):
+            self.previous_controlnet = previous
+            self.control_model = Namespace(num_copies=copies)
+
+    assert memory.count_controls(None) == (0, 0)
+    assert memory.count_controls(Control(13, Control(2))) == (2, 15)
+    config = CONFIGS["alpha-1024"]
+    bare, long, controlled, cast = (
+        memory.count_bytes(config, 2, (128, 128), 2, *rest)
+        for rest in ((20,), (120,), (20, (1, 13)), (20, (0, 0), True))
+    )
+    assert long - bare == 2 * 100 * 1152 * 2 * 57
+    assert controlled > bare + 3 * 2 * 4096 * 1152 * 2 and cast > bare + 2 * 4608 * 1152

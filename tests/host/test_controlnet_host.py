@@ -280,7 +280,7 @@ def test_embeddings_and_first_block_run_once_a_step(comfy, adapter, patcher, vae
 def test_prompts_in_forwards_of_their_own(comfy, monkeypatch, adapter, patcher, vae, make_control):
     """As the host does it where memory is short."""
     together = sample(comfy, patcher, *apply(adapter, make_control(), vae, picture(batch=2)), batch=2)
-    monkeypatch.setattr(importlib.import_module("comfy.model_base").BaseModel, "memory_required", lambda *_, **__: 1e18)
+    monkeypatch.setattr(type(patcher.model), "memory_required", lambda *_, **__: 1e18)
     model, seen = count_forwards(patcher)
     alone = sample(comfy, model, *apply(adapter, make_control(), vae, picture(batch=2)), batch=2)
     assert [shape[0] for shape, _ in seen] == [2] * 4

@@ -26,12 +26,12 @@ from .compilation import COMPILED, compiled_blocks
 from .conditions import RATIO_UNITS, CaptionCond, MaskCond, SizeCond, in_window
 from .kv_compression import compress_keys
 from .latent import latent_format
+from .memory import CAPTION_MEMORY_BYTES, CONTROLS, count_bytes, count_controls, longest
 from .noise_levels import PixArtSampling, check_noise_levels, share_row
 from .patcher import make_named
 from .patches import read_patches
 from .words import UNetFields
 
-CAPTION_MEMORY_BYTES = 256 * 2**20  # for captions that are kept projected while a picture is sampled
 TABLES = ("scale_shift_table", "y_embedding")  # parameters that are modules of their own here
 VARIANCE_SINK = "pixart_variance"  # transformer option: a list that receives (cond_or_uncond, full prediction)
 
@@ -228,6 +228,26 @@ class PixArtModel(comfy.model_base.PixArt):
         out["c_size"] = SizeCond(size, device, own[0])
         out["c_ar"] = SizeCond([round(ratio * RATIO_UNITS)], device, own[1])
         return out
+
+    def extra_conds_shapes(self, **kwargs):
+        """What a prompt says of the memory that it will take, for `memory_required`."""
+        caption = kwargs.get("cross_attn")
+        shapes = {} if caption is None else {"c_crossattn": list(caption.shape)}
+        return {**shapes, CONTROLS: list(count_controls(kwargs.get("control")))}
+
+    def memory_required(self, input_shape, cond_shapes={}):  # noqa: B006  the host's signature
+        """Bytes beside the weights. input_shape: of all latents that are denoised together, (B, C, H, W)."""
+        management = comfy.model_management
+        if not (management.xformers_enabled() or management.pytorch_attention_flash_attention()):
+            return super().memory_required(input_shape, cond_shapes=cond_shapes)  # which counts the logits
+        config = self.pixart_config
+        maths = self.get_dtype_inference()
+        length = longest(cond_shapes.get("c_crossattn", ())) or config.caption_length
+        controls = max(map(tuple, cond_shapes.get(CONTROLS, ())), default=(0, 0))
+        return count_bytes(
+            config, input_shape[0], tuple(input_shape[-2:]), management.dtype_size(maths), length, controls,
+            casts=maths != self.get_dtype() or self.model_config.custom_operations is not None,
+        )  # fmt: skip
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=()):
         """A condition for a window of rows or columns: the host samples it as a picture of its own."""
