@@ -188,7 +188,7 @@ def count_peak(config, dtype, side_px, batch=1, copies=0) -> tuple[int, int]:
         with unset_fake_temporarily():
             import comfy.model_management
 
-            from ..nodes.host.denoiser.memory import CONTROLS
+            from ..nodes.host.weights.memory import CONTROLS
 
         shapes = {"c_crossattn": [caption], CONTROLS: [[int(copies > 0), copies]]}
         with mock.patch.object(comfy.model_management, "pytorch_attention_flash_attention", lambda: True):

@@ -194,7 +194,7 @@ def test_the_estimate_of_memory_covers_what_is_counted(comfy, dtype, side_px, ba
 
 
 def test_the_estimate_hears_of_captions_and_controls(comfy):
-    from pixart_pack.nodes.host.denoiser import memory
+    from pixart_pack.nodes.host.weights import memory
 
     class Control:
         def __init__(self, copies, previous=None):

@@ -18,6 +18,7 @@ from ....pixart.layers import blank_hidden, common_row
 from ....pixart.quoting import shorten
 from ....pixart.transformer import PixArt, ProjectedCaption, add_control
 from ....pixart.weights.quantised.packed import Packed
+from ..weights.memory import CAPTION_MEMORY_BYTES, CONTROLS, count_bytes, count_controls, longest
 from ..weights.packed import PackedOperations, is_packed
 from ..weights.precision import choose_dtypes, set_inference_dtype
 from .attention import block_attention
@@ -26,7 +27,6 @@ from .compilation import COMPILED, compiled_blocks
 from .conditions import RATIO_UNITS, CaptionCond, MaskCond, SizeCond, in_window
 from .kv_compression import compress_keys
 from .latent import latent_format
-from .memory import CAPTION_MEMORY_BYTES, CONTROLS, count_bytes, count_controls, longest
 from .noise_levels import PixArtSampling, check_noise_levels, share_row
 from .patcher import make_named
 from .patches import read_patches
