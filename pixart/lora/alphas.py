@@ -42,9 +42,9 @@ class Settings:
         return replace(factor, alpha=factor.rank), "the rank, since the file has none"
 
     def _from_peft(self, factor: Factor, module: str) -> Factor:
-        alpha = _number(self.peft.get("lora_alpha", self.peft.get("alpha")), PEFT_ALPHA)
-        alpha = self._pattern("alpha_pattern", module, alpha)
-        rank = factor.rank or int(self._pattern("rank_pattern", module, _number(self.peft.get("r"), alpha)))
+        name = "lora_alpha" if "lora_alpha" in self.peft else "alpha"
+        alpha = self._pattern("alpha_pattern", module, _number(self.peft.get(name), PEFT_ALPHA, name))
+        rank = factor.rank or self._rank(module)
         if self.peft.get("use_rslora") is True:
             alpha *= math.sqrt(rank)  # rsLoRA, arXiv 2312.03732: the scale is alpha / sqrt(rank)
         if factor.rank is None and isinstance(factor, Kronecker):
@@ -56,7 +56,14 @@ class Settings:
         """The number that one of PEFT's patterns has for a module."""
         patterns = self.peft.get(name)
         patterns = patterns if isinstance(patterns, Mapping) else {}
-        return next((_number(value, usual) for key, value in patterns.items() if matches(key, module)), usual)
+        return next((_number(value, usual, name) for key, value in patterns.items() if matches(key, module)), usual)
+
+    def _rank(self, module: str) -> float:
+        """The rank of a module whose matrices are whole. Raises ValueError for none that can be divided by."""
+        rank = self._pattern("rank_pattern", module, _number(self.peft.get("r"), PEFT_ALPHA, "r"))
+        if rank < 1:
+            raise _unusable("r", rank)
+        return rank
 
 
 def matches(pattern: str, module: str) -> bool:
@@ -91,9 +98,20 @@ def check_pattern(pattern: str) -> str:
         ) from error
 
 
-def _number(value: object, default: float) -> float:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST
-    return float(value) if fits else float(default)
+def _number(value: object, default: float, name: str) -> float:
+    """A number of a configuration, or the usual one where it has none. Raises ValueError for what is no number."""
+    if value is None:
+        return float(default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+        raise _unusable(name, value)
+    return float(value)
+
+
+def _unusable(name: str, value: object) -> ValueError:
+    return ValueError(
+        f"Unusable number in {PEFT_CONFIG}: got {shorten(value)} for {shorten(name)}, expected one that "
+        f"scales the LoRA. Take the file as PEFT saved it."
+    )
 
 
 def stored_config(metadata: Mapping[str, str] | None) -> dict:

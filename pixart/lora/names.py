@@ -46,10 +46,10 @@ ROLES = {
     **{name: name for name in ("q_layer", "p_layer", "lambda_layer")},
 }
 WHOLE, WHOLE_BIAS, BARE_WEIGHT = "whole", "whole_bias", "bare_weight"
-# Behind the role PEFT may put an adapter's name.
+# Behind the role PEFT may put an adapter's name; a weight's own scale is none.
 _KEY = re.compile(
     rf"(.+?)[._]({'|'.join(map(re.escape, sorted(ROLES, key=len, reverse=True)))})"
-    r"(?:\.(?!bias$)[^.]+)?(?:\.weight|(\.bias))?"
+    r"(?:\.(?!bias$|weight[^.]|scale_|[^.]+_scale$)[^.]+)?(?:\.weight|(\.bias))?"
 )
 # Whole parameters beside PEFT's adapters, and LyCORIS' IA3, whose numbers are called as a weight.
 _PEFT_MODULE = r"((?:(?:unet|transformer)\.)?base_model\.model\..+?)"

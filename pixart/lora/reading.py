@@ -198,7 +198,7 @@ def _group_keys(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict, dict, lis
 
 def _usable(role: str, tensor: torch.Tensor, may_be_empty: bool) -> bool:
     if role == "alpha":
-        return tensor.numel() == 1 and abs(float(tensor)) < LARGEST
+        return tensor.numel() == 1 and not tensor.is_complex() and abs(float(tensor)) < LARGEST
     if role == "on_input":
         return tensor.numel() == 1
     return tensor.dtype.is_floating_point and tensor.ndim > 0 and (tensor.numel() > 0 or may_be_empty)
@@ -233,6 +233,8 @@ def _check_factors(lora: LoRA, shapes: Mapping[str, tuple[int, ...]] | None) -> 
                 f"a change of shape {factor.product_shape}" if factor.product_shape else f"{factor.title} of another"
             )
             got = shape if factor.is_whole else "factors that do not belong together"
+            if factor.is_whole and factor.magnitude is not None and factor.product_shape == wanted:
+                got = f"{factor.magnitude.numel()} magnitudes"
             raise ValueError(
                 f"LoRA width mismatch at {shorten(target.name)}: got {got}, expected {wanted or 'one matrix'}. Choose "
                 f"a LoRA that was trained on this PixArt model."

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,22 @@ def test_runs_as_lycoris_does_at_another_scale(algorithm):
     module.apply_to()
     found = torch.nn.functional.linear(torch.eye(48), changed["blocks.0.mlp.fc1.weight"], layer.bias)
     torch.testing.assert_close(found, module.eval()(torch.eye(48)), **WIDE)
+
+
+def test_a_norms_difference_is_that_of_lycoris():
+    lycoris = pytest.importorskip("lycoris.modules")
+    config = replace(CONFIG, qk_norm=True)
+    weights = {key: torch.randn(shape) for key, shape in expected_shapes(config).items() if ".q_norm." in key}
+    layer = torch.nn.LayerNorm(48)
+    layer.load_state_dict({name: weights[f"blocks.0.attn.q_norm.{name}"].clone() for name in ("weight", "bias")})
+    module = lycoris.NormModule("lycoris_blocks_0_attn_q_norm", layer, 1.0)
+    randomize(module)
+    tensors = {f"{module.lora_name}.{key}": value.detach() for key, value in module.state_dict().items()}
+    found = merge(weights, load_lora(tensors, config=config))
+    x = torch.randn(3, 48)
+    changed = (found[f"blocks.0.attn.q_norm.{name}"] for name in ("weight", "bias"))
+    torch.testing.assert_close(torch.nn.functional.layer_norm(x, (48,), *changed), module.eval()(x))
+    assert not torch.allclose(layer(x), module(x), atol=0.1)
 
 
 @pytest.mark.parametrize("start", ["principal", "last", "middle"])

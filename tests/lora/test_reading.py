@@ -224,7 +224,10 @@ BOTH = {"lora_adapter_metadata": '{"transformer.lora_alpha": 2, "text_encoder.lo
         (one_lora(rank=16), {"adapter_config": {"lora_alpha": 32, "use_rslora": True}}, 8.0, "by use_rslora"),
         (one_lora(rank=4), {"adapter_config": {"lora_alpha": 32, "alpha_pattern": {"net.2": 2}}}, 0.5, "config.json"),
         (one_lora(rank=4), {"adapter_config": {"lora_alpha": 32, "alpha_pattern": {"(": 2}}}, 8.0, "adapter_config"),
-        (one_lora(rank=4), {"adapter_config": {"lora_alpha": "much", "r": None}}, 2.0, "adapter_config"),
+        (one_lora(rank=4), {"adapter_config": {"lora_alpha": None, "r": None}}, 2.0, "adapter_config"),
+        (one_lora(rank=4), {"adapter_config": {"lora_alpha": -2}}, -0.5, "adapter_config"),
+        (one_lora(rank=4), {"adapter_config": {"lora_alpha": 0}}, 0.0, "adapter_config"),
+        (one_lora("transformer.", alpha=torch.tensor(2j)), {}, 1.0, "the rank"),
         (one_lora(rank=16), {"alpha": 4.0}, 0.25, "chosen by you"),
         (one_lora("transformer."), {"metadata": HEADER}, 0.5, "adapter_config.json"),
         (one_lora("transformer."), {"metadata": BOTH}, 0.5, "adapter_config.json"),
@@ -236,6 +239,23 @@ def test_where_alpha_is_from(adapter, given, scale, source):
     lora = load_lora(adapter, config=CONFIG, **given)
     assert next(iter(lora.factors.values())).scale == scale
     assert source in lora.alpha_sources[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": "16"},
+        {"lora_alpha": True},
+        {"lora_alpha": math.nan},
+        {"lora_alpha": 1e12},
+        {"lora_alpha": 4, "alpha_pattern": {"net.2": [2]}},
+    ],
+)
+def test_a_configuration_whose_numbers_are_none_is_refused(config):
+    with pytest.raises(
+        ValueError, match="Unusable number in adapter_config.json: got .* for '(lora_alpha|alpha_pattern)'"
+    ):
+        load_lora(one_lora(), config, config=CONFIG)
 
 
 # -- PEFT itself ------------------------------------------------------------------------------------------------------
@@ -424,7 +444,7 @@ def test_what_is_told_of_a_lora():
             {key: value[:3] if "lora_A" in key else value for key, value in one_lora().items()},
             "got factors that do not belong together",
         ),
-        (one_lora(lora_magnitude_vector=torch.ones(7)), "width mismatch"),
+        (one_lora(lora_magnitude_vector=torch.ones(7)), "width mismatch.*got 7 magnitudes, expected"),
         ({"blocks.0.attn.proj.lokr_w1": torch.ones(5, 5), "blocks.0.attn.proj.lokr_w2": torch.ones(9, 9)}, "mismatch"),
         ({key: value.int() for key, value in one_lora().items()}, "No key"),
         ({key: value / 0 for key, value in one_lora().items()}, "Broken LoRA at 'blocks"),
