@@ -41,9 +41,10 @@ def keep_runs(path, runs):
     return kept
 
 
-def save_plot(path, curves, title, x_label, y_label, logarithmic=("x", "y")):
+def save_plot(path, curves, title, x_label, y_label, logarithmic=("x", "y"), ticks=None):
     """A line plot as SVG. curves: label -> (x values, y values, matplotlib style options). logarithmic: which axes.
 
+    ticks: of the x axis; all x values by default.
     Up to 40 curves differ in colour or marker. The background is white, so that dark pages show it too.
     """
     figure = Figure(figsize=(11, 6.5), layout="constrained", facecolor="white")
@@ -52,7 +53,7 @@ def save_plot(path, curves, title, x_label, y_label, logarithmic=("x", "y")):
     for look, (label, (x, y, style)) in zip(looks, curves.items(), strict=False):
         axes.plot(x, y, label=label, markersize=4.5, linewidth=1.4, **{**look, **style})
     axes.set(**{f"{axis}scale": "log" for axis in logarithmic})
-    ticks = sorted({value for x, _, _ in curves.values() for value in x})
+    ticks = ticks or sorted({value for x, _, _ in curves.values() for value in x})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set(title=title, xlabel=x_label, ylabel=y_label)

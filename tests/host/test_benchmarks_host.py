@@ -75,6 +75,27 @@ def test_loop_runs_three_ways(comfy, monkeypatch, tmp_path):
     assert len(json.loads((tmp_path / "loop.json").read_text())["runs"]) == 2
 
 
+@pytest.mark.slow
+def test_caches_race_on_the_same_pictures(comfy, monkeypatch, tmp_path):
+    """Uncached, diffusers' transformer gives our picture: all else that a row tells is the cache's doing."""
+    from pixart_pack.benchmarks import caches, dials
+
+    monkeypatch.setattr(dials, "make_config", lambda variant, depth: tiny_config(variant, mlp_ratio=2.0))
+    monkeypatch.setattr(caches, "OURS", {mode: dials_[-1:] for mode, dials_ in caches.OURS.items()})
+    monkeypatch.setattr(caches, "INTERVALS", (2,))
+    monkeypatch.setattr(caches, "THRESHOLDS", (0.9,))
+    given = "--variant alpha-512 --side-px 64 --steps 6 --rounds 1 --threads 1 --clock cpu --device cpu --out"
+    caches.main([*given.split(), str(tmp_path)])
+    (rows,) = json.loads((tmp_path / "caches_alpha-512_6.json").read_text()).values()
+    found = {(row["curve"], row["setting"]): row for row in rows}
+    assert found["diffusers", "exact"]["psnr_db"] > 70 and found["diffusers", "exact"]["work"] == 1.0
+    assert found["ours: guidance reuse", "2"]["work"] == 0.75  # half the prompts in three of six steps
+    saved = {curve for (curve, _), row in found.items() if row["work"] < 1}
+    assert {"ours: input, forecast", "ours: fewer steps", "diffusers: TaylorSeerCache"} <= saved
+    assert "| ours: fewer steps | 3 | 0.50 |" in (tmp_path / "caches_alpha-512_6.md").read_text()
+    assert (tmp_path / "caches_alpha-512_6.svg").stat().st_size > 1000
+
+
 def test_training_runs_both_ways(comfy, monkeypatch, tmp_path):
     pytest.importorskip("peft")
     from pixart_pack.benchmarks import train
