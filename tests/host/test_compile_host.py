@@ -74,8 +74,9 @@ def skips(caplog):
     return re.findall(r"PixArt Block Cache: (\d+ of \d+) evaluations", caplog.text)
 
 
-def dials(acceleration, model, threshold=0.6, window=1, interval=(0.0, 1.0)):
-    model = acceleration.cache_blocks(model, threshold, 1, 0, 0.0, 1.0, 2)
+def dials(acceleration, model, threshold=0.6, window=1, interval=(0.0, 1.0), mode="first blocks", every=1):
+    model = acceleration.cache_blocks(model, threshold, 1, 0, 0.0, 1.0, 2, mode)
+    model = acceleration.reuse_guidance(model, every, "as it was", 0.0, 1.0)[0]
     model = acceleration.compress_attention(model, window, "every other", 0.0, 0.6)
     return acceleration.limit_guidance(model, *interval)
 
@@ -88,6 +89,7 @@ def test_dials_decide_as_uncompiled(comfy, patcher, acceleration, compile_as_hos
         {"window": 3, "threshold": 1e9},
         {"threshold": 0.0},
         {"threshold": 1e9, "interval": (0.0, 0.5)},
+        {"mode": "input, forecast", "every": 2},
     ):
         model, found = dials(acceleration, patcher, **settings), []
         with caplog.at_level(logging.INFO):
