@@ -45,17 +45,6 @@ def pictures_of(output):
     return [np.asarray(Image.open(path), np.int16) for path in sorted((output / "samples").iterdir())]
 
 
-def test_the_demo_model_is_scored_by_its_own_scorer_in_a_real_process(prompts, tmp_path):
-    options = ["--size", "128x128", "--steps", "20", "--guidance", "4", "--count", "2", "--batch", "2"]
-    process = start(prompts, "--output", tmp_path / "out", *LOCAL, *options, "--scorer", "demo.prompt_scorer:score")
-    said, error = processes.finish(process)
-    assert process.returncode == 0, error
-    assert said.strip() == str(tmp_path / "out" / "report.md")
-    means = json.loads((tmp_path / "out" / "scores.json").read_text())["means"]
-    assert means["background"] == means["colour"] == means["position"] == 1
-    assert "| colour | 1.0000 |" in (tmp_path / "out" / "report.md").read_text()
-
-
 def test_an_interrupted_process_goes_on_where_it_was(prompts, tmp_path):
     options, output = [*LOCAL, "--size", "64x64", "--steps", "20", "--per-prompt", "4"], tmp_path / "out"
     process = start(prompts, "--output", output, *options)
@@ -84,14 +73,17 @@ def test_a_picture_is_told_by_its_seed_and_not_by_its_batch(prompts, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_of_accelerate_share_the_pictures(prompts, tmp_path):
+def test_two_processes_of_accelerate_share_the_pictures_and_the_last_scores_them(prompts, tmp_path):
     pytest.importorskip("accelerate")
-    options = [*LOCAL, "--size", "64x64", "--steps", "2"]
-    more = ["--output", tmp_path / "two", "--batch", "2"]
+    options = [*LOCAL, "--size", "128x128", "--steps", "20", "--guidance", "4", "--count", "2"]
+    more = ["--output", tmp_path / "two", "--scorer", "demo.prompt_scorer:score"]
     process = start(prompts, *options, *more, launcher=processes.accelerate())
     said, error = processes.finish(process)
     assert process.returncode == 0, error
-    assert "report.md" in said
+    assert str(tmp_path / "two" / "report.md") in said
+    means = json.loads((tmp_path / "two" / "scores.json").read_text())["means"]
+    assert means["background"] == means["colour"] == means["position"] == 1
+    assert "| colour | 1.0000 |" in (tmp_path / "two" / "report.md").read_text()
     assert run(prompts, tmp_path / "one", *options) == 0
     for one, two in zip(pictures_of(tmp_path / "one"), pictures_of(tmp_path / "two"), strict=True):
         assert np.abs(one - two).max() <= 1

@@ -608,12 +608,12 @@ PixArt(PixArtConfig(depth=1, hidden_size=12, num_heads=1, caption_channels=4), d
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # the peak starts anew
 baseline = memory("VmRSS")
-checkpoint = read_checkpoint({path!r}, variant="sigma-1024")
+checkpoint = read_checkpoint({path!r})
 model = PixArt(checkpoint.config, device="meta")
 model.load_state_dict(checkpoint.state_dict, assign=True)
 del checkpoint
 size = sum(tensor.nbytes for tensor in model.state_dict().values())
-assert size > 1.2e9
+assert size > 3e8
 for tensor in model.state_dict().values():
     tensor.flatten().view(torch.uint8)[::1024].sum()  # every page is read
 print((memory("VmHWM") - baseline) / size)
@@ -623,8 +623,8 @@ print((memory("VmHWM") - baseline) / size)
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 @pytest.mark.parametrize("form", ["pth", "legacy", "safetensors", "diffusers", "diffusers bin"])
-def test_loading_the_full_size_takes_little_more_than_the_weights(tmp_path, form):
-    config = CONFIGS["sigma-1024"]
+def test_loading_blocks_of_the_full_width_takes_little_more_than_the_weights(tmp_path, form):
+    config = dataclasses.replace(CONFIGS["sigma-1024"], depth=8)
     weights = {name: torch.full(shape, 0.5).half() for name, shape in expected_shapes(config).items()}
     if form.startswith("diffusers"):
         weights = {name: tensor.clone() for name, tensor in to_diffusers(weights).items()}
