@@ -84,9 +84,9 @@ DMD = replace(
     kind="dmd_lora",
     targets="blocks",
     rank=32,
-    learning_rate=5e-4,
-    steps=150,
-    batch_size=16,
+    learning_rate=1e-3,
+    steps=80,
+    batch_size=12,
     weighting="none",
     caption_dropout=0.0,
     dmd_guidance=2.0,
@@ -96,6 +96,7 @@ LESSONS, TEST_PICTURES, OLD_PICTURES = 20, 50, 200
 REMINDERS = 400  # pictures that the model makes of what it knows
 SUBJECT_PICTURES, PRIOR_PICTURES = len(POSITIONS), 40  # the subject once in every place
 DISTILLATION_SCENES = 1000
+PAIRS, PAIR_STEPS = 128, 12
 FEW_STEPS = (4, 1)
 
 
@@ -305,7 +306,7 @@ def teach_lcm(model: DemoModel, settings: TrainingSettings, options: argparse.Na
     """The table of an LCM-LoRA: what is right in pictures of few steps without guidance."""
     tests = held_out_scenes(options.count or OLD_PICTURES, SIDE_PX, SIDE_PX)
     rng = Random("distillation")
-    scenes = [random_scene(rng, 1 + number % 3) for number in range(options.scenes)]
+    scenes = [random_scene(rng, 1 + number % 3) for number in range(options.scenes or DISTILLATION_SCENES)]
 
     def look(sampling: Sampling) -> dict[str, float]:
         pictures.append(draw(model, tests, sampling))
@@ -344,13 +345,13 @@ def teach_dmd(model: DemoModel, settings: TrainingSettings, options: argparse.Na
     """The table of a generator by distribution matching: what is right in pictures of one step without guidance."""
     tests = held_out_scenes(options.count or OLD_PICTURES, SIDE_PX, SIDE_PX)
     rng = Random("distillation")
-    scenes = [random_scene(rng, 1 + number % 3) for number in range(options.scenes)]
+    scenes = [random_scene(rng, 1 + number % 3) for number in range(options.scenes or PAIRS)]
     captions = [describe(scene, rng) for scene in scenes]
     one = Sampling(1, 1.0, "dmd", "dmd")
     pictures = [draw(model, tests, sampling) for sampling in (Sampling(), one)]
     rows = {"steps 20, guidance 4": measure(pictures[0], tests), "steps 1": measure(pictures[1], tests)}
     began = time.perf_counter()
-    pairs = make_pairs(model, scenes, captions, Sampling(guidance=settings.dmd_guidance))
+    pairs = make_pairs(model, scenes, captions, Sampling(PAIR_STEPS, settings.dmd_guidance))
     made_s = time.perf_counter() - began
     taken_s = train(model, pairs, settings, options.save)
     pictures.append(draw(model, tests, one))
@@ -381,7 +382,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("kind", choices=list(LESSON_KINDS))
     parser.add_argument("--steps", type=int, help="of training; default: what the README's table was made with")
     parser.add_argument("--count", type=int, help="pictures for each figure of the table")
-    parser.add_argument("--scenes", type=int, default=DISTILLATION_SCENES, help="pictures to distil from (lcm, dmd)")
+    parser.add_argument("--scenes", type=int, help="pictures to distil from (lcm, dmd)")
     parser.add_argument("--save", type=Path, help="write the LoRA to this .safetensors file")
     parser.add_argument("--sheet", type=Path, help="write pictures from before and after as one PNG")
     parser.add_argument("--threads", type=int, default=2)

@@ -7,6 +7,7 @@ from .host.controlnet import apply_control, list_controlnets, load_controlnet
 from .host.edges import AUTO, HED, METHODS, list_hed_models, make_edges
 from .host.loading import DTYPES, VARIANTS
 from .host.schema import choice_input, missing_output, node_input, schema
+from .host.steering.reference import add_reference
 
 CATEGORY = "PixArt/controlnet"
 NO_BASE = (
@@ -128,6 +129,73 @@ class ControlNetApply(io.ComfyNode):
         )
 
 
+class ReferencePicture(io.ComfyNode):
+    """Let a picture resemble another one."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtReference",
+            display_name="PixArt Reference Picture",
+            category="PixArt/controlnet",
+            description="Let pictures resemble an image in colours, forms and style: their self-attention also reads "
+            "the image, noised as far as they are. Nothing is trained. Each step takes about twice as long.",
+            search_aliases=["reference only", "reference image", "style reference", "image prompt", "ip adapter"],
+            inputs=[
+                node_input(io.Model, "model", tooltip="The PixArt model. LoRAs and ControlNets work with it."),
+                node_input(
+                    io.Image,
+                    "image",
+                    tooltip="The reference, of any size. A batch gives each picture its own. Chain the node for "
+                    "several references.",
+                ),
+                node_input(io.Vae, "vae", tooltip="The VAE that decodes the model's pictures: it encodes the image."),
+                node_input(
+                    io.Float,
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How much each part of the reference counts: 1 as much as the picture's own, 0 not at all.",
+                ),
+                node_input(
+                    io.Float,
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="When the reference begins to be read, as a fraction of the sampling: 0 is the first step.",
+                ),
+                node_input(
+                    io.Float,
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="When it ends: 1 is the last step. Ending early leaves the details to the prompt.",
+                ),
+                node_input(
+                    io.Int,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of the noise on the reference.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with the reference, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, image, vae, strength, start_percent, end_percent, seed=0):
+        return io.NodeOutput(add_reference(model, image, vae, strength, start_percent, end_percent, seed))
+
+
 KEEP_SIZE = "keep"
 
 
@@ -200,4 +268,4 @@ class HEDPreprocessor(io.ComfyNode):
         return io.NodeOutput(edges, edges.shape[2], edges.shape[1])
 
 
-NODES: list[type[io.ComfyNode]] = [LoadControlNet, ControlNetApply, HEDPreprocessor]
+NODES: list[type[io.ComfyNode]] = [LoadControlNet, ControlNetApply, ReferencePicture, HEDPreprocessor]

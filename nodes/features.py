@@ -2,13 +2,20 @@
 
 from comfy_api.latest import io, ui
 
-from ..pixart.data.cache import CAPTION_DTYPES, SIZE_CONDITIONS
+from ..pixart.data.cache import CAPTION_DTYPES, EACH, SIZE_CONDITIONS, SPREADS
 from .host.edges import AUTO, list_hed_models
 from .host.schema import choice_input, node_input, schema
 from .host.server.users import current_user
 from .host.text.captions import show_text
 from .host.training.dataset import describe_features, features_of_latents, fingerprint_features, load_features
-from .host.training.encoding import CACHE_FOLDER, CONTROL_FILES, CONTROL_METHODS, encode_dataset, settings_for
+from .host.training.encoding import (
+    CACHE_FOLDER,
+    CONTROL_FILES,
+    CONTROL_METHODS,
+    encode_dataset,
+    read_sizes,
+    settings_for,
+)
 from .host.types import REPORT_TIP, DatasetType, FeaturesType
 
 CATEGORY = "PixArt/training"
@@ -117,6 +124,7 @@ class EncodeDataset(io.ComfyNode):
                 *_caption_inputs(),
                 *_control_inputs(),
                 *_cache_inputs(),
+                *_further_sizes(),
             ],
             outputs=_features_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -145,8 +153,16 @@ class EncodeDataset(io.ComfyNode):
         hed_model=AUTO,
         batch_size=1,
         name="dataset",
+        more_resolutions="",
+        spread=EACH,
     ):
-        choices = {"square": bins == "square", "flip": flip, "clean": clean_caption == "official"}
+        choices = {
+            "more_px": read_sizes(more_resolutions),
+            "spread": spread,
+            "square": bins == "square",
+            "flip": flip,
+            "clean": clean_caption == "official",
+        }
         choices |= {"caption_dtype": caption_dtype, "size_condition": size_condition}
         settings = settings_for(model, resolution, caption_length, **choices)
         places = {"hed_model": hed_model, "batch_size": batch_size, "name": name}
@@ -186,6 +202,26 @@ def _caption_inputs() -> list:
             advanced=True,
             tooltip="The size that PixArt-alpha 1024 is given. bin: the one it is trained at, as when you make "
             "pictures. picture: the picture's own, as in PixArt's own training, which hints at its quality.",
+        ),
+    ]
+
+
+def _further_sizes() -> list:
+    return [
+        node_input(
+            io.String,
+            "more_resolutions",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="Further sizes to train at in one training, in pixels, such as '256, 1024'. Empty: none.",
+        ),
+        choice_input(
+            "spread",
+            SPREADS,
+            default=EACH,
+            advanced=True,
+            tooltip="Of several sizes: each picture in each of them, or in the one nearest to its own.",
         ),
     ]
 

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..pixart.stages.dit import T5_XXL_CHANNELS
 from .host.decoder import list_consistency_decoders, load_consistency_vae
 from .host.export import LAYOUTS, losses_of, save_model
 from .host.folders import show_path
@@ -22,6 +23,7 @@ from .host.lora import SAVED_DTYPES
 from .host.schema import choice_input, node_input, schema
 from .host.text.captions import show_text
 from .host.text.t5 import remark_on
+from .host.weights.stages import BY_SIZE, STAGES, grow_model, list_dits, load_dit
 
 CATEGORY = "PixArt/loaders"
 
@@ -44,6 +46,11 @@ def _dtype_input():
         tooltip="Precision of the weights. default: as ComfyUI thinks best for the file and the device. fp8 halves "
         "the memory at a small loss. With default, GGUF stays packed.",
     )
+
+
+def _seed_input(tooltip: str):
+    limits = {"min": 0, "max": 2**64 - 1}
+    return node_input(io.Int, "seed", default=0, **limits, optional=True, advanced=True, tooltip=tooltip)
 
 
 def _show(hidden, text: str):
@@ -186,6 +193,91 @@ class LoadVAE(io.ComfyNode):
         return io.NodeOutput(loaded, ui=_show(cls.hidden, remark))
 
 
+class StartFromDiT(io.ComfyNode):
+    """Make a PixArt out of a class-conditional DiT."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtStartFromDiT",
+            display_name="Start PixArt from DiT",
+            category=CATEGORY,
+            description="The first stage of PixArt's own training: a PixArt out of a DiT that was trained on ImageNet. "
+            "It draws what the DiT draws without a class, and is to be trained on captions before it follows any.",
+            search_aliases=["dit", "dit-xl-2", "imagenet", "from scratch", "adaln-single", "initialise"],
+            inputs=[
+                node_input(
+                    io.Combo,
+                    "dit",
+                    options=list_dits(),
+                    tooltip="DiT-XL-2-256x256.pt or -512x512.pt in models/diffusion_models or models/checkpoints, or a "
+                    "DiT's folder in models/diffusers.",
+                ),
+                _dtype_input(),
+                node_input(
+                    io.Int,
+                    "caption_width",
+                    default=T5_XXL_CHANNELS,
+                    min=1,
+                    max=16384,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Width of the text encoder's states: 4096 of T5-XXL.",
+                ),
+                _seed_input("Of the parts that read captions, which a DiT does not have."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The PixArt, for Train PixArt.")],
+        )
+
+    @classmethod
+    def execute(cls, dit, weight_dtype="default", caption_width=T5_XXL_CHANNELS, seed=0):
+        return io.NodeOutput(load_dit(dit, weight_dtype, seed, caption_width))
+
+
+class Grow(io.ComfyNode):
+    """Bring a model to another size or family."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtGrow",
+            display_name="Grow PixArt",
+            category=CATEGORY,
+            description="Bring a model to the next stage of its training: another size, size conditions, or Sigma with "
+            "its longer captions. Untrained it draws what it drew, as far as the stage allows; then train it.",
+            search_aliases=["resolution", "upscale model", "alpha to sigma", "kv compression", "256 to 512", "stage"],
+            inputs=[
+                node_input(io.Model, "model", tooltip="A PixArt; LoRAs and merges on it become part of the new one."),
+                node_input(
+                    io.Combo,
+                    "stage",
+                    options=list(STAGES),
+                    default=BY_SIZE,
+                    tooltip="A released model's size, positions, size conditions, tokens and autoencoder; kvcompress: "
+                    "with keys and values compressed. size in pixels: that alone, with positions as they were.",
+                ),
+                node_input(
+                    io.Int,
+                    "size_px",
+                    default=512,
+                    min=64,
+                    max=8192,
+                    step=16,
+                    tooltip="Side of the square that it is to be trained at, for 'size in pixels'.",
+                ),
+                _seed_input("Of what begins by chance: size embedders, further tokens of the null caption."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The grown model, for Train PixArt.")],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(cls, model, stage, size_px, seed=0):
+        grown, text = grow_model(model, stage, size_px, seed)
+        return io.NodeOutput(grown, ui=_show(cls.hidden, text))
+
+
 class ModelInfo(io.ComfyNode):
     """Say what a PixArt model is."""
 
@@ -305,6 +397,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoadCheckpoint,
     LoadDiffusers,
     LoadVAE,
+    StartFromDiT,
+    Grow,
     ModelInfo,
     LoadConsistencyDecoder,
     SaveCheckpoint,

@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 from ..pixart.training.settings import (
     DISTILLED,
     DTYPES,
+    FAKES,
     LOSSES,
     OPTIMIZERS,
     PRIOR_TARGETS,
@@ -26,7 +27,11 @@ STOP_TIP = (
     "ends the prompt. Queued again, an unfinished training of the same name goes on."
 )
 FINE_TUNES, DISTILLATIONS = {"fine-tune": "full", "DreamBooth": "dreambooth"}, {"LoRA": "lcm_lora", "model": "lcm"}
-EXPORTED = {"LoRA": "lora", **FINE_TUNES, "LCM LoRA": "lcm_lora", "LCM": "lcm", "ControlNet": "controlnet"}
+MATCHINGS = {"LoRA": "dmd_lora", "model": "dmd"}
+EXPORTED = {
+    **{"LoRA": "lora", **FINE_TUNES, "LCM LoRA": "lcm_lora", "LCM": "lcm"},
+    **{"DMD LoRA": "dmd_lora", "DMD": "dmd", "ControlNet": "controlnet"},
+}
 
 USUAL, WITH_VARIANCE = "usual", ("full", "dreambooth", "controlnet")
 
@@ -161,6 +166,28 @@ def _prior_inputs() -> list:
     ]
 
 
+def _matching_inputs(**fields) -> list:
+    return [
+        _float("dmd_guidance", 4.5, 0.0, 100.0, 0.1, "Guidance of the teacher: its cfg.", **fields),
+        _float(
+            "dmd_regression",
+            0.25,
+            0.0,
+            1000.0,
+            0.05,
+            "Weight of the teacher's pictures, where the features are pairs of 'python -m pixart pairs'.",
+            **RARE,
+        ),
+        _combo(
+            "dmd_fake",
+            FAKES,
+            "lora",
+            "What is trained of the network that follows the new model: a LoRA, or a copy of all weights.",
+            **RARE,
+        ),
+    ]
+
+
 def _outputs(trained) -> list:
     return [
         trained,
@@ -273,6 +300,33 @@ class DistillLCM(_Training):
         return _train(cls.hidden, DISTILLATIONS[method], model, features, name, **values)
 
 
+class DistillDMD(_Training):
+    """Distil a model into one for a single step."""
+
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            "PixArtDistillDMD",
+            "Distill PixArt DMD",
+            "Make a model that needs one step and no guidance (distribution matching distillation), as a LoRA or a "
+            "whole model. Sample it with the pixart_dmd sampler and scheduler at 1 step and cfg 1.",
+            ["dmd", "one step", "distribution matching", "distillation", "pixart dmd"],
+            [
+                *_first_inputs("my_dmd", 1000, 1e-4),
+                _combo("method", MATCHINGS, "LoRA", "A LoRA, or all weights, which takes two models' memory."),
+                *_matching_inputs(),
+                *_lora_inputs(32),
+                _combo("loss", ("mse", "huber"), "mse", "Distance to the teacher's pictures of known noises.", **RARE),
+                *_last_inputs(sample_steps=1),
+            ],
+            _outputs(io.Model.Output(display_name="model", tooltip="The distilled model.")),
+        )
+
+    @classmethod
+    def execute(cls, model, features, name, method, **values):
+        return _train(cls.hidden, MATCHINGS[method], model, features, name, **values)
+
+
 class TrainControlNet(_Training):
     """Train a ControlNet from the base's own blocks."""
 
@@ -321,6 +375,7 @@ class ExportTrainingConfig(io.ComfyNode):
                 _float("lcm_guidance", 4.5, 0.0, 100.0, 0.1, "Of LCM: the guidance that is distilled in.", **RARE),
                 _int("control_blocks", 13, 1, 1000, "Of a ControlNet: blocks to copy.", **RARE),
                 _combo("loss", (USUAL, *LOSSES), USUAL, "usual: huber for LCM, mse for all others.", **RARE),
+                *_matching_inputs(**RARE),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="The configuration.")],
             hidden=[io.Hidden.unique_id],
@@ -359,4 +414,4 @@ def _learns_sigma(model) -> bool:
     return config is None or config.learn_sigma
 
 
-NODES: list[type[io.ComfyNode]] = [TrainLoRA, Train, DistillLCM, TrainControlNet, ExportTrainingConfig]
+NODES: list[type[io.ComfyNode]] = [TrainLoRA, Train, DistillLCM, DistillDMD, TrainControlNet, ExportTrainingConfig]

@@ -36,7 +36,7 @@ def save_model(model, prefix: str, layout: str, dtype: str) -> Path:
         own = SAVED_DTYPES[dtype] or _stored_dtype(patches[host_key(key)][0][0])
         weights[key] = patched_weight(patches, host_key(key), model.load_device).to("cpu", own)
         bar.update(1)
-    save_checkpoint(path, weights, config, name)
+    save_checkpoint(path, weights, config, name, metadata=getattr(model.model, "pixart_stages", None))
     return path
 
 

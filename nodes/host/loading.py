@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from ...pixart.config import ALPHA_VAE_SCALE, CONFIGS, SIGMA_VAE_SCALE, PixArtConfig
 from ...pixart.encoders.autoencoder import LATENT_CHANNELS, TINY_CLASS, tiny_weights
 from ...pixart.quoting import list_names, plain, shorten
+from ...pixart.stages.records import only_stages, read_stages
 from ...pixart.weights.distributed import is_distributed
 from ...pixart.weights.folders import read_json
 from ...pixart.weights.reading import Checkpoint, read_checkpoint, read_tensors
@@ -108,6 +109,7 @@ def make_model(checkpoint: Checkpoint, dtype: str, disable_dynamic=False):
     state_dict = dict(checkpoint.state_dict)
     checkpoint.state_dict.clear()  # so that each tensor of the file goes when its converted twin comes
     patcher = make_patcher(state_dict, checkpoint.config, DTYPES[dtype], dtype.endswith("_fast"), disable_dynamic)
+    patcher.model.pixart_stages = only_stages(checkpoint.metadata)
     patcher.model.pixart_source = {
         "file": checkpoint.path.name,
         "detection": checkpoint.detection,
@@ -255,6 +257,7 @@ def describe_model(model) -> str:
         + (f", computed in {_dtype(cast)}" if cast else ""),
         f"patched weights (LoRA, merges): {len(model.patches)}",
     ]
+    lines += [f"stage: {shorten(line)[1:-1]}" for line in read_stages(getattr(net, "pixart_stages", {}))]
     if source:
         detection = source["detection"]
         lines.insert(0, f"file: {source['file']} ({detection.layout} layout)")

@@ -92,8 +92,11 @@ class Reference:
         return cls(latent.float(), noise.to(latent.device).expand(latent.shape), **fields)
 
     def noised(self, sigma: torch.Tensor, batch: int) -> torch.Tensor:
-        """The latent at noise levels (1 or B,), as the model takes it: (B, C, h, w) fp32, variance preserving."""
-        sigma = sigma.reshape(-1, 1, 1, 1).to(self.latent)
+        """The latent at noise levels, as the model takes it: (B, C, h, w) fp32, variance preserving.
+
+        sigma: (1,) or of rows that divide the batch, which are tiled over it as the latents are.
+        """
+        sigma = tile_rows(sigma.reshape(-1, 1, 1, 1).to(self.latent), batch)
         noisy = (tile_rows(self.latent, batch) + sigma * tile_rows(self.noise, batch)) / (1 + sigma.square()).sqrt()
         return noisy.expand(batch, -1, -1, -1)
 

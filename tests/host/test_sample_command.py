@@ -182,3 +182,25 @@ def test_compiled_pictures_are_the_same(tmp_path, caplog):
     for one, two in zip(*(sorted((tmp_path / name).glob("*.png")) for name in ("plain", "compiled")), strict=True):
         assert_same(pixels(one), pixels(two))
     assert "runs uncompiled" not in caplog.text
+
+
+def test_a_reference_is_encoded_and_read(tmp_path, capsys):
+    """Its brown goes into a background that the caption leaves open."""
+    Image.new("RGB", (96, 72), (110, 70, 40)).save(tmp_path / "brown.png")
+    more = ["--prompt", "a large red circle in the center", "--steps", "8", "--size", "64x64", "--guidance", "1"]
+    given = ["--reference", str(tmp_path / "brown.png"), "--reference-strength", "3"]
+    assert run(tmp_path / "plain", *more) == 0
+    assert run(tmp_path / "off", *more, *given[:2], "--reference-strength", "0") == 0
+    assert run(tmp_path / "like", *more, *given) == 0
+    plain, off, like = (pixels(next((tmp_path / name).glob("*.png"))) for name in ("plain", "off", "like"))
+    assert np.array_equal(plain, off)
+    brown = np.array([110, 70, 40])
+    far, near = (np.abs(np.median(picture.reshape(-1, 3), 0) - brown).mean() for picture in (plain, like))
+    assert near < far - 5
+    for wrong, message in (
+        (["--reference", "none.png"], "No reference"),
+        ([*given, "--reference-range", "0.5:0.2"], "Part of the sampling out of range"),
+        ([*given[:3], "-1"], "Strength out of range"),
+    ):
+        assert run(tmp_path / "wrong", *more, *wrong) == 1
+        assert message in capsys.readouterr().err

@@ -16,6 +16,7 @@ from pixart_pack.pixart.data.pictures import TensorPicture
 from pixart_pack.pixart.data.records import Record
 from pixart_pack.pixart.lora import merge, read_lora
 from pixart_pack.pixart.training.settings import read_config
+from pixart_pack.tests.stages.tiny_dit import make_dit
 from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 from pixart_pack.tests.training_data import make_features
 
@@ -159,6 +160,48 @@ def test_lcm_is_distilled(run_node, make_model, features, method):
     trained, *_ = run_node("PixArtDistillLCM", model=model, features=features, name="lcm", method=method,
                            lcm_guidance=4.5, rank=2, targets="attention", **USUAL)  # fmt: skip
     assert same(weights_of(model), before) and not same(weights_of(trained), before)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "model"])
+def test_dmd_is_distilled(run_node, make_model, features, output, method):
+    model = make_model()
+    before = weights_of(model)
+    trained, file, *_ = run_node("PixArtDistillDMD", model=model, features=features, name="dmd", method=method,
+                                 dmd_guidance=3.0, rank=2, targets="attention", **USUAL)  # fmt: skip
+    assert same(weights_of(model), before) and not same(weights_of(trained), before)
+    place = "loras" if method == "LoRA" else "diffusion_models"
+    assert (output.parent / file).parent == output / place
+
+
+def test_a_grown_model_is_trained_and_says_what_it_grew_from(run_node, make_model, features, output):
+    model = make_model(config=tiny_config("alpha-512"))
+    before = weights_of(model)
+    grown, *_ = run_node("PixArtGrow", model=model, stage="sigma-1024-kvcompress", size_px=64)
+    assert same(weights_of(model), before)
+    assert grown.model.pixart_config.is_sigma and grown.model.pixart_config.base_px == 1024
+    larger, *_ = run_node("PixArtGrow", model=grown, stage="size in pixels", size_px=2048)
+    trained, file, *_ = run_node("PixArtTrain", model=larger, features=features, name="grown", method="fine-tune",
+                                 **USUAL)  # fmt: skip
+    info, *_ = run_node("PixArtModelInfo", model=trained)
+    assert "stage: grown from alpha at 512 px to Sigma at 1024 px (sigma-1024-kvcompress)" in info
+    assert "stage: grown from Sigma at 1024 px to Sigma at 2048 px (2048)" in info
+    with pytest.raises(ValueError, match="Size out of range"):
+        run_node("PixArtGrow", model=model, stage="size in pixels", size_px=72)
+
+
+def test_a_pixart_starts_from_a_dit_in_a_graph(run_node, comfy, features, tmp_path):
+    paths = importlib.import_module("folder_paths")
+    folder = Path(paths.get_folder_paths("diffusion_models")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(make_dit().state_dict(), folder / "tiny_dit.pt")
+    try:
+        model, *_ = run_node("PixArtStartFromDiT", dit="tiny_dit.pt", caption_width=CONFIG.caption_channels)
+    finally:
+        (folder / "tiny_dit.pt").unlink()
+    assert model.model.pixart_config.base_size == 4
+    trained, *_ = run_node("PixArtTrain", model=model, features=features, name="dit", method="fine-tune", **USUAL)
+    info, *_ = run_node("PixArtModelInfo", model=trained)
+    assert "stage: started from tiny_dit.pt" in info
 
 
 def test_a_controlnet_is_trained(run_node, make_model, features, output):

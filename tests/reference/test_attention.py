@@ -83,6 +83,15 @@ def test_a_batch_is_its_pictures_alone(model):
             assert_equal_to_rounding(together[row : row + 1], alone, 256)
 
 
+def test_noise_levels_of_a_batch_are_tiled_over_its_prompts():
+    reference, sigma = Reference.of(random(2, 4, 4, 4)), torch.tensor([1.0, 9.0])
+    noisy = reference.noised(sigma, 4)
+    assert torch.equal(noisy[:2], noisy[2:])
+    for row in range(2):
+        expected = (reference.latent[row] + sigma[row] * reference.noise[row]) / (1 + sigma[row] ** 2).sqrt()
+        assert_equal_to_rounding(noisy[row], expected, 8)
+
+
 def test_noise_levels_are_those_of_the_schedule():
     levels = schedule_sigmas("uniform", 10)[:-1]
     times = torch.stack([timesteps_where_sigmas_are(level) for level in levels])

@@ -32,8 +32,9 @@ from .patcher import make_named
 from .patches import read_patches
 from .words import UNetFields
 
-TABLES = ("scale_shift_table", "y_embedding")  # parameters that are modules of their own here
 VARIANCE_SINK = "pixart_variance"  # transformer option: a list that receives (cond_or_uncond, full prediction)
+REFERENCE = "pixart_reference"  # transformer option: what keeps and reads a reference's tokens, see pixart.reference
+TABLES = ("scale_shift_table", "y_embedding")  # parameters that are modules of their own here
 
 
 class Table(torch.nn.Module, comfy.ops.CastWeightBiasOp):
@@ -159,10 +160,11 @@ class PixArtNet(PixArt):
 
     def _run_block(self, block, index, tokens, inputs, condition, options, placed):
         here = compress_keys(inputs, index, len(self.blocks), options)
-        if placed is None:
-            return here.run_block(block, tokens, index), inputs
-        here = placed.place(here, index)
-        replacement = placed.replacement("dit", index)
+        if placed is not None:
+            here = placed.place(here, index)
+        for each in options.get(REFERENCE, ()):
+            here = each.place(here, index)
+        replacement = None if placed is None else placed.replacement("dit", index)
         if replacement is None:
             return here.run_block(block, tokens, index), inputs
 

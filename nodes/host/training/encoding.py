@@ -1,5 +1,6 @@
 """Encodes training data with the host's CLIP and VAE, under its memory management, progress and interruption."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from ....pixart.data.features import CachedFeatures
 from ....pixart.data.identity import digest, fingerprint
 from ....pixart.data.records import Dataset
 from ....pixart.data.storage.index import MANIFEST
+from ....pixart.quoting import shorten
 from ..denoiser.latent import CHANNELS
 from ..edges import AUTO, METHODS, make_edges
 from ..folders import output_folder
@@ -24,6 +26,16 @@ CONTROL_METHODS = ("none", CONTROL_FILES, *METHODS)
 _LOGVAR_LIMITS = (-30.0, 20.0)  # of the autoencoder's own posterior
 _PROBE_CAPTION = "A photo of 2 cats, naïve (and old): «x»"
 _PROBE_PX = 64
+
+
+def read_sizes(text: str) -> tuple[int, ...]:
+    """Sizes in pixels out of a text with commas or spaces between them. Raises ValueError for anything else."""
+    words = text.replace(",", " ").split()
+    if not all(re.fullmatch(r"[0-9]{2,4}", word) for word in words):
+        raise ValueError(
+            f"Sizes cannot be read: got {shorten(text)}, expected numbers of pixels such as '256, 1024'. Correct them."
+        )
+    return tuple(map(int, words))
 
 
 def settings_for(model, base_px: int, caption_length: int, **settings) -> EncodeSettings:

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 RUNS = "pixart_training"  # below the output folder
 # Where results go, below the output folder: the host looks for models there.
-PLACES = {"lora": "loras", "lcm_lora": "loras", "controlnet": "controlnet"}
+PLACES = {"lora": "loras", "lcm_lora": "loras", "dmd_lora": "loras", "controlnet": "controlnet"}
 WHOLE_MODELS = "diffusion_models"
 AUTO_DTYPE = "auto"
 _HALVES = (torch.float16, torch.bfloat16)
@@ -116,6 +116,7 @@ def run_training(
                 decode=None if vae is None else _decoder(vae),
                 show=events.show_pictures,
                 file=output.joinpath(*place, f"{folder.name}.safetensors"),
+                texts=getattr(model.model, "pixart_stages", None),
             )
         finally:
             comfy.model_management.soft_empty_cache()
@@ -243,7 +244,9 @@ def _model_place(model, sketch: Mapping, own: Path) -> dict:
         path, variant, _, weights = source[1]
         if _holds(path, variant, weights, sketch):
             return {"model": str(Path(path).resolve()), "variant": variant, "weights": weights}
-    save_checkpoint(own, dict(_weights(model)), pixart_config(model))
+    save_checkpoint(
+        own, dict(_weights(model)), pixart_config(model), metadata=getattr(model.model, "pixart_stages", None)
+    )
     return {"model": str(own.resolve())}
 
 

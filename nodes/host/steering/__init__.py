@@ -1,0 +1,1 @@
+"""What steers a picture beside the prompt."""
