@@ -36,6 +36,8 @@ PACK = _pack()
 class Workflow:
     """A workflow in the making: `group`, `column`, `node` and `note` add to it in the order of reading."""
 
+    first_number = 1
+
     def __init__(self, name: str, object_info: dict, files: dict[str, dict]):
         """files: by the names of model files, what the editor's dialog of missing models is to say of them."""
         self.name, self.object_info, self.files = name, object_info, files
@@ -58,13 +60,13 @@ class Workflow:
         Raises ValueError for names that the node does not have.
         """
         return self._connect(
-            Node(len(self.nodes) + 1, node_type, self.object_info[node_type], title), height_px, inputs
+            Node(len(self.nodes) + self.first_number, node_type, self.object_info[node_type], title), height_px, inputs
         )
 
     def insert(self, subgraph: Any, **inputs: Any) -> Node:
         """Add a Subgraph as a node; inputs as in `node`."""
         self.subgraphs.append(subgraph)
-        node = Node(len(self.nodes) + 1, subgraph.id, subgraph.info(), subgraph.title)
+        node = Node(len(self.nodes) + self.first_number, subgraph.id, subgraph.info(), None)
         node.is_subgraph = True
         return self._connect(node, None, {**subgraph.values, **inputs})
 
@@ -89,7 +91,7 @@ class Workflow:
         """Add a note in Markdown."""
         widget = {"text": ["STRING", {"multiline": True}]}
         info = {"input": {"required": widget}, "output": [], "output_name": []}
-        node = Node(len(self.nodes) + 1, "MarkdownNote", info, "Note")
+        node = Node(len(self.nodes) + self.first_number, "MarkdownNote", info, "Note")
         node.values["text"], node.colours = text, COLOURS["notes"][:2]
         self._place(node)
 
@@ -189,4 +191,5 @@ class Workflow:
         models = [{"name": name, **self.files[name]} for name in named]
         # By these the editor offers the pack to who opens the workflow without it.
         pack = PACK if node.type.startswith(OWN_PREFIX) else {}
-        return {**pack, "Node name for S&R": node.type, **({"models": models} if models else {})}
+        shown = {"previewExposures": []} if node.is_subgraph else {}  # as the editor adds it
+        return {**pack, **shown, "Node name for S&R": node.type, **({"models": models} if models else {})}

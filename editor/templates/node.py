@@ -18,7 +18,7 @@ class Node:
         self.sources: dict[str, Output] = {}
         self.labels: dict[str, str] = {}
         self.height_px: int | None = None
-        self.is_subgraph = False
+        self.is_subgraph = self.saves_all = False
         self.width_px = WIDTH_PX
         self.position = (0, 0)
         self.colours: tuple[str, str] = ("", "")
@@ -29,10 +29,10 @@ class Node:
     def sockets(self) -> list[Input]:
         """The inputs that the editor saves: those without a widget, then the widgets that have a link or a label.
 
-        A subgraph's are all saved, in their order.
+        A blueprint saves them all, in their order: by them the editor shows it before it is there.
         """
         inputs = inputs_of(self.info)
-        if self.is_subgraph:
+        if self.saves_all:
             return inputs
         linked = [each for each in inputs if each.is_widget and each.name in {*self.sources, *self.labels}]
         return [each for each in inputs if not each.is_widget] + linked

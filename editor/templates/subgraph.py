@@ -15,6 +15,8 @@ EDGE_PX, BLUEPRINT_PX = 130, 320  # widths of those, and of a blueprint's node
 class Subgraph(Workflow):
     """A workflow in a workflow. `input` makes what nodes are fed from outside, `output` what goes out."""
 
+    first_number = 101  # the editor renumbers nodes that have the number of one outside
+
     def __init__(self, workflow: Workflow, title: str, description: str, category: str = "PixArt"):
         super().__init__(f"{workflow.name}/{title}", workflow.object_info, workflow.files)
         self.title, self.description, self.category = title, description, category
@@ -70,7 +72,7 @@ class Subgraph(Workflow):
             "version": 1,
             "state": {
                 "lastGroupId": len(groups),
-                "lastNodeId": len(nodes),
+                "lastNodeId": max(node["id"] for node in nodes),
                 "lastLinkId": len(links),
                 "lastRerouteId": len(reroutes),
             },
@@ -110,7 +112,7 @@ class Subgraph(Workflow):
 def to_blueprint(inside: Subgraph) -> dict:
     """The file of `subgraphs/` by which the editor offers a subgraph as a node."""
     holder = Node(1, inside.id, inside.info(), inside.title)
-    holder.values, holder.is_subgraph = dict(inside.values), True
+    holder.values, holder.is_subgraph, holder.saves_all = dict(inside.values), True, True
     holder.width_px, holder.colours = BLUEPRINT_PX, COLOURS["sampling"][:2]
     saved = inside.saved_node(holder, 0, [], {})
     return {

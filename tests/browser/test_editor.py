@@ -20,7 +20,7 @@ HAS_THUMBNAILS = (
     "[...document.querySelectorAll(\"[data-testid^='template-workflow-'] img\")]"
     ".filter(image => image.naturalWidth > 0).length >= 6"
 )
-TITLES = "types => types.map(type => LiteGraph.registered_node_types[type].title)"
+NODE_TITLES = "types => types.map(type => LiteGraph.registered_node_types[type].title)"
 CHANGED = {
     "PixArtTextEncode": {"text": "two\nlines", "caption_length": "custom", "custom_length": 77, "aspect_ratio": 0.5}
 }
@@ -200,7 +200,7 @@ def test_the_language_can_be_chinese(editor):
         editor.set_setting("Comfy.Locale", "zh")
         editor.open()
         editor.close_dialogs()
-        titles = editor.page.evaluate(TITLES, list(names))
+        titles = editor.page.evaluate(NODE_TITLES, list(names))
         assert titles == [names[name]["display_name"] for name in names]
         editor.load(shipped_workflow("demo"))
         editor.select("PixArtTextEncode")
