@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import websocket
 from PIL import Image
 
+from pixart_pack.tests.host import npm_clients
 from pixart_pack.tests.host.graph import VAE, Graph
 
 T5 = "pixart_demo_t5.safetensors"
@@ -95,3 +97,23 @@ def test_comfy_cli(host, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "client_" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [npm_clients.BY_CLIENT, npm_clients.BY_SDK], ids=["stable-canvas", "saintno"])
+def test_clients_of_the_npm_registry(host, request, program):
+    folder = npm_clients.fetched(request.config.cache.mkdir("npm"))
+    nodes = graph(f"npm {time.time_ns()}")
+    [prefix] = (node["inputs"]["filename_prefix"] for node in nodes.values() if node["class_type"] == "SaveImage")
+    [found] = npm_clients.run(folder, program, host.url, nodes)
+    assert prefix in found
+
+
+def test_the_pages_table_names_each_client_that_is_run():
+    here = Path(__file__)
+    page = (here.parents[2] / "docs" / "from-other-tools.md").read_text(encoding="utf-8")
+    rows = page.partition("## Programs that talk to ComfyUI's server")[2].splitlines()
+    clients = [row.split("|")[1].strip().strip("`") for row in rows if row.startswith("|")][2:]
+    programs = [client.split(",")[0].replace("-", "_") for client in clients[2:]]  # the first two are ours to imitate
+    run = here.read_text(encoding="utf-8") + (here.parent / "npm_clients.py").read_text(encoding="utf-8")
+    assert len(programs) == 4 and all(program in run.replace("-", "_") for program in programs)
