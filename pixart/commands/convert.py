@@ -94,7 +94,7 @@ def _convert_controlnet(options, layout, dtype):
 
 
 def _convert_lora(options, layout, dtype):
-    lora = read_lora(options.source)
+    lora = read_lora(options.source, strict=options.strict)
     save_lora(options.target, lora.factors, layout=layout, metadata=lora.metadata, dtype=dtype)
     tell(options.source.name, export_notes(lora, layout))
     return f"a LoRA of {len(lora.factors)} layers"
@@ -215,5 +215,6 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--grow", metavar="STAGE", help="bring a model to another size or family, see train --grow")
     parser.add_argument("--gguf-type", choices=GGUF_TYPES, default="Q8_0", help="of a .gguf target; default: Q8_0")
     parser.add_argument("--shard-gb", type=float, help="largest file of a diffusers folder; default: one file")
+    parser.add_argument("--strict", action="store_true", help="refuse a LoRA that is read only in part")
     parser.add_argument("--force", action="store_true", help="replace a target that is there")
     return parser

@@ -82,6 +82,16 @@ def test_a_lora_means_the_same_in_every_layout(tmp_path, layout):
     assert all(torch.allclose(one[name], other[name], rtol=1e-6) for name in one)
 
 
+def test_a_lora_that_is_read_in_part_says_so_and_strict_refuses_it(tmp_path, capsys):
+    source = write_peft(tmp_path / "peft_in")
+    path = next(source.glob("*.safetensors"))
+    save_file({**load_file(path), "transformer.nothing.lora_A.weight": torch.ones(2, 2)}, path)
+    assert run(source, tmp_path / "out.safetensors", "--to", "host") == 0
+    assert "converted in part: " in capsys.readouterr().err
+    assert run(source, tmp_path / "strict.safetensors", "--to", "host", "--strict") == 1
+    assert "fits only in part" in capsys.readouterr().err and not (tmp_path / "strict.safetensors").exists()
+
+
 def test_t5_becomes_one_file_and_a_folder_again(tmp_path):
     network = make_t5(vocab_size=64)
     network.save_pretrained(tmp_path / "text_encoder", max_shard_size="20KB")

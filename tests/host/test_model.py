@@ -53,6 +53,23 @@ def count_forwards(model):
     return clone, seen
 
 
+@pytest.mark.parametrize("solver", ["euler", "pixart_dpm_solver", "pixart_sa_solver"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_behind_a_mask_is_hidden_in_batches_under_guidance(comfy, patcher, solver, value):
+    """A batch of two captions of unequal length, the shorter of which is filled up with what no model wrote."""
+    states = torch.randn(2, 6, CONFIG.caption_channels, generator=torch.Generator().manual_seed(3))
+    mask = torch.arange(6)[None] < torch.tensor([[6], [2]])
+    broken = torch.where(mask[..., None], states, value)
+    positive = [[each, {"pooled_output": None, "attention_mask": mask}] for each in (states, broken)]
+    whole, short = caption(4, 2, keep=3), caption(4, 2, keep=3)
+    short[0] = short[0].masked_fill(torch.arange(4)[None, :, None] > 2, value)
+    expected, found = (
+        sample(comfy, patcher, *prompts, batch=2, sampler_name=solver)
+        for prompts in zip(positive, (whole, short), strict=True)
+    )
+    assert found.isfinite().all() and torch.equal(found, expected)
+
+
 def test_long_sequences_are_laid_out_anew_and_the_same(comfy, patcher, monkeypatch):
     from pixart_pack.nodes.host.denoiser import attention
 

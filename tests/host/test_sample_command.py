@@ -12,6 +12,7 @@ from PIL import Image
 from pixart_pack.pixart.commands import sample
 from pixart_pack.pixart.commands.console import run_command
 from pixart_pack.pixart.solvers import PRESETS, SAMPLERS
+from pixart_pack.pixart.text import clean_prompt
 from pixart_pack.tests.host.graph import Graph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +148,18 @@ def test_a_picture_does_not_depend_on_the_batch(tmp_path):
     assert run(tmp_path / "one", *prompts) == run(tmp_path / "two", *prompts, "--batch", "2") == 0
     for one, two in zip(*(sorted((tmp_path / name).glob("*.png")) for name in ("one", "two")), strict=True):
         assert np.abs(pixels(one) - pixels(two)).max() <= 1
+
+
+def test_the_negative_prompt_is_cleaned_as_the_others(tmp_path):
+    """The caption is clean already, so that only the negative can differ."""
+    usual = ["--prompt", CAPTION, "--steps", "2", "--guidance", "4"]
+    dirty = "A  BLUE&nbsp;square https://example.com <b>here</b>"
+    assert run(tmp_path / "cleaned", *usual, "--negative", dirty, "--clean") == 0
+    assert run(tmp_path / "clean", *usual, "--negative", clean_prompt(dirty)) == 0
+    assert run(tmp_path / "dirty", *usual, "--negative", dirty) == 0
+    cleaned, clean, kept = (next((tmp_path / name).glob("*.png")) for name in ("cleaned", "clean", "dirty"))
+    assert np.array_equal(pixels(cleaned), pixels(clean)) and not np.array_equal(pixels(cleaned), pixels(kept))
+    assert f"Negative prompt: {clean_prompt(dirty)}" in Image.open(cleaned).text["parameters"]
 
 
 def test_nothing_is_overwritten_without_force(tmp_path, capsys):

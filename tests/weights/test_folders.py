@@ -42,6 +42,17 @@ def test_what_diffusers_saves_again_is_the_same_model(tmp_path, variant):
     network.save_pretrained(tmp_path / "theirs" / "transformer")
     for path in (tmp_path / "theirs", tmp_path / "theirs" / "transformer" / FILE):
         assert read_checkpoint(path).config == config
+    ours, theirs = (read_checkpoint(tmp_path / name).state_dict for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    (tmp_path / "theirs").rename(tmp_path / "my-model")
+    (tmp_path / "ours" / "model_index.json").unlink(missing_ok=True)
+    for name in ("my-model", "ours"):
+        assert read_checkpoint(tmp_path / name).config == config
+    other = tmp_path / "ours" / "vae" / "config.json"
+    other.parent.mkdir()
+    scale = 0.18215 if config.vae_scale == 0.13025 else 0.13025  # that of the other family
+    other.write_text(json.dumps({"_class_name": "AutoencoderKL", "scaling_factor": scale}))
+    assert read_checkpoint(tmp_path / "ours").config == config  # what we wrote says more
 
 
 def test_a_config_without_explicit_conditions_is_alpha(tmp_path):
