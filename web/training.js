@@ -2,7 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
-const TRAINERS = ["PixArtTrainLoRA", "PixArtTrain", "PixArtDistillLCM", "PixArtTrainControlNet"];
+const TRAINERS = ["PixArtTrainLoRA", "PixArtTrain", "PixArtDistillLCM", "PixArtDistillDMD", "PixArtTrainControlNet"];
 const WORDS = {
     en: ["Stop and save", "Go on"],
     zh: ["停止并保存", "继续训练"],

@@ -1,7 +1,7 @@
 """The workflows with ControlNets, and with files that other workflows make."""
 
 from . import files
-from .blocks import describe, load, make_picture, picture_size
+from .blocks import describe, load, make_picture, picture_size, sample
 from .graph import Workflow
 from .pictures import CACTUS, TEAPOT
 from .training import PROMPT
@@ -43,7 +43,7 @@ def two_controlnets(workflow: Workflow) -> None:
     lines = workflow.node("PixArtHEDPreprocessor", "Thin lines", image=picture, method="canny", fit="1024")
     prompts = describe(workflow, loaded, TEAPOT)
     size = picture_size(workflow, edges["width"], edges["height"])
-    workflow.group("Control and sampling", "sampling")
+    workflow.group("Control", "sampling")
     for title, image, settings in (
         ("First control", edges, {"strength": 0.6}),
         ("Second control", lines, {"strength": 0.4, "end_percent": 0.5}),
@@ -52,7 +52,10 @@ def two_controlnets(workflow: Workflow) -> None:
         ends = {"positive": prompts[0], "negative": prompts[1]}
         applied = workflow.node("PixArtControlNetApply", title, **ends, **links, **settings)
         prompts = applied["positive"], applied["negative"]
-    make_picture(workflow, loaded, prompts, size)
+    workflow.group("Picture", "result")  # the sampler too: below two controls there is no room for it
+    latent = sample(workflow, loaded.model, prompts, size)
+    pictures = workflow.node("VAEDecode", samples=latent, vae=loaded.vae)
+    workflow.node("SaveImage", images=pictures, filename_prefix="pixart")
 
 
 def lora(workflow: Workflow) -> None:

@@ -20,7 +20,7 @@ AROUND_PX = 14
 LINE_PX, LETTER_PX, NOTE_LINE_PX, NOTE_LETTER_PX = 16, 6.8, 15, 6.4
 LEAST_TEXT_PX = 76
 # What a node shows below its widgets once it has run: a picture, the preview of one, or a line of text.
-PICTURE_PX, INPUT_PX, PREVIEW_PX, SAMPLER_PX, CHART_PX, CURVE_PX, TEXT_PX = 280, 218, 160, 128, 190, 216, 70
+PICTURE_PX, INPUT_PX, PREVIEW_PX, SAMPLER_PX, CHART_PX, CURVE_PX, TEXT_PX = 280, 218, 213, 185, 190, 216, 70
 SHOWN_PX = {
     **dict.fromkeys(("SaveImage", "PixArtCompareSheet"), PICTURE_PX),
     "LoadImage": INPUT_PX,
@@ -57,7 +57,8 @@ def place(groups: list[tuple[str, str, list[list[Node]]]]) -> list[Box]:
             bottom = max(bottom, _stack(column, x))
             x += column[0].width_px + COLUMN_GAP_PX
         if bottom > HIGHEST_PX:
-            raise ValueError(f"Too high: got a column of {bottom} px, expected {HIGHEST_PX} px at the most")
+            names = ", ".join(node.type for column in inside for node in column)
+            raise ValueError(f"Too high: got {bottom} px for {names}, expected {HIGHEST_PX} px at the most")
         right = x - COLUMN_GAP_PX + MARGIN_PX
         boxes.append((left, 0, right, bottom + MARGIN_PX))
         left = right + GROUP_GAP_PX

@@ -26,10 +26,15 @@ def _encode(workflow: Workflow, loaded: Loaded, dataset: Node, **settings) -> No
     return workflow.node("PixArtEncodeDataset", dataset=dataset, **links, **settings)
 
 
-def _train(workflow: Workflow, node_type: str, loaded: Loaded, features: Node, **settings) -> Node:
+def _train(
+    workflow: Workflow, node_type: str, loaded: Loaded, features: Node, is_tall: bool = False, **settings
+) -> Node:
+    """is_tall: a node that has no room for its validation pictures below it."""
     workflow.group("Training", "training")
     links = {"model": loaded.model, "features": features, "vae": loaded.vae}
     trained = workflow.node(node_type, **links, sample_every=SAMPLE_EVERY, **settings)
+    if is_tall:
+        workflow.column()
     workflow.node("PreviewImage", "Validation pictures", images=trained["samples"])
     return trained
 
@@ -87,7 +92,7 @@ def lcm_distillation(workflow: Workflow) -> None:
     loaded = load(workflow, _note("LCM distillation", text), files.ALPHA_1024, files.ALPHA_VAE)
     workflow.group("Data", "training")
     features = _encode(workflow, loaded, _dataset(workflow))
-    trained = _train(workflow, "PixArtDistillLCM", loaded, features, name="my_lcm", steps=2000)
+    trained = _train(workflow, "PixArtDistillLCM", loaded, features, is_tall=True, name="my_lcm", steps=2000)
     make_a_picture(workflow, loaded, trained, PROMPT, 1024, preset="alpha LCM 4")
 
 

@@ -51,7 +51,12 @@ class Progress:
 
 
 class Events:
-    """What the surroundings of a training want to know, and to say. All of it is optional."""
+    """What the surroundings of a training want to know, and to say. All of it is optional.
+
+    interruptions: by which they end a sampling at any place; the training then stops as `should_stop` stops it.
+    """
+
+    interruptions: tuple[type[BaseException], ...] = ()
 
     def stepped(self, progress: Progress) -> None:
         """After each step, in the first process."""
@@ -59,6 +64,9 @@ class Events:
     def should_stop(self) -> bool:
         """Asked before each forward pass: True ends the training, with everything saved."""
         return False
+
+    def interrupted(self) -> None:
+        """After one of `interruptions`: from now on `should_stop` is to be True."""
 
 
 class Trainer:
@@ -260,8 +268,12 @@ class Trainer:
     def _sample(self):
         if self.processes.is_sharded or self.processes.rank == 0:
             self.objective.eval()
-            with self.averaged(), torch.no_grad():
-                pictures = self.sample(self.step)
+            pictures = None
+            try:
+                with self.averaged(), torch.no_grad():
+                    pictures = self.sample(self.step)
+            except self.events.interruptions:
+                self.events.interrupted()
             if pictures is not None:
                 self.report.picture(self.step, "validation", pictures)
             self.processes.release(self.prepared)

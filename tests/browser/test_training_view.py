@@ -38,7 +38,8 @@ LAYOUT = f"""() => {{
 
 def press(editor, renderer, label):
     if renderer == NODES_2:
-        editor.page.get_by_role("button", name=label).click()
+        # In Nodes 2.0 the page of the node's details, where it is open, shows the button too.
+        editor.page.locator("[data-node-id]").get_by_role("button", name=label).click()
     else:
         editor.page.evaluate(PRESS)
 

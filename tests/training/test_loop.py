@@ -69,6 +69,41 @@ def test_every_kind_learns_something(kind, tmp_path):
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
 
 
+class Halt(BaseException):
+    """What a host raises out of anything that it computes."""
+
+
+class Halting(Events):
+    """Its host is halted while the pictures of a step are made."""
+
+    interruptions = (Halt,)
+
+    def __init__(self):
+        self.is_halted = False
+
+    def interrupted(self):
+        self.is_halted = True
+
+    def should_stop(self):
+        return self.is_halted
+
+
+@pytest.mark.parametrize("halt_at", [0, 2])
+def test_an_interruption_while_pictures_are_made_stops_the_training_with_all_that_is_whole(halt_at, tmp_path):
+    settings = tiny_settings(sample_every=1, ema_decay=0.9, dropout=0.1, steps=4)
+
+    def sample(step):
+        if step == halt_at:
+            raise Halt
+
+    whole = trained(tmp_path / "whole", settings)
+    stopped = trainer(tmp_path / "cut", settings, Halting(), sample=sample)
+    assert stopped.run() == halt_at and stopped.objective.training
+    assert_same(trained(tmp_path / "cut", settings), whole)
+    with pytest.raises(Halt):  # where nobody says that it is an interruption
+        trained(tmp_path / "other", settings, sample=sample)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("forwards", [2, 5])  # at the end of a step, and between its forward passes

@@ -122,6 +122,8 @@ def run_training(
             comfy.model_management.soft_empty_cache()
         if result.step == 0:
             comfy.model_management.throw_exception_if_processing_interrupted()
+            if events.is_interrupted:
+                raise comfy.model_management.InterruptProcessingException
         _go_on_after_interruption()
         trained = _trained(model, result, settings)
     notes = [*_missing_pictures(settings, validation, vae), *map(hide_paths, result.notes)]

@@ -26,6 +26,8 @@ class TrainingView(Events):
     hidden: the node's hidden inputs. device: that the training runs on, whose memory is shown.
     """
 
+    interruptions = (comfy.model_management.InterruptProcessingException,)  # the VAE's layers raise it, too
+
     def __init__(self, settings: TrainingSettings, hidden, device: torch.device):
         self.bar = comfy.utils.ProgressBar(settings.steps)
         self.hidden, self.device = hidden, device
@@ -49,6 +51,9 @@ class TrainingView(Events):
         if now - self.told_at >= _TEXT_EVERY_S or is_last:
             self.told_at = now
             show_text(self.hidden, describe_progress(progress, self.pictures_per_step, describe_memory(self.device)))
+
+    def interrupted(self) -> None:
+        self.is_interrupted = True
 
     def should_stop(self) -> bool:
         return self.is_interrupted or comfy.model_management.processing_interrupted()
