@@ -17,9 +17,7 @@ TRAINER = "PixArtTrainLoRA"
 NODE = f"app.graph.nodes.find(node => node.type === '{TRAINER}')"
 STEPS = 400  # more than are made here: it is stopped
 SAID = f"() => {NODE}.widgets.find(widget => widget.name === '$$node-text-preview')?.value ?? ''"
-RUNNING = re.compile(
-    rf"step \d+ of {STEPS}, [\d hmins]+ left\s*\nloss \d\.\d{{4}}, [\d.]+ pictures/s, [\d.]+ of \d+ GB"
-)
+RUNNING = re.compile(rf"step \d+ of {STEPS}, [\d hmins]+ left\s*\nloss \d\.\d{{4}}, [\d.]+ pictures/s, [\d.]+/\d+ GB")
 BUTTONS = f"() => {NODE}.widgets.filter(widget => widget.type === 'button').map(widget => widget.label)"
 SHOW = f"""() => {{
     const node = {NODE};

@@ -76,7 +76,7 @@ class _Dropping(http.server.SimpleHTTPRequestHandler):
 def server(written):
     handler = type("Handler", (_Dropping,), {"drops": {}, "asked": [], "folder": written[1]})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
+        threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True).start()
         made.handler, made.address = handler, f"http://127.0.0.1:{made.server_port}"
         yield made
         made.shutdown()

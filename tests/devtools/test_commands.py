@@ -556,6 +556,7 @@ def test_an_old_python_can_read_dev_py():
 
 
 @posix
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_command_lets_its_program_clean_up(tmp_path, number):
     program = f"""

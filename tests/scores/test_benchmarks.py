@@ -210,6 +210,7 @@ def find(picture, names, least):
     return [things[name] for name in names if name in things]
 
 
+@pytest.mark.slow
 def test_both_agree_with_the_demos_own_scorer():
     """Wherever the demo's scorer finds colours and shapes right, so do these, and where it finds them wrong."""
     rng = Random(3)

@@ -161,6 +161,7 @@ def test_a_run_records_nothing_of_the_machine(tmp_path, monkeypatch):
     assert [host for host in looked_up if leaves_the_machine(host)] == []
 
 
+@pytest.mark.slow
 def test_offline_writes_the_table_and_pictures_and_sends_nothing(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "online")  # what the environment says does not count

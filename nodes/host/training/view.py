@@ -96,4 +96,4 @@ def describe_memory(device: torch.device) -> str:
     """How much of a device's memory is taken, by all programs."""
     total = comfy.model_management.get_total_memory(device)
     taken = total - comfy.model_management.get_free_memory(device)
-    return f"{taken / 2**30:.1f} of {total / 2**30:.0f} GB"
+    return f"{taken / 2**30:.1f}/{total / 2**30:.0f} GB"
