@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGES = {"@stable-canvas/comfyui-client": "1.5.9", "@saintno/comfyui-sdk": "0.3.1", "ws": "8.20.0"}
-LIMIT_S = 180
+LIMIT_S = 120
 BY_CLIENT = """
 const { Client } = require("@stable-canvas/comfyui-client");
 const client = new Client({ api_host: url.replace("http://", ""), WebSocket: require("ws"), fetch });
