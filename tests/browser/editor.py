@@ -41,11 +41,20 @@ MIDDLE = (720, 300)  # of the canvas, and of nothing that lies above it
 CARDS = "[data-testid^='template-workflow-']"
 MORE_CARDS = f'count => document.querySelectorAll("{CARDS}").length > count'
 FILL = """api => {
-    for (const node of app.graph.nodes)
-        for (const widget of api[node.id] ? node.widgets ?? [] : []) {
-            const value = api[node.id].inputs[widget.name];
+    const fill = (node, given) => {
+        for (const widget of given ? node.widgets ?? [] : []) {
+            const value = given.inputs[widget.name];
             if (value !== undefined && !Array.isArray(value)) widget.value = value;
         }
+    };
+    for (const node of app.graph.nodes) {
+        fill(node, api[node.id]);
+        for (const inner of node.subgraph?.nodes ?? []) {
+            const given = api[`${node.id}:${inner.id}`];
+            fill(inner, given);
+            fill(node, given);  // which shows some of the widgets inside
+        }
+    }
 }"""
 A_DIALOG_LESS = """async () => {
     const count = () => document.querySelectorAll('[role=dialog]').length, before = count(), ends = Date.now() + 3000;

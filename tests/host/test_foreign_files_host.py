@@ -1,4 +1,4 @@
-"""What other programs write, through the loader nodes: adapters that only PEFT can merge, and models inside of files."""
+"""What other programs write, through the loader nodes: adapters that only PEFT can merge, and models inside files."""
 
 import importlib
 from pathlib import Path
