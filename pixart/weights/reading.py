@@ -70,11 +70,15 @@ class Checkpoint:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What whoever loads it should know, in words: what was guessed, what was left out, what is not honoured."""
+        """What whoever loads it should know, in words: what was guessed, overruled, left out, or is not honoured."""
         guessed = "; ".join(self.detection.guesses)
-        others = list_names(self.others)
+        others, family = list_names(self.others), self.detection.family
         return (
             *([f"guessed: {guessed}. Choose the variant if that is wrong"] if guessed else ()),
+            *(
+                f"taken for {family}, but {each}. Choose the variant if that is wrong"
+                for each in self.detection.conflicts
+            ),
             *([f"taken: {plain(self.place)}; also in the file: {others}"] if others else ()),
             *([f"left out: {list_names(self.left)}"] if self.left else ()),
             *(self.folder.remarks if self.folder else ()),

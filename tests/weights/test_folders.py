@@ -83,6 +83,15 @@ def test_what_lies_around_counts_before_the_common_case(tmp_path, name):
     assert checkpoint.config == tiny("sigma-512") and not checkpoint.remarks
 
 
+def test_a_sign_that_is_overruled_is_said(tmp_path):
+    write_folder(tmp_path / "PixArt-XL-2-512x512" / "transformer", tiny("alpha-512"))
+    vae = tmp_path / "PixArt-XL-2-512x512" / "vae" / "config.json"
+    vae.parent.mkdir()
+    vae.write_text(json.dumps(BESIDE["vae/config.json"]))  # Sigma's
+    (remark,) = read_checkpoint(tmp_path / "PixArt-XL-2-512x512").remarks
+    assert remark.startswith("taken for sigma, but") and "alpha" in remark and "Choose the variant" in remark
+
+
 def test_the_name_of_the_folder_counts_before_the_common_case(tmp_path):
     folder = write_folder(tmp_path / "PixArt-Sigma-XL-2-512-MS" / "transformer", tiny("alpha-512"))
     assert read_checkpoint(folder / FILE).config == tiny("sigma-512")
