@@ -54,6 +54,7 @@ def test_a_training_starts_from_a_dit(place):
     assert not torch.equal(checkpoint.state_dict["blocks.0.attn.qkv.weight"], make_dit().blocks[0].attn.qkv.weight)
 
 
+@pytest.mark.slow
 def test_a_grown_training_goes_on_as_one_that_was_never_cut(place):
     for name, steps in (("whole", 4), ("cut", 2)):
         text = f"model: pixart.safetensors\ngrow: alpha-1024\nfeatures: features\noutput: runs\nname: {name}\n"

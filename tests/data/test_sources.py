@@ -371,6 +371,7 @@ def test_a_huge_picture_is_shrunk_before_it_becomes_floats():
     assert pixels.shape == (4200, 4300, 3)  # a mode that PIL cannot average
 
 
+@pytest.mark.slow
 def test_a_picture_beyond_what_pil_decodes_is_named_and_left_out(tmp_path):
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")

@@ -104,6 +104,7 @@ def test_scorer_bears_noise_and_flat_nonsense():
     assert find_background(np.full((8, 8, 3), 250, np.uint8)) == "white"
 
 
+@pytest.mark.slow
 @given(seeds, st.integers(1, 3), st.sampled_from(SIZES_PX))
 def test_training_never_draws_a_held_out_combination(seed, count, size_px):
     scene = random_scene(Random(seed), count, *size_px)

@@ -156,6 +156,7 @@ def test_a_killed_making_is_made_again(cache, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_of_two_at_once_one_makes_and_the_other_waits(cache, tmp_path):
     clone = make_clone(tmp_path / "a")
     with start_maker(cache, clone, 1) as maker:
@@ -424,6 +425,7 @@ def test_a_dying_server_is_told_with_its_log(tmp_path):
     assert process.tail(caught.value.log) == "no GPU"
 
 
+@pytest.mark.slow
 def test_a_silent_server_is_ended(tmp_path):
     code = "import time; time.sleep(600)"
     with pytest.raises(process.DevError, match="did not answer .* within 1 s"), fake_server(tmp_path, code) as running:

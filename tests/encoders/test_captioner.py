@@ -124,6 +124,7 @@ def test_a_cut_caption_is_told(captioner, caplog):
     assert "1 of 1 captions end within a sentence, after 2 tokens" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, {}, {"model_type": "t5"}])
 def test_other_folders_are_refused(tmp_path, content):
     if content is not None:

@@ -53,6 +53,7 @@ def test_what_claims_more_than_it_holds_is_refused(tmp_path, content, match):
             read(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_archives_are_bounded(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.npy", npy((10**8,), b"\0" * 10**8, "|u1"))

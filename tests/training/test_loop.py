@@ -58,6 +58,7 @@ def losses(folder):
     return {entry["step"]: entry["loss"] for entry in read_log(folder / LOG)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_learns_something(kind, tmp_path):
     made = trainer(tmp_path, tiny_settings(kind=kind, warmup_steps=2, schedule="cosine"))
@@ -183,6 +184,7 @@ def test_gradients_beyond_fp16_skip_steps_until_the_loss_scale_fits_and_it_is_ke
     assert_same(trained(tmp_path / "cut", settings), whole.trained_weights())
 
 
+@pytest.mark.slow
 def test_gradients_that_no_loss_scale_fits_stop_the_training(tmp_path):
     made = trainer(tmp_path, tiny_settings(kind="full", dtype="fp16", steps=50))
     made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**80)

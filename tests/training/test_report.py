@@ -144,6 +144,7 @@ def test_validation_pictures_are_the_same_for_the_same_weights(kind, tmp_path):
     assert (tmp_path / "one" / "samples.png").is_file()
 
 
+@pytest.mark.slow
 def test_validation_does_not_change_the_training(tmp_path):
     features, weights = make_features(), []
     for name, every in (("with", 1), ("without", 0)):

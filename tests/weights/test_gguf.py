@@ -158,6 +158,7 @@ def refused_or_read(path):
         assert numbers.nbytes < 2**20
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_hostile_headers_are_refused_in_words(small, tmp_path, data):
