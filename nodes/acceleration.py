@@ -1,20 +1,21 @@
 """Acceleration nodes: less time for a picture that is nearly the same."""
 
+import functools
+
 from comfy_api.latest import io, ui
 
 from .host.denoiser.acceleration import FORECASTS, cache_blocks, compress_attention, limit_guidance, reuse_guidance
 from .host.denoiser.acceleration import MODES as CACHE_MODES
 from .host.denoiser.compilation import MODES, SIZES, compile_model
 from .host.denoiser.kv_compression import BLOCKS, EVERY_OTHER
-from .host.schema import choice_input, node_input, schema
+from .host.schema import choice_input, node_input, percent_input, schema
 from .host.text.captions import show_text
 
 CATEGORY = "PixArt/acceleration"
 
 
 def _percent(name: str, default: float, tooltip: str, advanced=False):
-    limits = {"min": 0.0, "max": 1.0, "step": 0.01}
-    return node_input(io.Float, name, default=default, tooltip=tooltip, optional=True, advanced=advanced, **limits)
+    return percent_input(name, default, tooltip, optional=True, advanced=advanced)
 
 
 class BlockCache(io.ComfyNode):
@@ -173,7 +174,8 @@ class GuidanceReuse(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, every, forecast=FORECASTS[0], start_percent=0.1, end_percent=1.0):
-        patched, trouble = reuse_guidance(model, every, forecast, start_percent, end_percent)
+        say = functools.partial(show_text, cls.hidden)
+        patched, trouble = reuse_guidance(model, every, forecast, start_percent, end_percent, say)
         show_text(cls.hidden, trouble)
         return io.NodeOutput(patched, ui=ui.PreviewText(trouble) if trouble else None)
 

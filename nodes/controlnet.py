@@ -6,7 +6,7 @@ from ..pixart.resolution import ASPECT_RATIOS
 from .host.controlnet import apply_control, list_controlnets, load_controlnet
 from .host.edges import AUTO, HED, METHODS, list_hed_models, make_edges
 from .host.loading import DTYPES, VARIANTS
-from .host.schema import choice_input, missing_output, node_input, schema
+from .host.schema import choice_input, missing_output, node_input, percent_input, schema, seed_input
 from .host.steering.reference import add_reference
 
 CATEGORY = "PixArt/controlnet"
@@ -97,23 +97,17 @@ class ControlNetApply(io.ComfyNode):
                     step=0.01,
                     tooltip="1 is as trained, 0 is no control at all.",
                 ),
-                node_input(
-                    io.Float,
+                percent_input(
                     "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
+                    0.0,
+                    "When control begins, as a fraction of the sampling: 0 is the first step.",
                     step=0.001,
-                    tooltip="When control begins, as a fraction of the sampling: 0 is the first step.",
                 ),
-                node_input(
-                    io.Float,
+                percent_input(
                     "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
+                    1.0,
+                    "When control ends: 1 is the last step. Ending early lets details go their own way.",
                     step=0.001,
-                    tooltip="When control ends: 1 is the last step. Ending early lets details go their own way.",
                 ),
             ],
             outputs=[
@@ -159,34 +153,19 @@ class ReferencePicture(io.ComfyNode):
                     step=0.01,
                     tooltip="How much each part of the reference counts: 1 as much as the picture's own, 0 not at all.",
                 ),
-                node_input(
-                    io.Float,
+                percent_input(
                     "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
+                    0.0,
+                    "When the reference begins to be read, as a fraction of the sampling: 0 is the first step.",
                     step=0.001,
-                    tooltip="When the reference begins to be read, as a fraction of the sampling: 0 is the first step.",
                 ),
-                node_input(
-                    io.Float,
+                percent_input(
                     "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
+                    1.0,
+                    "When it ends: 1 is the last step. Ending early leaves the details to the prompt.",
                     step=0.001,
-                    tooltip="When it ends: 1 is the last step. Ending early leaves the details to the prompt.",
                 ),
-                node_input(
-                    io.Int,
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Of the noise on the reference.",
-                ),
+                seed_input("Of the noise on the reference.", advanced=True),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the reference, for any sampler.")],
         )

@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 from ..pixart.data.records import POLICIES
 from ..pixart.data.sources import AUTO, KINDS, Columns
 from ..pixart.encoders.captioner import DESCRIBE, DESCRIBE_CAPTION, CaptionSettings
-from .host.schema import choice_input, node_input, schema
+from .host.schema import choice_input, node_input, schema, seed_input
 from .host.text.captions import show_text
 from .host.training.captioning import PRECISIONS, caption_images, list_captioners
 from .host.training.dataset import dataset_of_images, fingerprint_dataset, load_dataset
@@ -232,15 +232,8 @@ class CaptionImages(io.ComfyNode):
                     optional=True,
                     tooltip="0 always takes the likeliest word; more varies the words.",
                 ),
-                node_input(
-                    io.Int,
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    optional=True,
-                    tooltip="Other words for the same picture, where the temperature is above 0.",
+                seed_input(
+                    "Other words for the same picture, where the temperature is above 0.", control_after_generate=True
                 ),
                 node_input(
                     io.Int,

@@ -20,7 +20,7 @@ from .host.loading import (
     remarks_on,
 )
 from .host.lora import SAVED_DTYPES
-from .host.schema import choice_input, node_input, schema
+from .host.schema import choice_input, node_input, schema, seed_input
 from .host.text.captions import show_text
 from .host.text.t5 import remark_on
 from .host.weights.stages import BY_SIZE, STAGES, grow_model, list_dits, load_dit
@@ -46,11 +46,6 @@ def _dtype_input():
         tooltip="Precision of the weights. default: as ComfyUI thinks best for the file and the device. fp8 halves "
         "the memory at a small loss. With default, GGUF stays packed.",
     )
-
-
-def _seed_input(tooltip: str):
-    limits = {"min": 0, "max": 2**64 - 1}
-    return node_input(io.Int, "seed", default=0, **limits, optional=True, advanced=True, tooltip=tooltip)
 
 
 def _show(hidden, text: str):
@@ -224,7 +219,7 @@ class StartFromDiT(io.ComfyNode):
                     advanced=True,
                     tooltip="Width of the text encoder's states: 4096 of T5-XXL.",
                 ),
-                _seed_input("Of the parts that read captions, which a DiT does not have."),
+                seed_input("Of the parts that read captions, which a DiT does not have.", advanced=True),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The PixArt, for Train PixArt.")],
         )
@@ -265,7 +260,9 @@ class Grow(io.ComfyNode):
                     step=16,
                     tooltip="Side of the square that it is to be trained at, for 'size in pixels'.",
                 ),
-                _seed_input("Of what begins by chance: size embedders, further tokens of the null caption."),
+                seed_input(
+                    "Of what begins by chance: size embedders, further tokens of the null caption.", advanced=True
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The grown model, for Train PixArt.")],
             hidden=[io.Hidden.unique_id],
@@ -323,15 +320,7 @@ class LoadConsistencyDecoder(io.ComfyNode):
                     tooltip="The folder of openai/consistency-decoder in models/vae or models/diffusers, or its file.",
                 ),
                 node_input(io.Vae, "vae", tooltip="The normal VAE (sd-vae-ft-ema): encodes, and gives the precision."),
-                node_input(
-                    io.Int,
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    optional=True,
-                    tooltip="Of the noise that it decodes from: changes the finest details alone.",
-                ),
+                seed_input("Of the noise that it decodes from: changes the finest details alone."),
                 node_input(
                     io.Model, "model", optional=True, tooltip="Connected, a PixArt-Sigma is refused before sampling."
                 ),

@@ -47,6 +47,17 @@ def choice_input(name: str, choices: Iterable[str], **fields) -> io.Input:
     return node_input(io.Combo, name, options=choices, optional=True, **{"default": choices[0], **fields})
 
 
+def percent_input(name: str, default: float, tooltip: str, **fields) -> io.Input:
+    """Make an input for a part of the sampling, from 0 to 1."""
+    usual = {"default": default, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": tooltip}
+    return node_input(io.Float, name, **{**usual, **fields})
+
+
+def seed_input(tooltip: str, **fields) -> io.Input:
+    """Make an optional input `seed` of 64 bits."""
+    return node_input(io.Int, "seed", default=0, min=0, max=2**64 - 1, optional=True, tooltip=tooltip, **fields)
+
+
 def missing_output(message: str) -> ExecutionBlocker:
     """What an output gives that has no value: a node that is connected to it stops with this message."""
     return ExecutionBlocker(message)

@@ -40,6 +40,7 @@ from .sample import add_models, add_settings, load_pipeline, picture_size, read_
 from .server import ComfyServer
 
 SETTINGS = "settings.json"
+RARE = ("guidance_reuse", "lora", "weights")  # decide the pictures too, where they are not as usual
 NAME_LIMIT = 200  # of a prompt in a file's name; file systems take 255 bytes
 
 
@@ -142,7 +143,9 @@ def local_maker(options: argparse.Namespace) -> tuple[Maker, dict]:
         prompts, seeds = [task.prompt for task in tasks], [task.seed for task in tasks]
         return to_pictures(pipeline.generate(prompts, options.negative, height, width, seeds, settings, reuse=reuse))
 
-    names = ("model", "t5", "vae", "variant", "dtype", "size", "negative", *(("guidance_reuse",) if reuse else ()))
+    names = ["model", "t5", "vae", "variant", "dtype", "size", "negative"]
+    usual = parse().parse_args(["", "--output", ""])
+    names += [name for name in RARE if getattr(options, name) != getattr(usual, name)]
     return make, {**asdict(settings), **{name: str(getattr(options, name)) for name in names}}
 
 
@@ -222,7 +225,8 @@ def main(options: argparse.Namespace) -> None:
         return
     pictures = [(task.path, task.prompt) for task in tasks]
     results = measure(scores, pictures) | (benchmark.measure(pictures, options.output) if benchmark else {})
-    report = write_report(options.output, options.prompts.name, settings, pictures, results)
+    notes = benchmark.notes(prompts) if benchmark else []
+    report = write_report(options.output, options.prompts.name, settings, pictures, results, notes)
     sys.stdout.write(f"{report}\n")
 
 

@@ -38,7 +38,7 @@ from ..transformer import PixArt
 from ..weights.folders import read_json
 from ..weights.reading import read_checkpoint
 from ..weights.saving import DTYPES
-from .console import add_device, add_weights, make_parser, tell
+from .console import AUTO, add_device, add_weights, make_parser, tell
 from .pipeline import Pipeline
 
 REUSE_START = 0.1  # of the steps: before, the picture forms
@@ -80,6 +80,8 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
     checkpoint = read_checkpoint(options.model, weights=options.weights, **hints)
     tell(options.model.name, checkpoint.remarks)
     dtype = DTYPES.get(options.dtype) or own_dtype(torch.device(options.device).type, _dtype_of(checkpoint.state_dict))
+    if options.dtype == AUTO and dtype != torch.float32 and torch.device(options.device).type == "cpu":
+        tell(options.model.name, ["computed in bf16, as the file is and this CPU can; --dtype fp32 for more digits"])
     with torch.device("meta"):
         model = PixArt(checkpoint.config)
     weights = add_loras(checkpoint.state_dict, checkpoint.config, options.lora, options.strict)
@@ -267,6 +269,15 @@ def plan(prompts: list[str], options: argparse.Namespace, base_px: int) -> Itera
     yield size, batch
 
 
+def describe_more(options: argparse.Namespace, reuse: GuidanceReuse | None) -> str:
+    """What else has made a picture, behind its settings."""
+    parts = [f", guidance reuse: {reuse.every}"] if reuse else []
+    if options.reference is not None:
+        strength, where = options.reference_strength, options.reference_range
+        parts.append(f", reference: {options.reference.name} (strength {strength:g}, {where})")
+    return "".join(parts)
+
+
 def main(options: argparse.Namespace) -> None:
     """Writes one PNG for each prompt, its settings within."""
     from tqdm import tqdm
@@ -292,7 +303,7 @@ def main(options: argparse.Namespace) -> None:
             pictures = pipeline.generate(*given)
             for (number, text), seed, picture in zip(batch, seeds, to_pictures(pictures), strict=True):
                 notes = PngInfo()
-                how = f"{settings}, seed: {seed}" + (f", guidance reuse: {reuse.every}" if reuse else "")
+                how = f"{settings}, seed: {seed}{describe_more(options, reuse)}"
                 notes.add_itxt("parameters", f"{text}\nNegative prompt: {negative}\n{how}")
                 write_atomically(paths[number], partial(picture.save, format="PNG", pnginfo=notes))
 

@@ -32,13 +32,16 @@ def draw_curve(
         x = box[0] + (point[0] - steps[0]) / (steps[1] - steps[0]) * (box[2] - box[0])
         return x, box[3] - min(max(point[1], 0) / high, 1) * (box[3] - box[1])
 
+    shown = set()
     for share in range(5):
         y = box[3] - share / 4 * (box[3] - box[1])
         draw.line((box[0], y, box[2], y), fill=_GRID)
         draw.text((box[0] - 6, y), f"{high * share / 4:.3g}", _INK, font, "rm")
         step = steps[0] + share / 4 * (steps[1] - steps[0])
         x = box[0] + share / 4 * (box[2] - box[0])
-        draw.text((x, box[3] + 4), f"{step:.0f}", _INK, font, "mt")
+        if f"{step:.0f}" not in shown:  # of few steps, several places round to one
+            draw.text((x, box[3] + 4), f"{step:.0f}", _INK, font, "mt")
+        shown.add(f"{step:.0f}")
     text = f"step; loss {points[-1][1]:.4g}, smoothed {smooth[-1][1]:.4g}"
     draw.text((box[0], size[1] - 4), text, _INK, font, "ls")
     thin = points[:: max(1, len(points) // (4 * size[0]))]

@@ -1,15 +1,24 @@
 """T2I-CompBench and GenEval as `evaluate` asks for them: what they need, and their numbers of all pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ..quoting import shorten
+from ..quoting import plain, shorten
 from .asking import GET_VQA, load_vqa
-from .compbench import MEASURES, NEEDS, CompBench, Tools, category_of, check_category, read_relations
+from .compbench import (
+    MEASURES,
+    NEEDS,
+    CompBench,
+    Tools,
+    category_of,
+    check_category,
+    describe_reading,
+    read_relations,
+)
 from .finding import GET_DETECTOR, load_detector
 from .geneval import OVERALL, GenEval, overall, read_metadata
 from .kept import KeptScores
@@ -56,6 +65,15 @@ class Benchmark:
             clip_similarity(load_clip(self.clip).to(self.device)) if "clip" in needed else None,
         )
         return CompBench(category, tools, relations)
+
+    def notes(self, prompts: Iterable[str]) -> list[str]:
+        """How it is measured, and what of the prompts could not be read, in lines."""
+        folders = {option: getattr(self, option) for option in _REMEDIES}
+        models = [f"{option}: {plain(shorten(folder.name))}" for option, folder in folders.items() if folder]
+        if self.name == "geneval":
+            return models
+        category = check_category(self.category or category_of(self.prompts.name), self.prompts.name)
+        return [*models, *describe_reading(category, dict.fromkeys(prompts))]
 
     def _require(self, *options: str) -> None:
         for option in sorted(options):

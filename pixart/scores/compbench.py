@@ -6,7 +6,7 @@ Source: Huang et al., "T2I-CompBench", arXiv:2307.06350, and its scripts. Of the
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +68,25 @@ def check_category(category: str | None, file_name: str) -> str:
             f"or keep the official name of the prompt file."
         )
     return category
+
+
+# What a prompt has to say for a measure to find something in it.
+READ = {"attributes": noun_phrases, "places": find_relation, "numbers": find_counts}
+UNREAD = {"attributes": "no noun phrase, score 1", "places": "no relation, score 0", "numbers": "no number, score 0"}
+
+
+def describe_reading(category: str, prompts: Iterable[str]) -> list[str]:
+    """How the prompts of a category were read, in lines: by what, and how many of them said nothing to a measure."""
+    prompts, lines = list(prompts), []
+    if "attributes" in MEASURES[category]:
+        lines.append("Noun phrases are cut by a rule, in place of spaCy's model.")
+    if {"places", "numbers"} & set(MEASURES[category]):
+        lines.append("Things are found by another detector than UniDet: compare with numbers of the same one.")
+    for measure in MEASURES[category]:
+        unread = [prompt for prompt in prompts if measure in READ and not READ[measure](prompt)]
+        if unread:
+            lines.append(f"{len(unread)} of {len(prompts)} prompts: {UNREAD[measure]}, such as {shorten(unread[0])}.")
+    return lines
 
 
 class CompBench:

@@ -1,6 +1,7 @@
 """What an evaluation writes: scores.json, a sheet of the first pictures, and report.md."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,16 +15,22 @@ SHOWN_PICTURES, SHOWN_PX = 16, 256
 
 
 def write_report(
-    folder: Path, title: str, settings: dict, pictures: Sequence[tuple[Path, str]], results: Mapping
+    folder: Path,
+    title: str,
+    settings: dict,
+    pictures: Sequence[tuple[Path, str]],
+    results: Mapping,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write scores.json, the first pictures as one sheet, and report.md, whose path is returned.
 
-    results: of `measure`. Means leave out what a scorer did not tell.
+    results: of `measure`. Rows and means leave out what a scorer did not give. notes: on how it was measured.
     """
-    means = {name: _mean(values) for name, values in results.items()}
+    means = {name: mean for name, values in results.items() if not math.isnan(mean := _mean(values))}
+    by_picture = {name: values for name, values in results.items() if isinstance(values, list)}
     rows = [
         {"picture": path.name, "prompt": prompt}
-        | {name: values[index] for name, values in results.items() if isinstance(values, list)}
+        | {name: values[index] for name, values in by_picture.items() if not math.isnan(values[index])}
         for index, (path, prompt) in enumerate(pictures)
     ]
     scores = json.dumps({"means": means, "pictures": rows}, indent=1, ensure_ascii=False)
@@ -42,6 +49,8 @@ def write_report(
         *(["| score | value |", "| --- | --- |"] if means else []),
         *(f"| {name} | {value:.4f} |" for name, value in means.items()),
         *([""] if means else []),
+        *(f"- {note}" for note in notes),
+        *([""] if notes else []),
         "![The first pictures](pictures.png)",
         "",
         "```json",
@@ -55,5 +64,5 @@ def write_report(
 
 
 def _mean(values: Sequence[float] | float) -> float:
-    told = [value for value in np.atleast_1d(values) if not np.isnan(value)]
-    return float(np.mean(told)) if told else float("nan")
+    given = [value for value in np.atleast_1d(values) if not math.isnan(value)]
+    return float(np.mean(given)) if given else float("nan")

@@ -109,6 +109,18 @@ def test_it_goes_on_where_it_was_and_reports(run, tmp_path):
     assert run("--seed", 3, "--steps", 5, "--force")[:2] == (0, [3, 4, 5])
 
 
+def test_what_decides_pictures_of_this_process_is_written_down():
+    def written(*more):
+        options = ["p.txt", "--output", "o", "--model", "m.pth", "--t5", "t", "--vae", "v", *more]
+        return evaluate.local_maker(evaluate.parse().parse_args(options))[1]
+
+    usual = written()
+    others = [
+        written(*more) for more in (["--lora", "x.safetensors"], ["--weights", "model"], ["--guidance-reuse", "2"])
+    ]
+    assert all(other != usual for other in others) and not set(evaluate.RARE) & set(usual)
+
+
 def test_batches_hold_what_is_missing(run, tmp_path):
     assert run("--per-prompt", 2, "--batch", 4)[:2] == (0, [[0, 1, 2, 3], [4, 5]])
     for number in (1, 2, 5):

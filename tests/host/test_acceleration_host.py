@@ -504,12 +504,13 @@ def test_reuse_says_where_it_cannot_act(comfy, core_nodes, patcher, acceleration
     model, notice = acceleration.reuse_guidance(nag, 2, "as it was", 0.0, 1.0)
     assert "reads the negative prompt" in notice
     assert torch.equal(sample(comfy, model, **PROMPTS, steps=4), sample(comfy, nag, **PROMPTS, steps=4))
-    later, notice = acceleration.reuse_guidance(patcher, 2, "as it was", 0.0, 1.0)
+    said = []
+    later, notice = acceleration.reuse_guidance(patcher, 2, "as it was", 0.0, 1.0, said.append)
     assert notice == ""
     caplog.clear()
     later = core_nodes["NAGuidance"].execute(later, 5.0, 0.5, 1.5)[0]
     assert torch.equal(sample(comfy, later, **PROMPTS, steps=4), sample(comfy, nag, **PROMPTS, steps=4))
-    assert "reads the negative prompt" in caplog.text
+    assert "reads the negative prompt" in caplog.text and said == [acceleration.IN_THE_WAY]
     sample(comfy, reused(acceleration, patcher), **PROMPTS, steps=4, cfg=1.0)
     assert "had nothing to do" in caplog.text
     with pytest.raises(ValueError, match="Empty interval"):

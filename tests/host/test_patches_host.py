@@ -318,6 +318,9 @@ def test_a_twin_of_another_class_knows_the_parts(patcher):
     assert isinstance(twin, plain) and not isinstance(twin, Dynamic)
     assert twin.model_state_dict().keys() == patcher.model_state_dict().keys()
     assert type(twin.clone()) is type(twin) is type(patcher)
+    packed = importlib.import_module("pixart_pack.nodes.host.weights.patcher")
+    clip = packed.know_packed_weights(Dynamic(patcher.model, patcher.load_device, patcher.offload_device))
+    assert isinstance(clip.clone(), packed.PackedWeights) and not isinstance(clip.clone(), Dynamic)
 
 
 def test_a_part_and_a_slice_are_patched_alike(patcher):

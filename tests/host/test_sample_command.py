@@ -210,6 +210,8 @@ def test_a_reference_is_encoded_and_read(tmp_path, capsys):
     brown = np.array([110, 70, 40])
     far, near = (np.abs(np.median(picture.reshape(-1, 3), 0) - brown).mean() for picture in (plain, like))
     assert near < far - 5
+    said = Image.open(next((tmp_path / "like").glob("*.png"))).text["parameters"]
+    assert said.endswith("reference: brown.png (strength 3, 0:1)")
     for wrong, message in (
         (["--reference", "none.png"], "No reference"),
         ([*given, "--reference-range", "0.5:0.2"], "Part of the sampling out of range"),

@@ -20,6 +20,7 @@ from pixart_pack.pixart.scores.compbench import (
     CompBench,
     Tools,
     category_of,
+    describe_reading,
     read_relations,
     score_numbers,
     score_places,
@@ -410,6 +411,16 @@ def test_compbench_is_scored_and_goes_on_where_it_was(run, tmp_path, blip, monke
     monkeypatch.undo()
 
 
+def test_the_report_says_what_of_the_prompts_was_not_read(run, tmp_path, owl):
+    prompts = tmp_path / "spatial_val.txt"
+    prompts.write_text("a fox on the left of an owl\na fox that sleeps\n")
+    assert run(prompts, "--score", "compbench", "--detector", owl)[0] == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "- 1 of 2 prompts: no relation, score 0, such as 'a fox that sleeps'." in report
+    assert "- detector: 'owl'" in report and "another detector than UniDet" in report
+    assert "a rule, in place of spaCy" in describe_reading("texture", ["a fox"])[0]
+
+
 def test_geneval_is_scored_under_the_names_of_its_script(run, tmp_path, owl):
     prompts = tmp_path / "evaluation_metadata.jsonl"
     rows = [row(DOG, tag="single_object"), row(TWO_DOGS, tag="counting") | {"prompt": "two dogs"}]
@@ -419,6 +430,7 @@ def test_geneval_is_scored_under_the_names_of_its_script(run, tmp_path, owl):
     assert (code, count) == (0, 4), said
     means = json.loads((tmp_path / "out" / "scores.json").read_text())["means"]
     assert set(means) == {"single_object", "counting", "GenEval"}
+    assert "NaN" not in (tmp_path / "out" / "scores.json").read_text()  # which JSON does not have
     assert json.loads((tmp_path / "out" / "00001" / "metadata.jsonl").read_text()) == rows[1]
     assert (tmp_path / "out" / "00001" / "samples" / "0001.png").is_file()
     assert plan(["a"], tmp_path, 1, 0, "geneval")[0].path == tmp_path / "00000" / "samples" / "0000.png"

@@ -1,6 +1,7 @@
 """Dials that trade exactness for time: block caching across steps, guidance in a part of the steps, fewer keys."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.model_patcher
@@ -141,13 +142,21 @@ class _ReuseSettings:
     reuse: GuidanceReuse
     start_percent: float
     end_percent: float
+    say: Callable[[str], None] | None
+
+    def notice(self, text: str) -> None:
+        """Say it in the log, and to whoever wants to know."""
+        log.warning(text)
+        if self.say is not None:
+            self.say(text)
 
 
-def reuse_guidance(model, every, forecast, start_percent, end_percent) -> tuple:
+def reuse_guidance(model, every, forecast, start_percent, end_percent, say=None) -> tuple:
     """A clone of the MODEL that computes all prompts in one of `every` steps, and the positive one in each; between
     two percents of the sampling. And what stands in its way, or "".
 
-    The others follow at the distance that they had, or along the line of the last two: forecast.
+    The others follow at the distance that they had, or along the line of the last two: forecast. say: called with what
+    turns out to stand in its way, or to leave it nothing to do, while a picture is sampled.
     Raises ValueError for an empty interval.
     """
     _check_interval(start_percent, end_percent)
@@ -157,7 +166,7 @@ def reuse_guidance(model, every, forecast, start_percent, end_percent) -> tuple:
     reuse = GuidanceReuse(every, forecast)
     if every == 1:
         return patched, ""
-    settings = _ReuseSettings(reuse, start_percent, end_percent)
+    settings = _ReuseSettings(reuse, start_percent, end_percent, say)
     patched.model_options["transformer_options"][REUSE + "_settings"] = settings
     patched.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, REUSE, _sample_with_reuse)
     patched.add_wrapper_with_key(WRAPPERS.CALC_COND_BATCH, REUSE, _predict_prompts)
@@ -168,12 +177,12 @@ def _sample_with_reuse(executor, noise, latent_image, sampler, sigmas, *args, **
     """One run with differences of its own, which go with it however it ends."""
     guider = executor.class_obj
     before = guider.model_options
+    settings = before["transformer_options"][REUSE + "_settings"]
     if before.get(ALL_NEEDED):
-        log.warning(IN_THE_WAY)
+        settings.notice(IN_THE_WAY)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     guider.model_options = comfy.model_patcher.create_model_options_clone(before)
     options = guider.model_options["transformer_options"]
-    settings = options[REUSE + "_settings"]
     sampling = guider.model_patcher.get_model_object("model_sampling")
     active = _between(sampling, settings.start_percent, settings.end_percent)
     kept = settings.reuse.begin(sigmas.tolist(), lambda level: active(torch.tensor(level)))
@@ -185,7 +194,7 @@ def _sample_with_reuse(executor, noise, latent_image, sampler, sigmas, *args, **
         kept.clear()
         log.info("PixArt Guidance Reuse: %d of %d guided evaluations.", kept.reused, kept.reused + kept.computed)
         if not kept.computed:
-            log.warning("PixArt Guidance Reuse had nothing to do: no prompt but the positive one was computed.")
+            settings.notice("PixArt Guidance Reuse had nothing to do: no prompt but the positive one was computed.")
 
 
 def _predict_prompts(executor, model, conds, x, timestep, model_options):

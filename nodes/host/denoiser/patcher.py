@@ -9,7 +9,7 @@ import functools
 import comfy.model_patcher
 import comfy.utils
 
-from ..weights.patcher import PackedWeights
+from ..weights.patcher import PackedWeights, mix_in
 
 PREFIX = "diffusion_model."
 PARTS = (".to_q.", ".to_k.", ".to_v.", ".to_out.0.")
@@ -19,10 +19,6 @@ class SplitNames(PackedWeights):
     """Mixed into one of the host's patchers: parts of weights have names of their own, under which they are patched."""
 
     _wholes_alone = False
-
-    def clone(self, *args, **kwargs):
-        """A twin that knows the names, too, where the host gives one of another class: without dynamic memory."""
-        return name_parts(super().clone(*args, **kwargs))
 
     def model_state_dict(self, filter_prefix=None):
         """The weights by their names. All of them, when asked for without a prefix, stand there under the parts' too.
@@ -75,12 +71,5 @@ def make_named(model, load_device, offload_device, disable_dynamic: bool):
 
 
 def name_parts(patcher):
-    """The same patcher, of a class that SplitNames is mixed into. A host's class may give one of another class."""
-    if not isinstance(patcher, SplitNames):
-        patcher.__class__ = _named(type(patcher))
-    return patcher
-
-
-@functools.cache
-def _named(chosen):
-    return type(f"PixArt{chosen.__name__}", (SplitNames, chosen), {})
+    """The same patcher, of a class that SplitNames is mixed into."""
+    return mix_in(patcher, SplitNames)

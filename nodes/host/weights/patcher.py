@@ -15,6 +15,10 @@ class PackedWeights:
     is exchanged instead, and put back.
     """
 
+    def clone(self, *args, **kwargs):
+        """A twin that knows as much, where the host gives one of another class: without dynamic memory."""
+        return mix_in(super().clone(*args, **kwargs), self.mixin)
+
     def model_state_dict_for_saving(self, model=None, prefix=""):
         """The weights as numbers, with the patches on them: for the host's own nodes that save."""
         packed = [layer for layer in packed_layers(self.model) if layer.is_packed()]
@@ -86,11 +90,16 @@ def _taken_as_they_are(layers):
 
 def know_packed_weights(patcher):
     """The same patcher, of a class that PackedWeights is mixed into."""
-    if not isinstance(patcher, PackedWeights):
-        patcher.__class__ = _mixed(type(patcher))
+    return mix_in(patcher, PackedWeights)
+
+
+def mix_in(patcher, mixin: type):
+    """The same patcher, of a class that mixin, which is PackedWeights or made of it, stands in front of."""
+    if not isinstance(patcher, mixin):
+        patcher.__class__ = _mixed(mixin, type(patcher))
     return patcher
 
 
 @functools.cache
-def _mixed(chosen):
-    return type(f"Packed{chosen.__name__}", (PackedWeights, chosen), {})
+def _mixed(mixin, chosen):
+    return type(f"{mixin.__name__}{chosen.__name__}", (mixin, chosen), {"mixin": mixin})
