@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pixart_pack.demo.client import PromptError
@@ -12,6 +13,7 @@ from pixart_pack.pixart.training.report import read_log
 from pixart_pack.pixart.training.settings import read_config
 from pixart_pack.tests import processes
 from pixart_pack.tests.host.graph import VAE, Graph
+from pixart_pack.tests.stages.tiny_dit import DiT
 
 MODEL, T5 = "pixart_demo.safetensors", "pixart_demo_t5.safetensors"
 
@@ -113,6 +115,37 @@ def test_a_lora_keeps_to_what_the_model_made_of_prior_pictures(host, folder):
               for name in ("both", "alone")]  # fmt: skip
     assert len(losses[0]) == 4 and min(losses[0]) > 0
     assert losses[1] == [0.0] * 4  # a LoRA that adds nothing yet has nothing to learn from the model's own predictions
+
+
+def test_a_model_out_of_a_dit_is_grown_trained_at_two_sizes_and_sampled_with_a_reference(host, folder):
+    torch.manual_seed(0)
+    dit = DiT(side=4)
+    (host.models / "diffusion_models").mkdir(parents=True, exist_ok=True)
+    torch.save(dit.state_dict(), host.models / "diffusion_models" / "tiny_dit.pt")
+    graph = TrainingGraph(folder)
+    started = graph.add("PixArtStartFromDiT", dit="tiny_dit.pt", caption_width=64)
+    grown = graph.add("PixArtGrow", model=started, stage="size in pixels", size_px=96)
+    graph.nodes[graph.features[0]]["inputs"] |= {"more_resolutions": "96", "spread": "each"}
+    trained = graph.train("PixArtTrain", model=grown, method="fine-tune", steps=2, learning_rate=1e-4)
+    picture = graph.add("LoadImage", image=f"{folder.name}/0.png")
+    more = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    graph.sample(graph.add("PixArtReference", model=trained, image=picture, vae=graph.vae, **more))
+    texts = texts_of(host.events(graph.nodes, 300))
+    assert "grown from alpha at 64 px to alpha at 96 px" in texts[grown[0]]
+    assert texts[trained[0]].splitlines()[0] == "done: 2 of 2 steps"
+    sizes = texts[graph.features[0]]
+    assert "64 x 64: 3" in sizes and "96 x 96: 3" in sizes, sizes
+
+
+def test_a_model_of_one_step_is_distilled_and_sampled(host, folder):
+    graph = TrainingGraph(folder)
+    trained = graph.train("PixArtDistillDMD", method="LoRA", dmd_guidance=2.0, steps=2, rank=2, targets="attention")
+    graph.sample(trained)
+    graph.nodes[str(len(graph.nodes) - 2)]["inputs"] |= {
+        "steps": 1, "cfg": 1.0, "sampler_name": "pixart_dmd", "scheduler": "pixart_dmd",
+    }  # fmt: skip
+    assert texts_of(host.events(graph.nodes, 300))[trained[0]].splitlines()[0] == "done: 2 of 2 steps"
+    assert not read_lora(host.output / "loras" / f"{folder.name}_001.safetensors").unmatched
 
 
 def test_two_trainings_queued_at_once_work_one_after_the_other(host, folder):
