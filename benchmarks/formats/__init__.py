@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..report import markdown_table
 
-MODULES = ("text_encoders", "transformers")
+MODULES = ("text_encoders", "transformers", "wrappers")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- formats: begin -->", "<!-- formats: end -->"
 log = logging.getLogger(__name__)
