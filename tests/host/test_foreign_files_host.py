@@ -1,6 +1,7 @@
 """What other programs write, through the loader nodes: adapters that only PEFT can merge, and models inside files."""
 
 import importlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,11 @@ def folders(comfy, pack):
 
 @pytest.fixture(scope="module")
 def merged(folders):
-    """{kind: what PEFT itself makes of the weights}; the adapters lie in the host's folder."""
-    return {kind: save_with_peft(folders[0] / f"by_peft_{kind}", *PACKAGE_CASES[kind]) for kind in (ADDED, SCALED)}
+    """{kind: what PEFT itself makes of the weights}; the adapters lie in the host's folder while these tests run."""
+    places = {kind: folders[0] / f"by_peft_{kind}" for kind in (ADDED, SCALED)}
+    yield {kind: save_with_peft(place, *PACKAGE_CASES[kind]) for kind, place in places.items()}
+    for place in places.values():
+        shutil.rmtree(place)
 
 
 @pytest.fixture

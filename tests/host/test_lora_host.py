@@ -214,7 +214,7 @@ def test_nodes_load_a_peft_folder_and_name_what_does_not_fit(run_node, make_patc
     config["lora_alpha"] = 2 * config["lora_alpha"]
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     host_lora = importlib.import_module("pixart_pack.nodes.host.lora")
-    assert host_lora.list_loras()[0] == "style/peft/"
+    assert "style/peft/" in host_lora.list_loras()
     model, info = run_node("PixArtLoadLoRA", model=make_patcher(), lora="style/peft/", strength=1.0)
     expected = merge(make_weights(CONFIG), read_lora(folder))
     same_weights(weights_of(model), expected, **NOISE)
