@@ -99,6 +99,33 @@ def test_comfy_cli(host, tmp_path):
     assert "client_" in done.stdout
 
 
+SCRIPT = """
+from comfy_script.runtime import *
+load({url!r})  # and it watches, else it waits for ever
+from comfy_script.runtime.nodes import *
+with Workflow(wait=True):
+    PreviewAny(PixArtTextEncode(PixArtLoadT5({t5!r}), {prefix!r}))
+    width, height, latent, ratio = PixArtResolution("256", "nearest to size", width={width}, height={height})
+    PreviewAny(width)
+    result = SaveImage(VAEDecode(latent, VAELoader({vae!r})), {prefix!r})
+print("SIZES", [image.size for image in result.wait()])
+"""
+
+
+@pytest.mark.slow
+def test_comfy_script(host, tmp_path):
+    """In a process of its own, since it changes how this one's event loop works."""
+    pytest.importorskip("nest_asyncio2", reason="needs comfy-script and nest-asyncio2")
+    width, height = SIZE
+    named = {"prefix": f"client_{time.time_ns()}", "t5": T5, "vae": VAE, "width": width, "height": height}
+    file = tmp_path / "script.py"  # it reads its own source
+    file.write_text(SCRIPT.format(url=host.url, **named), encoding="utf-8")
+    command = [sys.executable, file.name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SIZES [(256, 256)]" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [npm_clients.BY_CLIENT, npm_clients.BY_SDK], ids=["stable-canvas", "saintno"])
 def test_clients_of_the_npm_registry(host, request, program):
@@ -118,4 +145,4 @@ def test_the_pages_table_names_each_client_that_is_run():
     clients = [row.split("|")[1].strip().strip("`") for row in rows if row.startswith("|")][2:]
     programs = [client.split(",")[0].replace("-", "_") for client in clients[2:]]  # the first two are ours to imitate
     run = here.read_text(encoding="utf-8") + (here.parent / "npm_clients.py").read_text(encoding="utf-8")
-    assert len(programs) == 4 and all(program in run.replace("-", "_") for program in programs)
+    assert len(programs) == 5 and all(program in run.replace("-", "_") for program in programs)
