@@ -20,6 +20,7 @@ from ..data.sketches import differences, read_sketch, sketch_model
 from ..encoders.autoencoder import load_autoencoder
 from ..encoders.t5 import load_text_encoder
 from ..files.regular import read_text
+from ..lora import read_lora
 from ..quoting import plain, shorten
 from ..stages.dit import T5_XXL_CHANNELS, read_dit
 from ..stages.growth import grow_checkpoint
@@ -73,6 +74,7 @@ def parse() -> argparse.ArgumentParser:
         help="go on at another size: a variant such as alpha-1024, sigma-512 or "
         "sigma-1024-kvcompress, or a side in pixels",
     )
+    stages.add_argument("--start-from", metavar="PATH", help="a LoRA's file or PEFT folder, which a LoRA goes on from")
     add = parser.add_argument_group("validation pictures, in place of what the configurations say").add_argument
     add(
         "--prompts",
@@ -89,7 +91,7 @@ def parse() -> argparse.ArgumentParser:
 def main(options) -> None:
     """Train. Raises ValueError and FileNotFoundError for what is wrong with a configuration."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    names = ("text_encoder", "tokenizer", "vae", "grow")
+    names = ("text_encoder", "tokenizer", "vae", "grow", "start_from")
     given = {name: getattr(options, name) for name in names if getattr(options, name)}
     if options.prompts:
         is_file = len(options.prompts) == 1 and options.prompts[0].endswith(".txt")
@@ -148,6 +150,7 @@ def run_config(config: RunConfig, device: str | None = None):
             prompts=prompts,
             decode=_decoder(config, processes.device) if prompts else None,
             texts=stages,
+            start=read_lora(config.start_from, model.config) if config.start_from else None,
         )
     if processes.rank == 0:
         for note in result.notes:

@@ -75,6 +75,7 @@ class Trainer:
     folder: gets checkpoints, log and pictures. sample: makes validation pictures of the current weights, and gives them
     as one, None in a process that only takes part; called with the step's number, every sample_every steps.
     base: sketch of the model before the training (see data.sketches), which checkpoints are to agree with.
+    start: identity of the LoRA that it began with, or None.
     """
 
     def __init__(
@@ -87,9 +88,10 @@ class Trainer:
         events: Events | None = None,
         sample: Callable[[int], Image.Image | None] | None = None,
         base: dict | None = None,
+        start: str | None = None,
     ):
         self.objective, self.features, self.settings, self.folder = objective, features, settings, Path(folder)
-        self.base, self.data = base, features.identity
+        self.base, self.data, self.start = base, features.identity, start
         self.processes, self.events, self.sample = processes or SingleProcess(), events or Events(), sample
         self.sampler = BucketSampler(
             features.bins,
@@ -315,7 +317,7 @@ class Trainer:
             return False
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         check_continues(state, self.settings, shapes)
-        check_origin(state, self.data, self.base)
+        check_origin(state, self.data, self.base, self.start)
         self.step = self.saved_step = state["step"]
         self.spent_s = state["seconds"]
         forwards = self.step * self.settings.accumulation
@@ -354,6 +356,7 @@ class Trainer:
             "settings": self.report.settings,
             "data": self.data,
             "base": self.base,
+            "start": self.start,
             "sampler": self._sampler_identity(),
             "parameters": whole(self.parameters),
             "extra": whole(self.objective.extra_state()),

@@ -23,13 +23,14 @@ from ..files.documents import load_json
 from ..files.locks import locked
 from ..files.names import fault_of
 from ..files.space import describe_room
-from ..lora import Target, save_lora
+from ..lora import LoRA, Target, save_lora
 from ..lora.kinds import LowRank
 from ..quoting import plain, shorten
 from ..transformer import PixArt
 from ..weights.controlnets import save_controlnet
 from ..weights.saving import DTYPES, save_checkpoint
 from .adapters import AdaptedLinear
+from .adapting.start import begin_with, identity_of, settings_of_start
 from .build import make_objective
 from .loop import Events, Trainer
 from .objectives import ControlPrediction, Objective
@@ -77,13 +78,16 @@ def train(
     show: Callable[[Image.Image], None] | None = None,
     file: Path | None = None,
     texts: Mapping[str, str] | None = None,
+    start: LoRA | None = None,
 ) -> TrainingResult:
     """Train, and write the result, loss.png, samples.png, log.jsonl, result.json and checkpoints into the folder.
 
     The model becomes part of the objective and is changed. prompts with decode: validation pictures, which `show`
     gets too. file: of the result; None is folder/<folder's name>.safetensors. texts: for its header.
+    start: a LoRA to begin with, whose rank, alpha and form then take the place of the settings' (see adapting.start).
     Raises ValueError for data and settings that do not fit, before the first step.
     """
+    settings, told = settings_of_start(start, settings) if start else (settings, [])
     check_features(features, model, settings)
     processes, sizes = processes or SingleProcess(), describe_sizes(features, model.config)
     if processes.rank == 0:
@@ -91,15 +95,18 @@ def train(
             logger.warning("PixArt training: %s", line)
     folder, base = Path(folder), sketch_model(model)
     objective = make_objective(model, settings, processes.device, features.null_caption)
+    told += begin_with(objective.model, start) if start else []
     validation = None
     if prompts and decode is not None and settings.sample_every:
         validation = Validation(objective, prompts, folder, decode, show, is_main=processes.rank == 0)
-    trainer = Trainer(objective, features, settings, folder, processes, events, validation, base)
+    trainer = Trainer(
+        objective, features, settings, folder, processes, events, validation, base, start and identity_of(start)
+    )
     file, strip = file or folder / f"{folder.name}.safetensors", None
     with _alone(folder, file) if processes.rank == 0 else contextlib.nullcontext():
         step = trainer.run(resume)
         weights = trainer.trained_weights()
-        curve, notes = trainer.report.curve(), [*sizes, *trainer.notes]
+        curve, notes = trainer.report.curve(), [*sizes, *told, *trainer.notes]
         if processes.rank == 0:
             file, more = write_result(file, folder, objective, weights, settings, texts)
             strip = validation.strip() if validation else None

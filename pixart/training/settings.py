@@ -340,6 +340,7 @@ class RunConfig:
     (see data.sketches), which the model is to equal, or None.
     init: in place of a model, a DiT's file or folder to start from (see stages.dit). grow: the stage to bring the model
     to before its first step (see stages.growth), or "".
+    start_from: a LoRA's file or PEFT folder whose weights a LoRA begins with (see adapting.start), or None.
     features: folder of encoded pictures. data: their identity, which they are to have, or None.
     output: folder that gets the run.
     name: of the run, a plain file name. resume: go on from its last checkpoint.
@@ -365,6 +366,7 @@ class RunConfig:
     tokenizer: str | None = None
     init: str | None = None
     grow: str = ""
+    start_from: str | None = None
 
 
 def read_config(path: str | os.PathLike, init: str | None = None) -> RunConfig:
@@ -432,8 +434,8 @@ def _fits(key: str, value) -> bool:
     return isinstance(value, str) and (chosen is None or value in chosen) or (value is None and key in _OPTIONAL)
 
 
-_OPTIONAL = ("validation", "vae", "base", "data", "text_encoder", "tokenizer", "init")
-_PLACES = ("model", "features", "output", "validation", "vae", "base", "text_encoder", "tokenizer", "init")
+_OPTIONAL = ("validation", "vae", "base", "data", "text_encoder", "tokenizer", "init", "start_from")
+_PLACES = ("model", "features", "output", *(name for name in _OPTIONAL if name != "data"))
 
 
 def write_config(path: str | os.PathLike, config: RunConfig) -> None:

@@ -143,10 +143,11 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def check_origin(state: Mapping, data: str, base: Mapping | None) -> None:
+def check_origin(state: Mapping, data: str, base: Mapping | None, start: str | None = None) -> None:
     """Raises ValueError when a checkpoint was made from other pictures or another base model.
 
     data: the FeatureSet's identity. base: sketch of the model before the training, None where it is not known.
+    start: identity of the LoRA that it began with, or None.
     A checkpoint of an earlier version, which says neither, passes.
     """
     advice = "give the training another name, or turn resume off."
@@ -154,6 +155,11 @@ def check_origin(state: Mapping, data: str, base: Mapping | None) -> None:
         raise ValueError(
             f"Training cannot be continued with other data: got other pictures, captions or encodings than those of "
             f"its first {state['step']} steps, expected the same. Use those that it was begun with, {advice}"
+        )
+    if state.get("start", start) != start:
+        raise ValueError(
+            f"Training cannot be continued from another LoRA: got {'another' if start else 'no'} start_from than for "
+            f"its first {state['step']} steps, expected the same. Name the file that it was begun with, {advice}"
         )
     wrong = differences(state["base"], base) if base is not None and state.get("base") else []
     if wrong:

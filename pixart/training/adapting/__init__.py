@@ -1,0 +1,1 @@
+"""What adapters are made of and begin with, beside a LoRA's own layers."""
