@@ -81,22 +81,39 @@ class Diffusion:
         share = (variance + 1) / 2
         return mean, share * high + (1 - share) * low
 
-    def vlb_terms(self, start: Tensor, noisy: Tensor, timestep: Tensor, noise: Tensor, variance: Tensor) -> Tensor:
-        """One term of the variational bound per sample, in bits per dimension: (B,)."""
+    def vlb_terms(
+        self,
+        start: Tensor,
+        noisy: Tensor,
+        timestep: Tensor,
+        noise: Tensor,
+        variance: Tensor,
+        region: Tensor | None = None,
+    ) -> Tensor:
+        """One term of the variational bound per sample, in bits per dimension: (B,). region: see training_losses."""
         true_mean, true_log_variance = self.posterior(start, noisy, timestep)
         mean, log_variance = self.model_posterior(noisy, timestep, noise, variance)
         divergence = normal_kl(true_mean, true_log_variance, mean, log_variance)
         likelihood = -discretized_log_likelihood(start, mean, 0.5 * log_variance)
-        divergence, likelihood = (x.flatten(1).mean(1) / math.log(2) for x in (divergence, likelihood))
+        divergence, likelihood = (mean_over(x, region) / math.log(2) for x in (divergence, likelihood))
         return torch.where(timestep == 0, likelihood, divergence)
 
     def training_losses(
-        self, prediction: Tensor, start: Tensor, noisy: Tensor, timestep: Tensor, noise: Tensor, *, snr: bool = False
+        self,
+        prediction: Tensor,
+        start: Tensor,
+        noisy: Tensor,
+        timestep: Tensor,
+        noise: Tensor,
+        *,
+        snr: bool = False,
+        region: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """PixArt's loss per sample: {"loss", "mse"} and, when the prediction has variance channels, {"vb"}.
 
         prediction: (B, C or 2C, H, W). The bound sees the predicted noise detached: it trains the variance alone.
         snr: the original's "snr_loss", which at timesteps up to 249 compares clean latents in place of noises.
+        region: (B, 1, H, W) factors of the places of a picture, or None for 1 everywhere.
         """
         channels = start.shape[1]
         predicted = prediction[:, :channels]
@@ -104,11 +121,16 @@ class Diffusion:
         if snr:
             low = (timestep <= LAST_START_TIMESTEP).reshape(-1, *[1] * (start.ndim - 1))
             error = torch.where(low, start - self.predict_start(noisy, timestep, predicted), error)
-        mse = error.square().flatten(1).mean(1)
+        mse = mean_over(error.square(), region)
         if prediction.shape[1] == channels:
             return {"loss": mse, "mse": mse}
-        bound = self.vlb_terms(start, noisy, timestep, predicted.detach(), prediction[:, channels:])
+        bound = self.vlb_terms(start, noisy, timestep, predicted.detach(), prediction[:, channels:], region)
         return {"loss": mse + bound, "mse": mse, "vb": bound}
+
+
+def mean_over(x: Tensor, region: Tensor | None = None) -> Tensor:
+    """The mean of each sample, (B,). region: (B, 1, H, W) factors of its places, or None for 1 everywhere."""
+    return (x if region is None else x * region).flatten(1).mean(1)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

@@ -3,17 +3,16 @@
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from random import Random
 
 import numpy as np
 
 from ..config import LATENT_DOWNSCALE
 from ..resolution import ASPECT_RATIOS
+from .variety.orders import Draws, permute
+from .variety.shares import Showing
 
 GRID_PX = 2 * LATENT_DOWNSCALE
-_DRAWN_AT_ONCE = 2**16
 _BLOCKS_AT_ONCE = 4
-_SWAPPED_ONE_BY_ONE = 64
 
 
 class Bins(Sequence):
@@ -64,6 +63,7 @@ class BucketSampler:
     With drop_last such a batch is left out instead, as in PixArt's own training.
     is_prior: which pictures DreamBooth is to keep. With them, the smaller group is repeated until it has as many
     pictures as the other in an epoch, so that a few pictures of a subject are not lost among many of its class.
+    repeats: how often each picture is shown in an epoch, see variety.shares.Showing; () is once.
     world_size, rank: all processes together see what one process with world_size times the batch size would see.
     `epoch` and `position` (global batches of this epoch that were given out) tell where the iterator is.
     An order takes about eight bytes a picture.
@@ -84,6 +84,7 @@ class BucketSampler:
         is_prior: Sequence[bool] = (),
         blocks: np.ndarray | None = None,
         ahead: Callable[[list[int]], None] | None = None,
+        repeats: Sequence[float] = (),
     ):
         if batch_size < 1:
             raise ValueError(f"Batch size out of range: got {batch_size}, expected at least 1. Enter 1 or more.")
@@ -91,10 +92,11 @@ class BucketSampler:
             raise ValueError("Empty dataset: got no pictures, expected at least one. Connect a dataset with pictures.")
         self.bins, self.batch_size, self.seed, self.drop_last = Bins.of(bins), batch_size, seed, drop_last
         self.world_size, self.rank = world_size, rank
-        self._shown = _balanced(is_prior)
-        shown = slice(None) if self._shown is None else self._shown
-        self._counts = self.bins.counts(shown)
         self._groups, self._blocks, self._ahead = self.bins.ids if blocks is None else blocks, blocks, ahead
+        self._showing = Showing(self._groups, is_prior, repeats, seed)
+        shown = self._showing.of(0)
+        shown = slice(None) if shown is None else shown
+        self._counts = self.bins.counts(shown)
         self._per_epoch = sum(map(self._batches_of, np.bincount(self._groups[shown]).tolist()))
         self.epoch, self.position = 0, 0
         self._order: tuple[int, np.ndarray, array] | None = None
@@ -154,6 +156,7 @@ class BucketSampler:
                 f"Use the dataset and batch size that it was begun with, or begin a new training."
             )
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+        self._showing.seed = self.seed
         self._order = None
 
     def _identity(self) -> dict:
@@ -171,10 +174,11 @@ class BucketSampler:
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, array]:
         """((M, global batch) indices, the order of these batches), as Random.sample and Random.shuffle would give."""
-        draws = _Draws(f"{self.seed} {epoch}")  # of a text: its hash does not depend on the process
-        count = len(self.bins) if self._shown is None else len(self._shown)
-        order = np.frombuffer(_permute(count, draws.falling(count, 1)), np.uint32)[::-1]
-        order = order if self._shown is None else self._shown[order]
+        draws = Draws(f"{self.seed} {epoch}")  # of a text: its hash does not depend on the process
+        shown = self._showing.of(epoch)
+        count = len(self.bins) if shown is None else len(shown)
+        order = np.frombuffer(permute(count, draws.falling(count, 1)), np.uint32)[::-1]
+        order = order if shown is None else shown[order]
         groups = self._groups[order]
         grouped = np.argsort(groups, kind="stable")
         ends = np.cumsum(np.bincount(groups))
@@ -184,12 +188,12 @@ class BucketSampler:
         batches = [np.resize(order[run], (self._batches_of(len(run)), size)) for run in runs]
         joined = np.concatenate(batches)
         if self._blocks is None:
-            return joined, _permute(len(joined), draws.falling(len(joined), 2))
+            return joined, permute(len(joined), draws.falling(len(joined), 2))
         return joined, self._by_rounds(
             draws, [(int(groups[run[0]]), len(own)) for run, own in zip(runs, batches, strict=True)]
         )
 
-    def _by_rounds(self, draws: "_Draws", blocks: list[tuple[int, int]]) -> array:
+    def _by_rounds(self, draws: "Draws", blocks: list[tuple[int, int]]) -> array:
         """The order of batches, given (block, its batches) in turn: that of a few blocks, then that of the next."""
         places, self._rounds, self._starts = array("I"), [], []
         for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
@@ -197,74 +201,8 @@ class BucketSampler:
             start, count = len(places), sum(batches for _, batches in some)
             self._starts.append(start)
             self._rounds.append([int(block) for block, _ in some])
-            places.extend(start + place for place in _permute(count, draws.falling(count, 2)))
+            places.extend(start + place for place in permute(count, draws.falling(count, 2)))
         return places
-
-
-class _Draws:
-    """The numbers that Python's Random draws, many at once."""
-
-    def __init__(self, seed: str):
-        words = Random(seed).getstate()[1]
-        self._words = np.random.MT19937()
-        self._words.state = {
-            "bit_generator": "MT19937",
-            "state": {"key": np.array(words[:-1], np.uint32), "pos": words[-1]},
-        }
-
-    def falling(self, most: int, least: int) -> Iterator[np.ndarray]:
-        """Numbers below most, below most - 1, and so on to below least, as Random._randbelow gives them one by one."""
-        while most >= least:
-            bits = most.bit_length()
-            wanted = min(most - max(least, 1 << (bits - 1)) + 1, _DRAWN_AT_ONCE)
-            drawn = self._words.random_raw(wanted) >> np.uint64(32 - bits)
-            kept = _accept(drawn, most)
-            most -= len(kept)
-            yield kept
-
-
-def _accept(drawn: np.ndarray, most: int) -> np.ndarray:
-    """Those drawn that are below a limit, which begins at `most` and falls by one with each that is."""
-    is_kept = drawn < most - len(drawn) + 1
-    before, extra = np.cumsum(is_kept), 0
-    for place in np.flatnonzero(~is_kept & (drawn < most)).tolist():
-        if drawn[place] < most - before[place] - extra:
-            is_kept[place] = True
-            extra += 1
-    return drawn[is_kept]
-
-
-def _permute(count: int, draws: Iterator[np.ndarray]) -> array:
-    """0 ... count - 1 in the order that Random.shuffle would give them.
-
-    Runs of swaps are made at once where none of them touches what another one does, which in long lists is the rule.
-    """
-    items, last = array("I", range(count)), count - 1
-    view = np.frombuffer(items, np.uint32)
-    for drawn in draws:
-        start = 0
-        while start < len(drawn):
-            places = drawn[start : start + max(int((last / 8) ** 0.5), _SWAPPED_ONE_BY_ONE)].astype(np.intp)
-            start += len(places)
-            lasts = slice(last - len(places) + 1, last + 1)
-            ordered = np.sort(places)
-            if len(places) > _SWAPPED_ONE_BY_ONE and ordered[-1] < lasts.start and (ordered[1:] > ordered[:-1]).all():
-                view[lasts], view[places] = view[places[::-1]], view[lasts][::-1].copy()
-            else:
-                for offset, place in enumerate(places.tolist()):
-                    items[place], items[last - offset] = items[last - offset], items[place]
-            last -= len(places)
-    return items
-
-
-def _balanced(is_prior: Sequence[bool]) -> np.ndarray | None:
-    """The pictures that an epoch shows, where there are two groups: each as often as the larger; None for all once."""
-    marks = np.asarray(is_prior, bool)
-    if not marks.any() or marks.all():
-        return None
-    groups = [np.flatnonzero(marks == kind).astype(np.uint32) for kind in (False, True)]
-    most = max(map(len, groups))
-    return np.concatenate([np.resize(group, most) for group in groups])
 
 
 def training_bins(base_px: int, square: bool = False) -> dict[float, tuple[int, int]]:

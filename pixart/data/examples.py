@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from random import Random
 from typing import Protocol
 
 import torch
@@ -22,6 +23,8 @@ class Example:
     hint: (4, h, w) latent of the control picture, not scaled either, or None.
     noise: (4, h, w) of unit variance, which a teacher made the latent of (see data.pairs), or None.
     is_prior: a picture of the class that DreamBooth is to keep. text: the caption as it was encoded.
+    mask: (1, h, w) float from 0 to 1, what of the picture is to be learned; None is all of it.
+    weight: of its loss, a factor.
     """
 
     latent: torch.Tensor
@@ -33,6 +36,8 @@ class Example:
     is_prior: bool = False
     text: str = ""
     noise: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Batch:
 
     caption: (B, L, D), padded with zeros to the longest. caption_mask: (B, L) bool, True = keep.
     resolution: (B, 2) float32, (height, width) in pixels. aspect_ratio: (B, 1) float32. is_prior: (B,) bool.
+    weight: (B,) float32, None where all are 1.
     """
 
     latent: torch.Tensor
@@ -52,6 +58,8 @@ class Batch:
     deviation: torch.Tensor | None = None
     hint: torch.Tensor | None = None
     noise: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.latent.shape[0]
@@ -95,7 +103,23 @@ def collate(examples: Sequence[Example]) -> Batch:
         hint=torch.stack(hints) if hints else None,
         noise=None if any(each is None for each in noises) else torch.stack(noises),
         is_prior=torch.tensor([example.is_prior for example in examples]),
+        mask=_stack_masks(examples),
+        weight=_stack_weights(examples),
     )
+
+
+def _stack_masks(examples: Sequence[Example]) -> torch.Tensor | None:
+    """(B, 1, h, w), of ones for pictures without a mask; None where no picture has one."""
+    if all(example.mask is None for example in examples):
+        return None
+    ones = torch.ones(1, *examples[0].latent.shape[-2:])
+    return torch.stack([ones if example.mask is None else example.mask.float() for example in examples])
+
+
+def _stack_weights(examples: Sequence[Example]) -> torch.Tensor | None:
+    if all(example.weight == 1 for example in examples):
+        return None
+    return torch.tensor([example.weight for example in examples], dtype=torch.float32)
 
 
 def _check_equal(what: str, found: set) -> None:
@@ -109,7 +133,7 @@ def _check_equal(what: str, found: set) -> None:
 
 def check_finite(example: Example, name: str) -> Example:
     """The example. Raises ValueError naming the picture when one of its tensors holds NaN or infinity."""
-    for part in ("latent", "deviation", "caption", "hint", "noise"):
+    for part in ("latent", "deviation", "caption", "hint", "noise", "mask"):
         tensor = getattr(example, part)
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(
@@ -126,6 +150,8 @@ class FeatureSet(Protocol):
     states of the empty caption, which stands in for dropped captions where a model has no learned one; None when
     nobody encoded it. identity: a hash of pictures and captions in their order, for a training to know them again.
     name_of: what messages call a picture.
+    Some have more: blocks and fetch_ahead (see streams.reading), repeats: how often each is shown in an epoch, and
+    draw(index, rng): the picture in one of its variants, where features[index] is always the first.
     """
 
     bins: list[tuple[int, int]]
@@ -142,12 +168,20 @@ class FeatureSet(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+def draw_example(features: "FeatureSet", index: int, rng: Random) -> Example:
+    """A picture of a FeatureSet, in one of its variants where it has some."""
+    draw = getattr(features, "draw", None)
+    return features[index] if draw is None else draw(index, rng)
+
+
 def identify_examples(features: "FeatureSet") -> str:
     """The identity of pictures that are in memory: a hash of sizes, marks and spread numbers of the tensors."""
     parts = []
     for example in map(features.__getitem__, range(len(features))):
-        tensors = ((name, getattr(example, name)) for name in ("latent", "deviation", "caption", "hint", "noise"))
+        names = ("latent", "deviation", "caption", "hint", "noise", "mask")
+        tensors = ((name, getattr(example, name)) for name in names)
         size = f"{tuple(example.size_px)} {example.aspect_ratio} {example.is_prior}"
+        size += "" if example.weight == 1 else f" {example.weight}"
         parts += [fingerprint((name, tensor) for name, tensor in tensors if tensor is not None), size]
     return digest(*parts)
 

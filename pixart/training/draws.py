@@ -55,6 +55,11 @@ def _draw_one(settings, forward, position, shape, grid):
     return noise, posterior_noise, draw_timestep(settings, rng, timesteps), rng.random() < settings.caption_dropout
 
 
+def variant_chances(settings: TrainingSettings, forward: int, position: int) -> Random:
+    """What decides which variant of a picture is shown at a position of the global batch of a forward pass."""
+    return Random(f"{settings.seed} {forward} {position} variant")
+
+
 def draw_timestep(settings: TrainingSettings, rng: Random, timesteps: Sequence[int]) -> int:
     """One of ascending timesteps; log-normal: SD3's logit-normal over them. Source: arXiv 2403.03206."""
     count = len(timesteps)

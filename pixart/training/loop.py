@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data.buckets import BucketSampler
-from ..data.examples import Batch, FeatureSet, check_finite, collate
+from ..data.examples import Batch, Example, FeatureSet, check_finite, collate, draw_example
 from ..quoting import plain
 from .adapters import tell_chances
-from .draws import Chances, draw_batch
+from .draws import Chances, draw_batch, variant_chances
 from .objectives import Objective
 from .optimizers import MovingAverage, make_optimizer, rate_factor
 from .processes import SingleProcess, like, whole
@@ -100,6 +100,7 @@ class Trainer:
             world_size=self.processes.world_size,
             rank=self.processes.rank,
             is_prior=features.is_prior,
+            repeats=getattr(features, "repeats", ()),
             blocks=getattr(features, "blocks", None),
             ahead=getattr(features, "fetch_ahead", None),
         )
@@ -301,11 +302,17 @@ class Trainer:
 
     def _load(self, number: int):
         chosen = next(self.sampler)
-        batch = collate([check_finite(self.features[index], self.features.name_of(index)) for index in chosen])
+        places = self._positions(chosen)
+        examples = [self._draw(number, *each) for each in zip(places, chosen, strict=True)]
+        batch = collate(examples)
         shape = batch.latent.shape[1:]
-        return batch, draw_batch(self.settings, number, self._positions(batch), shape, self.objective.grid)
+        return batch, draw_batch(self.settings, number, places, shape, self.objective.grid)
 
-    def _positions(self, batch: Batch) -> range:
+    def _draw(self, number: int, position: int, index: int) -> Example:
+        example = draw_example(self.features, index, variant_chances(self.settings, number, position))
+        return check_finite(example, self.features.name_of(index))
+
+    def _positions(self, batch: Batch | Sequence[int]) -> range:
         """The places of this process's pictures in the global batch."""
         first = self.processes.rank * len(batch)
         return range(first, first + len(batch))

@@ -58,6 +58,7 @@ class TrainingSettings:
     timesteps: of TIMESTEPS, within [timestep_min, timestep_max]; log_normal: a logistic of N(mean, std) as the share.
     caption_dropout: share of captions replaced by the null caption. prior_weight: of pictures marked as prior.
     prior_target: of PRIOR_TARGETS, what is learned from those: the pictures, or what the frozen model makes of them.
+    mask_floor: what places outside a picture's mask count for, where a dataset has masks (see data.variety.masks).
     lcm_*: guidance w of the teacher (x + w (x - null)), its DDIM steps, and the decay of the target's average.
     dmd_*: guidance of the teacher, the weight of its pictures of known noises (see data.pairs; 0 leaves them out), and
     what is trained of the network that follows the generator, of FAKES.
@@ -106,6 +107,7 @@ class TrainingSettings:
     noise_offset: float = 0.0
     prior_weight: float = 1.0
     prior_target: str = "picture"
+    mask_floor: float = 0.1
     control_blocks: int = 13
     save_dtype: str = "fp32"
     lcm_guidance: float = 4.5
@@ -171,6 +173,7 @@ _RANGES = {
     "caption_dropout": (0, 1, "a share"),
     "noise_offset": (0, 1, "a share of the noise"),
     "prior_weight": (0, 1000, "a factor"),
+    "mask_floor": (0, 1, "a factor"),
     "control_blocks": (1, 1000, "a number of blocks"),
     "lcm_guidance": (0, 100, "a guidance scale"),
     "lcm_steps": (1, TRAIN_STEPS, "a number of DDIM steps"),

@@ -36,7 +36,7 @@ _FREE = {
     "steps", "learning_rate", "weight_decay", "schedule", "warmup_steps", "floor", "clip_norm", "checkpointing",
     "loss", "huber_c", "weighting", "min_snr_gamma", "timestep_weights", "timesteps", "timestep_mean", "timestep_std",
     "timestep_min", "timestep_max", "caption_dropout", "noise_offset", "prior_weight", "prior_target", "lcm_guidance",
-    "dmd_guidance", "dmd_regression",
+    "dmd_guidance", "dmd_regression", "mask_floor",
     "dropout", "checkpoint_every", "keep_last", "log_every", "sample_every", "sample_steps", "sample_guidance",
     "sample_seed", "tensorboard", "wandb", "dtype", "base_dtype", "save_dtype", "batch_size",
 }  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 
 from pixart_pack.pixart.data.buckets import BucketSampler
 from pixart_pack.pixart.data.examples import Example, ListFeatures, collate
+from pixart_pack.pixart.data.variety.shares import check_repeats, repeats_of_folder, repeats_of_shares
 
 BINS = [(8, 8)] * 11 + [(6, 10)] * 3 + [(10, 6)] * 5
 
@@ -149,3 +150,53 @@ def test_features_in_memory():
     features = ListFeatures([example(), example(size=(2, 4))])
     assert len(features) == 2 and features.bins == [(8, 6), (2, 4)] and features[1].latent.shape == (4, 2, 4)
     assert features.null_caption is None
+
+
+def test_pictures_are_repeated_as_often_as_is_said():
+    repeats = [3.0] * 11 + [0.5] * 3 + [1.4] * 5
+    sampler = BucketSampler(BINS, 1, repeats=repeats)
+    epochs = [list(chain(*epoch_of(sampler))) for _ in range(40)]
+    assert {len(epoch) for epoch in epochs} == {33 + 2 + 7}
+    shown = [sum(epoch.count(index) for epoch in epochs) / 40 for index in range(19)]
+    assert shown[:11] == [3.0] * 11
+    assert sum(shown[11:14]) == 2 and all(abs(each - 2 / 3) < 0.3 for each in shown[11:14])
+    assert all(set(epoch) >= set(range(14, 19)) for epoch in epochs) and all(
+        abs(each - 1.4) < 0.3 for each in shown[14:]
+    )
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) > 10  # other ones by turns
+    assert epoch_of(BucketSampler(BINS, 2, repeats=[1.0] * 19)) == epoch_of(BucketSampler(BINS, 2))
+
+
+@pytest.mark.parametrize("is_prior", [(), [index % 3 == 0 for index in range(19)]])
+def test_repeats_go_on_exactly_and_are_shared_out(is_prior):
+    repeats = [0.3 + index % 4 for index in range(19)]
+    one = BucketSampler(BINS, 4, seed=7, repeats=repeats, is_prior=is_prior)
+    ranks = [BucketSampler(BINS, 2, 7, world_size=2, rank=rank, repeats=repeats, is_prior=is_prior) for rank in (0, 1)]
+    for _ in range(3 * one.batches_per_epoch + 1):
+        expected = next(one)
+        assert expected == list(chain(*map(next, ranks)))
+    continued = BucketSampler(BINS, 4, seed=99, repeats=repeats, is_prior=is_prior)
+    continued.load_state_dict(one.state_dict())
+    assert list(islice(continued, 20)) == list(islice(one, 20))
+    if is_prior:
+        epoch = list(chain(*epoch_of(BucketSampler(BINS, 1, repeats=repeats, is_prior=is_prior))))
+        assert 2 * sum(is_prior[index] for index in epoch) == len(epoch)
+    with pytest.raises(ValueError, match="other data"):
+        BucketSampler(BINS, 4).load_state_dict(one.state_dict())
+
+
+def test_shares_become_repeats():
+    assert repeats_of_shares([100, 20, 40], [1, 1, 2]) == [1, 5, 5]
+    assert [repeats_of_folder(name) for name in ("10_my cat", "cat_10", "0_x", "10_", "3_a_b")] == [10, 1, 1, 1, 3]
+    with pytest.raises(ValueError, match="Share out of range: got -1"):
+        repeats_of_shares([1, 2], [1, -1])
+    for wrong in (0, float("nan"), 1e5):
+        with pytest.raises(ValueError, match="Repeats out of range: got"):
+            check_repeats(wrong)
+
+
+def test_masks_and_weights_are_stacked():
+    mask = torch.rand(1, 8, 6)
+    batch = collate([example(mask=mask, weight=0.5), example()])
+    assert torch.equal(batch.mask, torch.stack([mask, torch.ones(1, 8, 6)])) and batch.weight.tolist() == [0.5, 1.0]
+    assert collate([example()]).mask is None and collate([example()]).weight is None

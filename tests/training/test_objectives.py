@@ -157,6 +157,38 @@ def losses_of(**fields):
     return objective(batch, draw_batch(settings, 0, range(4), batch.latent.shape[1:])).total.item()
 
 
+@pytest.mark.parametrize("fields", [{}, {"loss": "huber"}, {"train_variance": True}])
+def test_what_lies_outside_of_a_mask_counts_for_little(fields):
+    """The gradient at each place: as without a mask within it, its share outside, and none for a floor of 0."""
+    latents = torch.randn(2, 4, 8, 8)
+    draws = draws_of(torch.randn(2, 4, 8, 8), torch.tensor([100, 700]))
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[:, :, :4] = 1
+    gradients = {}
+    for name, floor, given in (("whole", 0.1, None), ("masked", 0.25, mask), ("none", 0.0, mask)):
+        guess = torch.full((2, 8, 8, 8), 0.3, requires_grad=True)
+        settings = tiny_settings(kind="full", mask_floor=floor, caption_dropout=0.0, **fields)
+        objective = make_objective(Fixed(guess), settings)
+        loss = objective(batch_of(latents, mask=given), draws)
+        (gradients[name],) = torch.autograd.grad(loss.total, guess)
+    factor = 0.25 + 0.75 * mask
+    torch.testing.assert_close(gradients["masked"], gradients["whole"] * factor, rtol=1e-5, atol=1e-9)
+    assert not gradients["none"][:, :, 4:].any() and gradients["none"][:, :4, :4].all()
+
+
+def test_a_pictures_weight_multiplies_its_loss():
+    latents, draws = torch.randn(2, 4, 8, 8), draws_of(torch.randn(2, 4, 8, 8), torch.tensor([100, 700]))
+    guess = torch.zeros(2, 4, 8, 8)
+
+    def loss(weight):
+        settings = tiny_settings(kind="full", caption_dropout=0.0)
+        objective = make_objective(Fixed(guess, learn_sigma=False), settings)
+        return objective(batch_of(latents, weight=weight), draws).total.item()
+
+    first, second = loss(torch.tensor([2.0, 0.0])), loss(torch.tensor([0.0, 2.0]))
+    assert loss(None) == pytest.approx((first + second) / 2, rel=1e-6) and first != second
+
+
 def test_prior_pictures_weigh_as_much_as_is_said():
     one, none, two = (losses_of(prior_weight=weight) for weight in (1.0, 0.0, 2.0))
     assert 0 < none < one and two - one == pytest.approx(one - none, rel=1e-5)

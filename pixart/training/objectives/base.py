@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.examples import Batch
-from ...diffusion import Diffusion
+from ...diffusion import Diffusion, mean_over
 from ...transformer import PixArt
 from ..draws import Draws
 from ..settings import NEEDS_NULL, TrainingSettings
@@ -69,6 +69,17 @@ class Objective(nn.Module):
         size = {"resolution": batch.resolution, "aspect_ratio": batch.aspect_ratio}
         return {"caption": caption, "caption_mask": mask, **size}
 
+    def region(self, batch: Batch) -> Tensor | None:
+        """Factors of the loss by place, (B, 1, h, w): 1 within the masks and mask_floor outside; None without masks."""
+        floor = self.settings.mask_floor
+        return None if batch.mask is None else floor + (1 - floor) * batch.mask.float()
+
+    def importance(self, batch: Batch, factor: Tensor | None = None) -> Tensor | None:
+        """Factors of the loss by picture, (B,), times another; None where there are none."""
+        if batch.weight is None:
+            return factor
+        return batch.weight if factor is None else factor * batch.weight
+
     @property
     def autocast(self) -> bool:
         """See above."""
@@ -91,13 +102,13 @@ class Objective(nn.Module):
         return {}
 
 
-def huber(difference: Tensor, c: float, scale: float | None = None) -> Tensor:
+def huber(difference: Tensor, c: float, scale: float | None = None, region: Tensor | None = None) -> Tensor:
     """Pseudo-Huber loss per sample, (B,): about the square below c, linear above it.
 
-    scale: of the whole; 2 c by default, which makes it the square near 0. LCM's own has 1.
+    scale: of the whole; 2 c by default, which makes it the square near 0. LCM's own has 1. region: see mean_over.
     """
     factor = 2 * c if scale is None else scale
-    return factor * ((difference.square() + c**2).sqrt() - c).flatten(1).mean(1)
+    return factor * mean_over((difference.square() + c**2).sqrt() - c, region)
 
 
 def timestep_weights(settings: TrainingSettings, alphas_cumprod: Tensor) -> Tensor:

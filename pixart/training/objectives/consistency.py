@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.examples import Batch
-from ...diffusion import TRAIN_STEPS
+from ...diffusion import TRAIN_STEPS, mean_over
 from ...solvers import boundary_scalings
 from ..adapters import AdaptedLinear, adapters_disabled
 from ..draws import Draws
@@ -56,9 +56,11 @@ class Distillation(Objective):
             with self.as_target() as target:
                 wanted = self.consistent(target, previous, self.previous_timestep(timestep), conditions)
         difference = predicted - wanted
-        loss = huber(difference, DISTILLATION_HUBER_C, scale=1.0) if self.settings.loss == "huber" else None
-        loss = difference.square().flatten(1).mean(1) if loss is None else loss
-        total = (self.weights[timestep] * loss).mean()
+        if self.settings.loss == "huber":
+            loss = huber(difference, DISTILLATION_HUBER_C, scale=1.0, region=self.region(batch))
+        else:
+            loss = mean_over(difference.square(), self.region(batch))
+        total = (self.importance(batch, self.weights[timestep]) * loss).mean()
         return Loss(total, total.detach())
 
     def previous_timestep(self, timestep: Tensor) -> Tensor:

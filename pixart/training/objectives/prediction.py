@@ -38,14 +38,15 @@ class NoisePrediction(Objective):
         settings = self.settings
         if not settings.train_variance:
             prediction = prediction[:, : start.shape[1]]
-        losses = self.diffusion.training_losses(prediction, start, noisy, timestep, noise)
+        region = self.region(batch)
+        losses = self.diffusion.training_losses(prediction, start, noisy, timestep, noise, region=region)
         main, bound = losses["mse"], losses.get("vb")
         if settings.loss == "huber":
-            main = huber(prediction[:, : start.shape[1]] - noise, settings.huber_c)
+            main = huber(prediction[:, : start.shape[1]] - noise, settings.huber_c, region=region)
         total = self.weights[timestep] * main
         if bound is not None:
             total = total + bound
-        importance = torch.where(batch.is_prior, settings.prior_weight, 1.0)
+        importance = self.importance(batch, torch.where(batch.is_prior, settings.prior_weight, 1.0))
         return Loss((importance * total).mean(), losses["mse"].mean(), None if bound is None else bound.mean())
 
 
