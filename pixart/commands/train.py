@@ -116,7 +116,7 @@ def run_configs(configs: Sequence[RunConfig], device: str | None = None) -> None
             logger.error("error: %s: %s", config.name, error)
             failed.append(config.name)
             continue
-        if result.step < config.settings.steps:
+        if not result.is_done:
             break
     if failed:
         raise ValueError(
@@ -150,6 +150,7 @@ def run_config(config: RunConfig, device: str | None = None):
             prompts=prompts,
             decode=_decoder(config, processes.device) if prompts else None,
             texts=stages,
+            held_out=open_features(config.validation_features) if config.validation_features else None,
             start=read_lora(config.start_from, model.config) if config.start_from else None,
         )
     if processes.rank == 0:

@@ -70,6 +70,7 @@ class BucketSampler:
     blocks: (N,) for pictures that are read in blocks, of one size each: which one each is in. Pictures are shuffled
     within their block and a block's last batch is filled up as a bin's is; a few blocks are drawn from at a time.
     ahead: called with the blocks that will be drawn from next.
+    held_out: numbers of pictures that are never given out.
     Raises ValueError for no pictures, for a batch size below 1, and when drop_last leaves nothing.
     """
 
@@ -85,6 +86,7 @@ class BucketSampler:
         blocks: np.ndarray | None = None,
         ahead: Callable[[list[int]], None] | None = None,
         repeats: Sequence[float] = (),
+        held_out: Sequence[int] = (),
     ):
         if batch_size < 1:
             raise ValueError(f"Batch size out of range: got {batch_size}, expected at least 1. Enter 1 or more.")
@@ -93,7 +95,7 @@ class BucketSampler:
         self.bins, self.batch_size, self.seed, self.drop_last = Bins.of(bins), batch_size, seed, drop_last
         self.world_size, self.rank = world_size, rank
         self._groups, self._blocks, self._ahead = self.bins.ids if blocks is None else blocks, blocks, ahead
-        self._showing = Showing(self._groups, is_prior, repeats, seed)
+        self._showing = Showing(self._groups, is_prior, repeats, seed, held_out)
         shown = self._showing.of(0)
         shown = slice(None) if shown is None else shown
         self._counts = self.bins.counts(shown)

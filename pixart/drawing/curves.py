@@ -9,12 +9,16 @@ from .lettering import load_font
 
 _FONT_PX = 12
 _PAPER, _GRID, _INK, _FAINT, _LINE = (255, 255, 255), (225, 225, 225), (60, 60, 60), (176, 205, 235), (31, 97, 172)
+_OTHER = (214, 96, 20)
 
 
 def draw_curve(
-    losses: Sequence[tuple[int, float]], size: tuple[int, int] = (768, 384), font_px: int = _FONT_PX
+    losses: Sequence[tuple[int, float]],
+    size: tuple[int, int] = (768, 384),
+    font_px: int = _FONT_PX,
+    validations: Sequence[tuple[int, float]] = (),
 ) -> Image.Image:
-    """Losses by step as a picture: each one faint, and smoothed over 2 % of them."""
+    """Losses by step as a picture: each one faint, and smoothed over 2 % of them; those of validations as they are."""
     image = Image.new("RGB", size, _PAPER)
     draw, font = ImageDraw.Draw(image), load_font(font_px)
     points = [(step, loss) for step, loss in losses if math.isfinite(loss)]
@@ -25,8 +29,11 @@ def draw_curve(
     smooth = _smooth(points, max(1, len(points) // 50))
     # Single losses reach far beyond their course: the axis ends above nine in ten of them.
     ordered = sorted(loss for _, loss in points)
-    high = max(max(loss for _, loss in smooth), ordered[int(0.9 * (len(ordered) - 1))]) * 1.1 or 1.0
-    steps = (points[0][0], max(points[-1][0], points[0][0] + 1))
+    validated = [(step, loss) for step, loss in validations if math.isfinite(loss)]
+    tops = [ordered[int(0.9 * (len(ordered) - 1))], *(loss for _, loss in (*smooth, *validated))]
+    high = max(tops) * 1.1 or 1.0
+    first = min(step for step, _ in (points[0], *validated[:1]))
+    steps = (first, max(points[-1][0], first + 1))
 
     def place(point):
         x = box[0] + (point[0] - steps[0]) / (steps[1] - steps[0]) * (box[2] - box[0])
@@ -44,8 +51,11 @@ def draw_curve(
         shown.add(f"{step:.0f}")
     text = f"step; loss {points[-1][1]:.4g}, smoothed {smooth[-1][1]:.4g}"
     draw.text((box[0], size[1] - 4), text, _INK, font, "ls")
+    if validated:
+        start = box[0] + font.getlength(f"{text}, ")
+        draw.text((start, size[1] - 4), f"validation {validated[-1][1]:.4g}", _OTHER, font, "ls")
     thin = points[:: max(1, len(points) // (4 * size[0]))]
-    for course, colour, width in ((thin, _FAINT, 1), (smooth, _LINE, 3)):
+    for course, colour, width in ((thin, _FAINT, 1), (smooth, _LINE, 3), *([(validated, _OTHER, 3)] * bool(validated))):
         places = [place(point) for point in course]
         draw.line(places if len(places) > 1 else places * 2, fill=colour, width=width, joint="curve")
     return image

@@ -34,7 +34,11 @@ class Draws:
 
 
 def draw_batch(
-    settings: TrainingSettings, forward: int, positions: Sequence[int], shape: Sequence[int], grid: Tensor | None = None
+    settings: TrainingSettings,
+    forward: int | str,
+    positions: Sequence[int],
+    shape: Sequence[int],
+    grid: Tensor | None = None,
 ) -> Draws:
     """Draw for the pictures at `positions` of the global batch of forward pass number `forward`.
 

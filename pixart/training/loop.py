@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +30,24 @@ from .report import Report
 from .sanity import Sanity, TrainingDiverged
 from .settings import TrainingSettings
 from .state import CHECKPOINTS, Checkpoints, check_continues, check_origin, check_space
+from .watching.best import Best, write_best
+from .watching.held_out import HeldOut, choose_held_out
+from .watching.speed import describe_memory
+from .watching.timesteps import BINS, by_timestep
 
 logger = logging.getLogger(__name__)
 
 MAX_OVERFLOWS = 20  # steps in a row whose fp16 gradients overflow, each of which halves the loss scale
+TIMESTEPS_EVERY = 100  # steps over which errors by timestep are taken together
 CHECKPOINT_OVERHEAD = 2**20  # bytes of settings and numbers beside the tensors
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is. loss: of the last step; smoothed: of the last ones. seconds: per step, and to the end."""
+    """Where a training is. loss: of the last step; smoothed: of the last ones. seconds: per step, and to the end.
+
+    validation: (step, validation loss) of the last one measured, best: of the lowest; None before the first.
+    """
 
     step: int
     steps: int
@@ -48,6 +56,8 @@ class Progress:
     learning_rate: float
     seconds_per_step: float
     seconds_left: float
+    validation: tuple[int, float] | None = None
+    best: tuple[int, float] | None = None
 
 
 class Events:
@@ -76,6 +86,7 @@ class Trainer:
     as one, None in a process that only takes part; called with the step's number, every sample_every steps.
     base: sketch of the model before the training (see data.sketches), which checkpoints are to agree with.
     start: identity of the LoRA that it began with, or None.
+    held_out: pictures of a set of their own for the validation loss; None takes a share of the features, if any.
     """
 
     def __init__(
@@ -89,10 +100,19 @@ class Trainer:
         sample: Callable[[int], Image.Image | None] | None = None,
         base: dict | None = None,
         start: str | None = None,
+        held_out: FeatureSet | None = None,
     ):
         self.objective, self.features, self.settings, self.folder = objective, features, settings, Path(folder)
         self.base, self.data, self.start = base, features.identity, start
         self.processes, self.events, self.sample = processes or SingleProcess(), events or Events(), sample
+        left_out = ()
+        if held_out is None and settings.validation_share:
+            left_out = choose_held_out(features, settings.validation_share, settings.seed)
+        self.held_out = HeldOut(held_out, None, settings) if held_out is not None else None
+        if len(left_out):
+            self.held_out = HeldOut(features, left_out, settings)
+        self.best, self.validation = Best(), None
+        self.has_ended_early = False  # since the validation loss rose
         self.sampler = BucketSampler(
             features.bins,
             settings.batch_size,
@@ -103,6 +123,7 @@ class Trainer:
             repeats=getattr(features, "repeats", ()),
             blocks=getattr(features, "blocks", None),
             ahead=getattr(features, "fetch_ahead", None),
+            held_out=left_out,
         )
         self.prepared, self.optimizer = self.processes.prepare(
             objective, lambda: make_optimizer(settings, _trained(objective).values())
@@ -130,7 +151,7 @@ class Trainer:
             self.report.start(0)
         self.checkpoints.size_bytes = self._checkpoint_bytes()
         if self.processes.rank == 0:
-            check_space(self.folder, self._checkpoint_bytes() * (1 + (settings.keep_last > 1)))
+            check_space(self.folder, self._checkpoint_bytes() * (1 + (settings.keep_last > 1)) + self._best_bytes())
             if not resume:  # or the next run would go on with those of the training before
                 self.checkpoints.clear()
         self.objective.train()
@@ -164,21 +185,46 @@ class Trainer:
 
     def _train(self):
         settings = self.settings
+        if self.step == 0 and self.held_out:
+            self._validate()
         if self.sample and settings.sample_every and self.step == 0:
             self._sample()
         while self.step < settings.steps:
+            self.has_ended_early = bool(settings.patience) and self.best.since >= settings.patience
+            if self.has_ended_early:
+                logger.info("PixArt training ends after step %d: best validation at %d", self.step, self.best.step)
+                return
             began = time.monotonic()
             if self.is_stopping or not self._make_step():
                 logger.info("PixArt training is stopped after step %d of %d", self.step, settings.steps)
                 return
-            self.spent_s += time.monotonic() - began
-            self._tell(time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self.spent_s += seconds
+            is_last = self.step == settings.steps
+            if self.held_out and (self.step % settings.validation_every == 0 or is_last):
+                self._validate()
+            self._tell(seconds)
             is_due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
             if is_due and self.sanity.is_calm:  # what is about to explode must not take the place of good states
                 self._save()
-            is_last = self.step == settings.steps
             if self.sample and settings.sample_every and (self.step % settings.sample_every == 0 or is_last):
                 self._sample()
+
+    def _validate(self):
+        """Measure the validation loss of what would be the result now, and keep the best."""
+        self.objective.eval()
+        with self.averaged():
+            measured = self.held_out.measure(self.objective, self.prepared, self.processes)
+            is_best = self.best.follow(self.step, measured.loss)
+            if is_best and self.settings.keep_best and (self.processes.is_sharded or self.processes.rank == 0):
+                weights = whole(self.parameters)
+                note = write_best(self.folder, self.best, weights) if self.processes.rank == 0 else None
+                self.checkpoints.notes += [note] if note else []
+        self.processes.release(self.prepared)
+        self.objective.train()
+        self.validation = (self.step, measured.loss)
+        self.report.validate(self.step, measured.loss, measured.by_timestep)
+        self.processes.wait()
 
     def _make_step(self) -> bool:
         """One optimiser step. Returns False, with nothing changed, when the training is to stop.
@@ -187,24 +233,27 @@ class Trainer:
         """
         settings, count = self.settings, self.settings.accumulation
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, device=self.processes.device)
+        sums = torch.zeros(3 + 2 * BINS, device=self.processes.device)
         for index in range(count):
             stops = self.events.should_stop()
             if stops and self.processes.world_size == 1:
                 self.optimizer.zero_grad(set_to_none=True)
                 return False
-            loss = self._forward(self.step * count + index, index == count - 1)
+            loss, timestep = self._forward(self.step * count + index, index == count - 1)
             sums[:2] += torch.stack([loss.total.detach().float(), loss.error.detach().float()]) / count
             sums[2] += float(stops)
+            if loss.each is not None:
+                sums[3:] += by_timestep(loss.each.float(), timestep).flatten()
         self.scaler.unscale_(self.optimizer)
         limit = settings.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # The step's only wait for the device: weights must not change before this is known to be sane.
         numbers = torch.cat([self.processes.mean(sums), norm.reshape(1).float()]).tolist()
-        self.loss, self.error, self.is_stopping, self.norm = numbers[0], numbers[1], numbers[2] > 0, numbers[3]
+        self.loss, self.error, self.is_stopping, self.norm = numbers[0], numbers[1], numbers[2] > 0, numbers[-1]
         self._check_sane()
         self._update()
+        self.report.timesteps.add(numbers[3:-1])
         return True
 
     def _forward(self, number: int, is_last: bool):
@@ -216,7 +265,7 @@ class Trainer:
             with torch.autocast(self.processes.device.type, objective.dtype, enabled=objective.autocast):
                 loss = self.prepared(batch, draws)
             self.scaler.scale(loss.total / self.settings.accumulation).backward()
-        return loss
+        return loss, draws.timestep
 
     def _update(self):
         for group in self.optimizer.param_groups:
@@ -262,11 +311,24 @@ class Trainer:
         if math.isfinite(self.norm):
             self.overflows = 0
         rate = self.optimizer.param_groups[0]["lr"]
-        smoothed = self.report.log(self.step, self.loss, self.error, self.norm, rate, seconds)
+        left = seconds * (self.settings.steps - self.step)
+        pictures = self.settings.batch_size * self.settings.accumulation * self.processes.world_size
+        more = {"pictures_per_second": pictures / max(seconds, 1e-9), "seconds_left": left}
+        more |= describe_memory(self.processes.device)
+        if self.step % TIMESTEPS_EVERY == 0 or self.step == self.settings.steps:
+            self.report.close_timesteps(self.step)
+        smoothed = self.report.log(self.step, self.loss, self.error, self.norm, rate, seconds, more)
         if self.processes.rank == 0:
             per_step = self.report.seconds_per_step
             left = per_step * (self.settings.steps - self.step)
-            self.events.stepped(Progress(self.step, self.settings.steps, self.loss, smoothed, rate, per_step, left))
+            best = None if self.validation is None else (self.best.step, self.best.loss)
+            self.events.stepped(
+                Progress(
+                    *(self.step, self.settings.steps, self.loss, smoothed, rate, per_step, left),
+                    validation=self.validation,
+                    best=best,
+                )
+            )
 
     def _sample(self):
         if self.processes.is_sharded or self.processes.rank == 0:
@@ -282,6 +344,17 @@ class Trainer:
             self.processes.release(self.prepared)
             self.objective.train()
         self.processes.wait()
+
+    @contextlib.contextmanager
+    def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Within it the parameters have these values, given as `trained_weights` gives them."""
+        own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        with torch.no_grad():
+            _copy(weights, self.parameters)
+            try:
+                yield
+            finally:
+                _copy(own, self.parameters)
 
     def averaged(self) -> contextlib.AbstractContextManager:
         """Within it the weights are their moving average, where there is one."""
@@ -340,6 +413,8 @@ class Trainer:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.sanity.load_state_dict(state["sanity"])
+        self.best = Best(**state.get("best", {}))
+        self.validation = state.get("validation")
         self.report.start(self.step, state.get("report"))
         logger.info("PixArt training goes on after step %d", self.step)
         return True
@@ -371,6 +446,8 @@ class Trainer:
             "average": average,
             "scaler": self.scaler.state_dict(),
             "sanity": self.sanity.state_dict(),
+            "best": self.best.state(),
+            "validation": self.validation,
             "report": self.report.state(),
         }
 
@@ -405,6 +482,10 @@ class Trainer:
         numbers = sum(p.numel() for p in self.parameters.values()) * copies
         numbers += sum(tensor.numel() for tensor in self.objective.extra_state().values())
         return 4 * numbers + CHECKPOINT_OVERHEAD
+
+    def _best_bytes(self) -> int:
+        is_kept = self.held_out is not None and self.settings.keep_best
+        return 4 * sum(p.numel() for p in self.parameters.values()) if is_kept else 0
 
 
 def _trained(objective: nn.Module) -> dict[str, Tensor]:

@@ -7,22 +7,25 @@ import logging
 import os
 import secrets
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from ..drawing.bars import draw_bars
 from ..drawing.curves import draw_curve
 from ..files.atomic import write_atomically
 from ..files.documents import parse_json
 from ..quoting import plain
 from ..tracking.weights_and_biases import describe_mode, open_run, usual_mode
 from .settings import TrainingSettings, settings_to_dict
+from .watching.timesteps import LABELS, ByTimestep
 
 logger = logging.getLogger(__name__)
 
 LOG, BOARD, WANDB = "log.jsonl", "TensorBoard", "Weights & Biases"
+VALIDATION, BY_TIMESTEP = "validation_loss", "error_by_timestep"  # names in logs
 SMOOTHING_STEPS = 50
 _TIMED_STEPS = 20
 
@@ -73,16 +76,18 @@ class Course:
 class Report:
     """The log of one training, in its folder; only the main process writes.
 
-    settings: of the run, as plain values. losses: the course of the loss so far. notes: what could not be logged, once
-    for each place; no trouble with a log ends a training.
+    settings: of the run, as plain values. losses: the course of the loss so far. validations: of the validation loss.
+    timesteps: errors by timestep. notes: what could not be logged, once for each place; no trouble with a log ends a
+    training.
     """
 
     def __init__(self, folder: Path, settings: TrainingSettings, is_main: bool = True):
         self.folder, self.is_main, self.every = Path(folder), is_main, settings.log_every
         self.settings = settings_to_dict(settings)
-        self.losses = Course()
+        self.losses, self.validations, self.timesteps = Course(), Course(), ByTimestep()
         self.smoothed: float | None = None
         self._times: deque[float] = deque(maxlen=_TIMED_STEPS)
+        self._pending: dict[str, object] = {}  # numbers of a step that is not written yet
         self._file = self._board = self._wandb = None
         self.notes: list[str] = []
 
@@ -99,6 +104,8 @@ class Report:
             if state and _ends_a_line(path, state["log_bytes"]):
                 os.truncate(path, state["log_bytes"])
                 self.losses, self.smoothed = Course(state["losses"]), state["smoothed"]
+                self.validations = Course(state.get("validations"))
+                self.timesteps = ByTimestep(state.get("timesteps"))
             else:
                 write_atomically(path, lambda temporary: self._copy_log(path, temporary, step))
             self._file = path.open("a", encoding="utf-8", buffering=1)  # a line is there once it is written
@@ -107,30 +114,74 @@ class Report:
     def _copy_log(self, path: Path, copy: Path, step: int) -> None:
         with copy.open("w", encoding="utf-8") as file:
             for entry in iterate_log(path):
-                if _is_step(entry) and entry["step"] <= step:
+                if not _is_of_step(entry) or entry["step"] > step:
+                    continue
+                if _is_of_step(entry, VALIDATION):
+                    self.validations.add(entry["step"], entry[VALIDATION])
+                elif not _is_of_step(entry, "loss"):
+                    continue
+                if _is_of_step(entry, "loss"):
                     self._follow(entry["step"], entry["loss"])
-                    file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps(entry) + "\n")
 
     def state(self) -> dict | None:
         """How far the log is, for a checkpoint: with it nobody needs to read it again. None where there is none."""
         if self._file is None:
             return None
         size = os.fstat(self._file.fileno()).st_size
-        return {"log_bytes": size, "smoothed": self.smoothed, "losses": self.losses.state()}
+        return {
+            "log_bytes": size,
+            "smoothed": self.smoothed,
+            "losses": self.losses.state(),
+            "validations": self.validations.state(),
+            "timesteps": self.timesteps.state(),
+        }
 
-    def log(self, step: int, loss: float, error: float, norm: float, rate: float, seconds: float) -> float:
-        """Write down one step; returns the smoothed loss."""
+    def log(
+        self,
+        step: int,
+        loss: float,
+        error: float,
+        norm: float,
+        rate: float,
+        seconds: float,
+        more: Mapping[str, float] | None = None,
+    ) -> float:
+        """Write down one step, and further numbers of it; returns the smoothed loss."""
         self._times.append(seconds)
         self._follow(step, loss)
-        if self._file is not None and step % self.every == 0:
-            numbers = {"loss": loss, "error": error, "gradient_norm": norm, "learning_rate": rate}
-            entry = {"step": step, **numbers, "smoothed": self.smoothed, "seconds": round(seconds, 4)}
+        pending, self._pending = self._pending, {}
+        numbers = {"loss": loss, "error": error, "gradient_norm": norm, "learning_rate": rate}
+        numbers |= {"smoothed": self.smoothed}
+        if step % self.every == 0 or pending:
+            self._write({"step": step, **numbers, "seconds": round(seconds, 4), **(more or {}), **pending})
+        if step % self.every == 0:
+            self._track(step, {**numbers, **(more or {})})
+        return self.smoothed
+
+    def validate(self, step: int, loss: float, errors: Sequence[float | None]) -> None:
+        """Take in a validation: its loss, and its errors by timestep, None where there are none.
+
+        It is written with the step's own numbers; before the first step alone.
+        """
+        self.validations.add(step, loss)
+        self._pending |= {VALIDATION: loss, f"validation_{BY_TIMESTEP}": list(errors)}
+        if step == 0:
+            self._write({"step": step, **self._pending})
+            self._pending = {}
+        self._track(step, {VALIDATION: loss, **_named(f"validation_{BY_TIMESTEP}", errors)})
+
+    def close_timesteps(self, step: int) -> None:
+        """Take in that a stretch ends with this step, whose errors by timestep are written with its numbers."""
+        means = self.timesteps.close()
+        if means:
+            self._pending |= {BY_TIMESTEP: means}
+            self._track(step, _named(BY_TIMESTEP, means))
+
+    def _write(self, entry: dict):
+        if self._file is not None:
             with self._going_on(LOG):
                 self._file.write(json.dumps(entry) + "\n")
-        if step % self.every == 0 and self.is_main:
-            numbers = {"loss": loss, "error": error, "gradient_norm": norm, "learning_rate": rate}
-            self._track(step, {**numbers, "smoothed": self.smoothed})
-        return self.smoothed
 
     @property
     def seconds_per_step(self) -> float:
@@ -139,7 +190,14 @@ class Report:
 
     def curve(self, size: tuple[int, int] = (768, 384)) -> Image.Image:
         """The loss over the steps, faint, and its smoothed course."""
-        return draw_curve(self.losses.points(), size)
+        return draw_curve(self.losses.points(), size, validations=self.validations.points())
+
+    def timestep_bars(self) -> Image.Image | None:
+        """The errors by timestep of the first stretch of steps and of the last; None before the first."""
+        last = self.timesteps.means() or self.timesteps.last
+        if last is None:
+            return None
+        return draw_bars(LABELS, {"first steps": self.timesteps.first or last, "last steps": last})
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Hand a picture to TensorBoard and Weights & Biases."""
@@ -206,10 +264,14 @@ class Report:
                 self._wandb.log(numbers, step=step)
 
 
-def _is_step(entry) -> bool:
-    """Whether a line of a log is of a step; other programs may have added theirs."""
-    numbers = [entry.get(name) for name in ("step", "loss")] if isinstance(entry, dict) else [None]
+def _is_of_step(entry, *names: str) -> bool:
+    """Whether a line of a log is of a step and has these numbers; other programs may have added theirs."""
+    numbers = [entry.get(name) for name in ("step", *names)] if isinstance(entry, dict) else [None]
     return all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+
+
+def _named(name: str, errors: Sequence[float | None]) -> dict[str, float]:
+    return {f"{name}/{label}": error for label, error in zip(LABELS, errors, strict=True) if error is not None}
 
 
 def _ends_a_line(path: Path, size: int) -> bool:

@@ -18,6 +18,7 @@ from ..config import LATENT_DOWNSCALE, PixArtConfig
 from ..data.buckets import Bins
 from ..data.examples import FeatureSet
 from ..data.sketches import sketch_model
+from ..drawing.strips import join_column, label_above
 from ..files.atomic import sweep, write_atomically
 from ..files.documents import load_json
 from ..files.locks import locked
@@ -39,6 +40,7 @@ from .settings import TrainingSettings, settings_to_dict
 from .state import CHECKPOINTS
 from .validation import FOLDER as SAMPLES
 from .validation import Decode, Validation, ValidationPrompt
+from .watching.best import read_best
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ RESULT = "result.json"
 class TrainingResult:
     """What a training leaves behind.
 
-    step: how many are done; fewer than asked for when it was stopped. weights: of the trained parameters, on the CPU.
+    step: how many are done; fewer than asked for when it was stopped. is_done: it was not stopped, but went on to its
+    last step, or as far as its validation loss fell. weights: of the trained parameters, on the CPU.
     file: the result. curve: of the loss. strip: validation pictures, or None. notes: what the user is to hear.
     """
 
@@ -62,6 +65,7 @@ class TrainingResult:
     curve: Image.Image
     strip: Image.Image | None
     notes: tuple[str, ...] = ()
+    is_done: bool = True
 
 
 def train(
@@ -79,11 +83,13 @@ def train(
     file: Path | None = None,
     texts: Mapping[str, str] | None = None,
     start: LoRA | None = None,
+    held_out: FeatureSet | None = None,
 ) -> TrainingResult:
     """Train, and write the result, loss.png, samples.png, log.jsonl, result.json and checkpoints into the folder.
 
     The model becomes part of the objective and is changed. prompts with decode: validation pictures, which `show`
     gets too. file: of the result; None is folder/<folder's name>.safetensors. texts: for its header.
+    held_out: a set of its own for the validation loss, in place of a share of the features.
     start: a LoRA to begin with, whose rank, alpha and form then take the place of the settings' (see adapting.start).
     Raises ValueError for data and settings that do not fit, before the first step.
     """
@@ -99,8 +105,12 @@ def train(
     validation = None
     if prompts and decode is not None and settings.sample_every:
         validation = Validation(objective, prompts, folder, decode, show, is_main=processes.rank == 0)
+    if held_out is not None:
+        check_features(held_out, model, settings)
     trainer = Trainer(
-        objective, features, settings, folder, processes, events, validation, base, start and identity_of(start)
+        *(objective, features, settings, folder, processes, events, validation, base),
+        start=start and identity_of(start),
+        held_out=held_out,
     )
     file, strip = file or folder / f"{folder.name}.safetensors", None
     with _alone(folder, file) if processes.rank == 0 else contextlib.nullcontext():
@@ -110,9 +120,13 @@ def train(
         if processes.rank == 0:
             file, more = write_result(file, folder, objective, weights, settings, texts)
             strip = validation.strip() if validation else None
-            notes += more + _write_beside(folder, settings, step, file, {"loss.png": curve, "samples.png": strip})
+            pictures = {"loss.png": curve, "samples.png": strip, "timesteps.png": trainer.report.timestep_bars()}
+            notes += more + _write_best_beside(trainer, file, texts, pictures)
+            done = settings.steps if trainer.has_ended_early else step
+            notes += _write_beside(folder, settings, done, file, pictures)
         processes.wait()
-    return TrainingResult(objective, weights, step, file, curve, strip, tuple(notes))
+    is_done = trainer.has_ended_early or step >= settings.steps
+    return TrainingResult(objective, weights, step, file, curve, strip, tuple(notes), is_done)
 
 
 @contextlib.contextmanager
@@ -165,6 +179,46 @@ def write_result(
         f"is lost: free some space and start the training again, it will only write the result",
         str(file),
     ) from first
+
+
+def _write_best_beside(
+    trainer: Trainer, file: Path, texts: Mapping[str, str] | None, pictures: dict[str, Image.Image | None]
+) -> list[str]:
+    """Where an earlier state had the lowest validation loss: its weights beside the result. Returns what to tell."""
+    if trainer.validation is None:
+        return []
+    (step, loss), best, settings = trainer.validation, trainer.best, trainer.settings
+    told = [f"validation loss {loss:.4g} at step {step}, lowest {best.loss:.4g} at step {best.step}"]
+    if trainer.has_ended_early:
+        told.append(f"ended early: no lower validation loss after step {best.step}")
+    state = read_best(trainer.folder) if settings.keep_best and best.step != trainer.step else None
+    if state is None:
+        return told
+    place = file.with_stem(f"{file.stem}_best")
+    try:
+        save_result(place, trainer.objective, state["parameters"], settings, texts)
+    except OSError as error:
+        return [*told, f"the state of the lowest is not written ({plain(str(error.strerror or error), 200)})"]
+    is_stopped = trainer.step < settings.steps and not trainer.has_ended_early
+    if isinstance(trainer.sample, Validation) and not is_stopped and not trainer.processes.is_sharded:
+        pictures["best.png"] = _compare_best(trainer, state)
+    return [*told, f"the state of the lowest is kept: {place}"]
+
+
+def _compare_best(trainer: Trainer, best: Mapping) -> Image.Image:
+    """The validation pictures of the best state and of the last one, a row each."""
+    with trainer.averaged(), torch.no_grad():
+        trainer.objective.eval()
+        last = trainer.sample.row()
+        with trainer.holding(best["parameters"]):
+            first = trainer.sample.row()
+        trainer.objective.train()
+    return join_column(
+        [
+            label_above(first, f"step {best['step']}, validation loss {best['loss']:.4g}"),
+            label_above(last, f"step {trainer.validation[0]}, validation loss {trainer.validation[1]:.4g}"),
+        ]
+    )
 
 
 def _write_beside(

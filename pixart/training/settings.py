@@ -64,6 +64,9 @@ class TrainingSettings:
     what is trained of the network that follows the generator, of FAKES.
     checkpoint_every, sample_every, log_every: in steps, 0 is never. keep_last: checkpoints that stay.
     sample_steps, sample_guidance: of the validation pictures; sample_seed: of their noise.
+    validation_share: of the pictures that are held out of the training, for the validation loss. validation_every:
+    steps between its measurements, where pictures are held out or there is a set of its own. patience: ends the
+    training after so many in a row without a new lowest one, 0 is never. keep_best: keep the state of the lowest one.
     tensorboard: log there too where it is installed. wandb: log to Weights & Biases as well, offline
     unless the owner of the machine allows more (see tracking.weights_and_biases).
     Raises ValueError naming the first setting that cannot work.
@@ -123,6 +126,10 @@ class TrainingSettings:
     sample_steps: int = 20
     sample_guidance: float = 4.5
     sample_seed: int = 0
+    validation_share: float = 0.0
+    validation_every: int = 100
+    patience: int = 0
+    keep_best: bool = True
     tensorboard: bool = True
     wandb: bool = False
 
@@ -187,6 +194,9 @@ _RANGES = {
     "sample_steps": (1, 1000, "a number of steps"),
     "sample_guidance": (0, 100, "a guidance scale"),
     "sample_seed": (0, 2**64 - 1, "a whole number"),
+    "validation_share": (0, 0.5, "a share"),
+    "validation_every": (1, 10_000_000, "a number of steps"),
+    "patience": (0, 1_000_000, "a number of validations, 0 for never"),
 }
 _CHOICES = {
     "kind": KINDS,
@@ -343,6 +353,7 @@ class RunConfig:
     (see data.sketches), which the model is to equal, or None.
     init: in place of a model, a DiT's file or folder to start from (see stages.dit). grow: the stage to bring the model
     to before its first step (see stages.growth), or "".
+    validation_features: folder of encoded pictures for the validation loss, or None.
     start_from: a LoRA's file or PEFT folder whose weights a LoRA begins with (see adapting.start), or None.
     features: folder of encoded pictures. data: their identity, which they are to have, or None.
     output: folder that gets the run.
@@ -370,6 +381,7 @@ class RunConfig:
     init: str | None = None
     grow: str = ""
     start_from: str | None = None
+    validation_features: str | None = None
 
 
 def read_config(path: str | os.PathLike, init: str | None = None) -> RunConfig:
@@ -437,7 +449,10 @@ def _fits(key: str, value) -> bool:
     return isinstance(value, str) and (chosen is None or value in chosen) or (value is None and key in _OPTIONAL)
 
 
-_OPTIONAL = ("validation", "vae", "base", "data", "text_encoder", "tokenizer", "init", "start_from")
+_OPTIONAL = (
+    *("validation", "vae", "base", "data", "text_encoder", "tokenizer", "init"),
+    *("start_from", "validation_features"),
+)
 _PLACES = ("model", "features", "output", *(name for name in _OPTIONAL if name != "data"))
 
 

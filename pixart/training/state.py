@@ -7,7 +7,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ CHECKPOINTS = "checkpoints"  # folder of a run
 _NAME = "step-{:08d}.pt"
 _PATTERN = re.compile(r"step-(\d{8,})\.pt")
 # What torch.load raises for files that were cut off, overwritten or never a checkpoint.
-_UNREADABLE = (
+UNREADABLE = (
     *(OSError, RuntimeError, EOFError, ValueError, LookupError, ArithmeticError, pickle.UnpicklingError),
     *(zipfile.BadZipFile, zlib.error, struct.error),
 )
@@ -38,7 +38,8 @@ _FREE = {
     "timestep_min", "timestep_max", "caption_dropout", "noise_offset", "prior_weight", "prior_target", "lcm_guidance",
     "dmd_guidance", "dmd_regression", "mask_floor",
     "dropout", "checkpoint_every", "keep_last", "log_every", "sample_every", "sample_steps", "sample_guidance",
-    "sample_seed", "tensorboard", "wandb", "dtype", "base_dtype", "save_dtype", "batch_size",
+    "sample_seed", "validation_every", "patience", "keep_best",
+    "tensorboard", "wandb", "dtype", "base_dtype", "save_dtype", "batch_size",
 }  # fmt: skip
 
 
@@ -87,8 +88,8 @@ class Checkpoints:
         passed = []
         for path in reversed(self.all()):
             try:
-                state = _read(path)
-            except _UNREADABLE as error:
+                state = read_checked(path, _PARTS)
+            except UNREADABLE as error:
                 logger.warning("Checkpoint %s is damaged and is passed over: %s", path.name, shorten(error, 300))
                 passed.append(path.name)
                 continue
@@ -116,8 +117,8 @@ class Checkpoints:
         _remove(self.all())
 
 
-def _read(path: Path) -> dict:
-    """The state in a checkpoint. Raises one of _UNREADABLE when any of its parts is not as it was written."""
+def read_checked(path: Path, parts: Set[str]) -> dict:
+    """The state in a checkpoint with these parts. Raises one of UNREADABLE when any is not as it was written."""
     require_file(path)
     check_pth(path)
     with zipfile.ZipFile(path) as archive:
@@ -125,7 +126,7 @@ def _read(path: Path) -> dict:
     if damaged is not None:
         raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not _PARTS <= state.keys():
+    if not isinstance(state, dict) or not parts <= state.keys():
         raise LookupError("it is no state of a training")
     return state
 

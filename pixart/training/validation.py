@@ -63,10 +63,9 @@ class Validation:
 
     def __call__(self, step: int) -> Image.Image | None:
         """Make, keep and show the pictures of a step, which come back as one row; None where not is_main."""
-        latents = [self.objective.within(self._latent, prompt, index) for index, prompt in enumerate(self.prompts)]
-        if not self.is_main:
+        row = self.row()
+        if row is None:
             return None
-        row = join_row([to_image(self.decode(latent)[0]) for latent in latents])
         path = self.folder / f"step-{step:08d}.png"
         try:
             write_atomically(path, lambda temporary: row.save(temporary, "PNG"))
@@ -75,6 +74,13 @@ class Validation:
         if self.show is not None:
             self.show(row)
         return row
+
+    def row(self) -> Image.Image | None:
+        """The pictures of the weights as they are, side by side; None where not is_main."""
+        latents = [self.objective.within(self._latent, prompt, index) for index, prompt in enumerate(self.prompts)]
+        if not self.is_main:
+            return None
+        return join_row([to_image(self.decode(latent)[0]) for latent in latents])
 
     def _latent(self, prompt: ValidationPrompt, index: int) -> Tensor:
         """The latent of one prompt, (1, 4, h, w) fp32, not scaled; its noise depends on the prompt's place alone."""

@@ -272,7 +272,7 @@ def _trained(model, result: TrainingResult, settings: TrainingSettings):
 
 
 def _outputs(trained, result: TrainingResult, settings: TrainingSettings, notes: Sequence[str]) -> TrainingOutputs:
-    shown, is_done = show_path(result.file), result.step >= settings.steps
+    shown, is_done = show_path(result.file), result.is_done
     lines = [
         f"{'done' if is_done else 'stopped'}: {result.step} of {settings.steps} steps",
         *(() if is_done else ("queue it again to go on",)),

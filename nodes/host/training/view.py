@@ -32,7 +32,7 @@ class TrainingView(Events):
         self.bar = comfy.utils.ProgressBar(settings.steps)
         self.hidden, self.device = hidden, device
         self.pictures_per_step = settings.batch_size * settings.accumulation
-        self.losses = Course()
+        self.losses, self.validations = Course(), Course()
         self.pictures: Image.Image | None = None
         self.shown_at = self.told_at = 0.0
         self.is_interrupted = False
@@ -41,6 +41,8 @@ class TrainingView(Events):
         now = time.monotonic()
         is_last = progress.step == progress.steps
         self.losses.add(progress.step, progress.loss)
+        if progress.validation is not None and progress.validation not in self.validations.points()[-1:]:
+            self.validations.add(*progress.validation)
         preview = None
         if now - self.shown_at >= _PREVIEW_EVERY_S or is_last:
             preview, self.shown_at = ("JPEG", self._picture(), _PREVIEW_PX), now
@@ -63,7 +65,7 @@ class TrainingView(Events):
         self.pictures, self.shown_at = pictures, 0.0
 
     def _picture(self) -> Image.Image:
-        curve = draw_curve(self.losses.points(), _CURVE_PX, _LETTER_PX)
+        curve = draw_curve(self.losses.points(), _CURVE_PX, _LETTER_PX, self.validations.points())
         if self.pictures is None:
             return curve
         scale = min(curve.width / self.pictures.width, _PICTURES_PX / self.pictures.height)
@@ -75,12 +77,15 @@ class TrainingView(Events):
 
 
 def describe_progress(progress: Progress, pictures_per_step: int, memory: str) -> str:
-    """Two lines, short enough for a node: step and time left; loss, speed and memory."""
+    """Two lines, short enough for a node: step and time left; loss, speed and memory. A third one of validations."""
     speed = pictures_per_step / max(progress.seconds_per_step, 1e-6)
     number = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
+    validated = ""
+    if progress.validation is not None:
+        validated = f"\nvalidation {progress.validation[1]:.4f}, best {progress.best[1]:.4f} at {progress.best[0]}"
     return (
         f"step {progress.step} of {progress.steps}, {describe_seconds(progress.seconds_left)} left\n"
-        f"loss {progress.smoothed:.4f}, {number} pictures/s, {memory}"
+        f"loss {progress.smoothed:.4f}, {number} pictures/s, {memory}{validated}"
     )
 
 

@@ -20,12 +20,23 @@ class Showing:
     the smaller kind is repeated until an epoch shows as many of it as of the other. repeats: (N,) or () how often each
     is shown: 3 is three times in each epoch, 0.25 about every fourth, 2.5 twice and by turns once more. The odd ones
     are drawn anew for each epoch, by seed and epoch alone; each group has as many in all epochs, at least one.
+    held_out: numbers of pictures that are never shown.
     """
 
-    def __init__(self, groups: np.ndarray, is_prior: Sequence[bool], repeats: Sequence[float], seed: int):
+    def __init__(
+        self,
+        groups: np.ndarray,
+        is_prior: Sequence[bool],
+        repeats: Sequence[float],
+        seed: int,
+        held_out: Sequence[int] = (),
+    ):
         self.groups, self.seed = groups, seed
         marks, given = np.asarray(is_prior, bool), np.asarray(repeats, np.float64)
         self._marks = marks if marks.any() and not marks.all() else None
+        if len(held_out):
+            given = given.copy() if len(given) else np.ones(len(groups))
+            given[np.asarray(held_out, np.int64)] = 0
         self._repeats = given if len(given) and not (given == 1).all() else None
 
     def of(self, epoch: int) -> np.ndarray | None:

@@ -17,11 +17,15 @@ Conditions = dict[str, Tensor | None]  # keyword arguments of the model
 
 
 class Loss(NamedTuple):
-    """total: to minimise. error: what shows whether the training is sane. bound: of the learned variance, or None."""
+    """total: to minimise. error: what shows whether the training is sane. bound: of the learned variance, or None.
+
+    each: (B,) the errors of the batch's pictures, where they are known apart; what is trained does not depend on it.
+    """
 
     total: Tensor
     error: Tensor
     bound: Tensor | None = None
+    each: Tensor | None = None
 
 
 class Objective(nn.Module):

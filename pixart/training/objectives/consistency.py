@@ -61,7 +61,7 @@ class Distillation(Objective):
         else:
             loss = mean_over(difference.square(), self.region(batch))
         total = (self.importance(batch, self.weights[timestep]) * loss).mean()
-        return Loss(total, total.detach())
+        return Loss(total, total.detach(), each=loss.detach())
 
     def previous_timestep(self, timestep: Tensor) -> Tensor:
         """One DDIM step nearer to the picture, and 0 at the end."""

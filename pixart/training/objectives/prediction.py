@@ -47,7 +47,8 @@ class NoisePrediction(Objective):
         if bound is not None:
             total = total + bound
         importance = self.importance(batch, torch.where(batch.is_prior, settings.prior_weight, 1.0))
-        return Loss((importance * total).mean(), losses["mse"].mean(), None if bound is None else bound.mean())
+        each = losses["mse"]
+        return Loss((importance * total).mean(), each.mean(), None if bound is None else bound.mean(), each.detach())
 
 
 class PreservingPrediction(NoisePrediction):

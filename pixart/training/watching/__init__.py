@@ -1,0 +1,1 @@
+"""How a training goes: the loss on pictures that it does not see, by timestep, and the best state so far."""
