@@ -2,7 +2,8 @@
 
 `python dev.py run -m pixart_pack.editor.help_pages` rewrites the lists of inputs and outputs in
 `web/docs/<node_id>.md` and `web/docs/<node_id>/zh.md`, and `locales/en/nodeDefs.json` whole. The rest of the pages, and
-`locales/<language>/nodeDefs.json`, are written by hand; what is missing there is listed.
+`locales/<language>/nodeDefs.json`, are written by hand; what is missing there is listed, and so are translations of a
+text that has changed since. `--still-right` says that those hold as they are.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 from ..devtools.process import ROOT
 from .connection import connect
 from .templates.schema import Input, inputs_of
+from .translations import read_lines, record, stale_places, write_lines
 
 DOCS = ROOT / "web" / "docs"
 LOCALES = ROOT / "locales"
@@ -142,8 +144,11 @@ def with_lists(page: str, info: dict, definition: dict, words: Words) -> str:
     return LISTS.sub(lambda _: f"\n{lists(info, definition, words)}\n\n", page)
 
 
-def write_pages(object_info: dict) -> list[str]:
-    """Write all that follows from the schemas; returns what is missing."""
+def write_pages(object_info: dict, still_right: bool = False) -> list[str]:
+    """Write all that follows from the schemas; returns what is missing or stale.
+
+    still_right: translations that were there before their English text hold as they are.
+    """
     nodes, missing = our_nodes(object_info), []
     english = {name: english_definition(info) for name, info in nodes.items()}
     path = LOCALES / "en" / "nodeDefs.json"
@@ -159,7 +164,11 @@ def write_pages(object_info: dict) -> list[str]:
             page.write_text(
                 with_lists(page.read_text(encoding="utf-8"), info, definitions[name], words), encoding="utf-8"
             )
-    return missing + [f"{name} in locales/{language}" for language in NAMES_ONLY for name in untranslated(language)]
+    translated = {language: read_definitions(language) for language in ("zh", *NAMES_ONLY)}
+    lines = record(english, translated, read_lines(LOCALES), still_right)
+    write_lines(LOCALES, lines)
+    missing += [f"{name} in locales/{language}" for language in NAMES_ONLY for name in untranslated(language)]
+    return missing + [f"a translation of today's text in {place}" for place in stale_places(english, lines)]
 
 
 def untranslated(language: str) -> list[str]:
@@ -182,8 +191,10 @@ def untranslated(language: str) -> list[str]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", help="a running server to ask, in place of one of its own")
-    with connect(parser.parse_args(arguments).url) as client:
-        missing = write_pages(client.get_json("/object_info"))
+    parser.add_argument("--still-right", action="store_true", help="translations hold though their text has changed")
+    options = parser.parse_args(arguments)
+    with connect(options.url) as client:
+        missing = write_pages(client.get_json("/object_info"), options.still_right)
     for each in missing:
         sys.stderr.write(f"missing: {each}\n")
     return 1 if missing else 0

@@ -21,6 +21,7 @@ from .host.denoiser.sampling import register_samplers
 from .host.folders import register_demo
 from .host.replacements import register_replacements
 from .host.schema import guard
+from .host.server.notes import register_notes
 from .host.server.users import register_users
 from .host.text.t5 import register_t5_folder
 from .host.training.runs import register_folders
@@ -36,6 +37,7 @@ class PixArtExtension(ComfyExtension):
         register_demo()
         register_users()
         await register_replacements(migration.REPLACEMENTS)
+        register_notes()  # behind the replacements, of which it tells
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         listed = [

@@ -60,6 +60,7 @@ ROOMS = {
         (
             *("pixart", "pixart.files", "pixart.weights", "pixart.lora", "pixart.acceleration", "pixart.encoders"),
             *("pixart.drawing", "pixart.data", "pixart.training", "pixart.stages", "pixart.scores", "pixart.reference"),
+            "pixart.tracking",
         ),
         ("torch", "numpy", "safetensors", "PIL", "tqdm"),
     ),

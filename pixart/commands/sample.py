@@ -34,6 +34,7 @@ from ..resolution import parse_prompt_flags
 from ..sampling import Settings
 from ..solvers import PRESETS, SAMPLERS, SCHEDULES, Asked, read_scheduler
 from ..text import clean_prompt
+from ..tracking.notes import KEY, to_parameters
 from ..transformer import PixArt
 from ..weights.folders import read_json
 from ..weights.reading import read_checkpoint
@@ -108,8 +109,7 @@ def add_loras(weights: dict, config: PixArtConfig, texts: list[str], strict: boo
     Says what each is, and what of it did not fit. Raises FileNotFoundError and ValueError naming the LoRA.
     """
     for text in texts:
-        match = re.fullmatch(r"(.+):(-?\d+(?:\.\d+)?)", text)
-        path, strength = (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)
+        path, strength = split_strength(text)
         if not path.exists():
             raise FileNotFoundError(
                 f"No LoRA: got {shorten(text)}, expected a file or folder, or one with a strength such as "
@@ -119,6 +119,12 @@ def add_loras(weights: dict, config: PixArtConfig, texts: list[str], strict: boo
         tell(path.name, describe_lora(lora).splitlines())
         weights = merge(weights, lora, strength)
     return weights
+
+
+def split_strength(text: str) -> tuple[Path, float]:
+    """(path, strength) of PATH or PATH:STRENGTH."""
+    match = re.fullmatch(r"(.+):(-?\d+(?:\.\d+)?)", text)
+    return (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -269,13 +275,28 @@ def plan(prompts: list[str], options: argparse.Namespace, base_px: int) -> Itera
     yield size, batch
 
 
-def describe_more(options: argparse.Namespace, reuse: GuidanceReuse | None) -> str:
-    """What else has made a picture, behind its settings."""
-    parts = [f", guidance reuse: {reuse.every}"] if reuse else []
+def describe_all(options: argparse.Namespace, settings: Settings, negative: str) -> tuple[dict, dict[str, object]]:
+    """(what made all pictures, what else of it has no common word), for `to_parameters`."""
+    loras = [split_strength(text) for text in options.lora]
+    entry = {
+        **{"negative": negative, "steps": settings.steps, "guidance": settings.guidance},
+        **{"solver": settings.solver, "schedule": settings.schedule},
+        "models": [
+            {"name": f"{path.name}/" if path.is_dir() else path.name, "input": kind}
+            for kind, path in (("checkpoint", options.model), ("vae", options.vae))
+            if path is not None
+        ],
+        "loras": [{"name": path.name, "strength": strength} for path, strength in loras],
+    }
+    more = dict(settings.options)
+    if settings.is_clean:
+        more["End"] = "clean"
+    if options.guidance_reuse > 1:
+        more["Guidance reuse"] = options.guidance_reuse
     if options.reference is not None:
         strength, where = options.reference_strength, options.reference_range
-        parts.append(f", reference: {options.reference.name} (strength {strength:g}, {where})")
-    return "".join(parts)
+        more["Reference"] = f"{options.reference.name} (strength {strength:g}, {where})"
+    return entry, more
 
 
 def main(options: argparse.Namespace) -> None:
@@ -293,6 +314,7 @@ def main(options: argparse.Namespace) -> None:
     reference = load_reference(options, pipeline)
     options.output.mkdir(parents=True, exist_ok=True)
     negative = clean_prompt(options.negative) if options.clean else options.negative
+    entry, more = describe_all(options, settings, negative)
     base_px = min((256, 512, 1024, 2048), key=lambda side: abs(side - pipeline.model.config.base_px))
     with tqdm(total=len(prompts) * settings.steps, unit="step") as bar:
         for (height, width), batch in plan(prompts, options, base_px):
@@ -303,8 +325,8 @@ def main(options: argparse.Namespace) -> None:
             pictures = pipeline.generate(*given)
             for (number, text), seed, picture in zip(batch, seeds, to_pictures(pictures), strict=True):
                 notes = PngInfo()
-                how = f"{settings}, seed: {seed}{describe_more(options, reuse)}"
-                notes.add_itxt("parameters", f"{text}\nNegative prompt: {negative}\n{how}")
+                own = {"prompt": text, "seed": seed, "width": width, "height": height}
+                notes.add_itxt(KEY, to_parameters({**entry, **own}, more))
                 write_atomically(paths[number], partial(picture.save, format="PNG", pnginfo=notes))
 
 

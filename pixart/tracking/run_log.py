@@ -14,10 +14,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..files.atomic import append_line, write_atomically
 from ..files.documents import load_json
+from .notes import KEY, to_parameters
 from .weights_and_biases import OFF, open_run
 
 log = logging.getLogger(__name__)
 
+OWN_KEY = "pixart_run"  # of the whole entry in a picture
 LOG, HASHES = "log.jsonl", "hashes.json"
 WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 TEXT_INPUTS = ("text", "prompt", "caption", "string", "value", "text_g", "t5xxl")
@@ -39,8 +41,8 @@ def describe_workflow(workflow: dict, node: str, start: str = "images") -> dict:
     """What made the pictures that a node of a workflow (in API format) gets: settings, prompts, files.
 
     start: the node's input with the pictures. Of several samplers the last counts. What runs decide, such as the seed
-    of a loop, is left out. Returns prompt, negative, those of SETTINGS that are found, and models and loras:
-    [{name, node, input}], the latter with strength.
+    of a loop, is left out. Returns prompt, negative, those of SETTINGS that are found, the size in pixels that is
+    sampled at, and models and loras: [{name, node, input}], the latter with strength.
     """
     first = _link(workflow, workflow.get(node, {}).get("inputs", {}).get(start))
     above = list(_upstream(workflow, first))
@@ -81,10 +83,18 @@ def _settings(workflow: dict, sampler: str) -> dict:
         found = next((value for value in values if value is not None), None)
         if found is not None:
             entry[key] = found
+    entry |= _size(workflow, _link(workflow, workflow[sampler]["inputs"]["latent_image"]))
     node = next(filter(None, (_link(workflow, workflow[each]["inputs"].get("sampler")) for each in near)), None)
     if "solver" not in entry and node:
         entry["solver"] = workflow[node]["class_type"]
     return entry
+
+
+def _size(workflow: dict, latent: str | None) -> dict:
+    """Width and height in pixels of an empty latent, where they are its own; nothing of others."""
+    inputs = workflow[latent]["inputs"] if latent and workflow[latent]["class_type"].startswith("Empty") else {}
+    found = {name: _value(workflow, inputs.get(name)) for name in ("width", "height")}
+    return found if all(isinstance(value, int) for value in found.values()) else {}
 
 
 def _value(workflow: dict, value):
@@ -171,7 +181,8 @@ def write_run(folder: Path, entry: dict, pictures: Sequence[Image.Image]) -> dic
         path = _claim(folder)
         entry["pictures"].append(path.name)
         notes = PngInfo()
-        notes.add_itxt("parameters", json.dumps(entry, ensure_ascii=False))
+        notes.add_itxt(KEY, to_parameters(entry))
+        notes.add_itxt(OWN_KEY, json.dumps(entry, ensure_ascii=False))
         try:
             write_atomically(path, lambda file, picture=picture, notes=notes: picture.save(file, "PNG", pnginfo=notes))
         except BaseException:

@@ -1,6 +1,7 @@
 """PixArt's MODEL with the host's own nodes, through the prompt queue of a real server."""
 
 import io
+import json
 import shutil
 import time
 
@@ -306,3 +307,34 @@ def test_half_precision_between_nodes(start_host, server):
     graph = PictureGraph(*FILES)
     model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name=PEFT, strength_model=1.0)
     assert pictures(frugal, graph.save(graph.sample(graph.empty(72, 40), model=model)))
+
+
+def told(host, nodes, **written):
+    """What the pictures of a workflow say of themselves, where the editor sends it with what goes into them."""
+    extra = {"extra_pnginfo": {"workflow": {}, **written}}
+    answer = host.post("/prompt", {"prompt": nodes, "client_id": host.client_id, "extra_data": extra})
+    outputs = host.wait(answer["prompt_id"])["outputs"]
+    shown = [each for number in sorted(outputs) for each in outputs[number].get("images", ())]
+    return [Image.open(io.BytesIO(host.get("/view", **each))).text for each in shown]
+
+
+def test_pictures_of_the_editor_name_model_and_lora_for_other_programs(server):
+    graph = PictureGraph(*FILES)
+    graph.model = graph.add("PixArtLoadLoRA", model=graph.model, lora=PEFT, strength=0.5)
+    [text] = told(server, graph.save(graph.sample(graph.empty(height=72))))
+    fields = json.loads(text["parameters"])["sui_image_params"]
+    expected = {"model": FILES[0].removesuffix(".safetensors"), "loras": [PEFT.removesuffix(".safetensors")]}
+    expected |= {"loraweights": ["0.5"], "seed": 7, "steps": 2, "cfgscale": 3.0, "sampler": "euler", "width": 64}
+    assert fields.items() >= {**expected, "height": 72, "prompt": "a red circle on a white background"}.items()
+    assert json.loads(text["prompt"]) == graph.nodes  # which the editor opens, as before
+    for node in graph.nodes.values():
+        node["inputs"] |= {"seed": 9} if node["class_type"] == "KSampler" else {}
+    [kept] = told(server, graph.nodes, parameters="its own")
+    assert kept["parameters"] == '"its own"'
+
+
+def test_pictures_of_several_kinds_in_one_graph_are_not_mixed_up(server):
+    graph = PictureGraph(*FILES)
+    graph.save(graph.sample(graph.empty()))
+    both = told(server, graph.save(graph.sample(graph.empty(), seed=8)))
+    assert len(both) == 2 and not any("parameters" in text for text in both)

@@ -126,7 +126,7 @@ def test_each_of_a_batch_is_comfyuis_picture_of_its_seed(host, tmp_path):
         settings = {"sampler_name": "pixart_sa_solver", "scheduler": "pixart_uniform", "steps": 6, "cfg": 3.0}
         expected = in_comfyui(host, texts[number], "a star", 104, 72, seed=8 + number, **settings)
         assert_same(pixels(path), expected)
-        assert f"seed: {8 + number}" in Image.open(path).text["parameters"]
+        assert f"Seed: {8 + number}" in Image.open(path).text["parameters"]
 
 
 def test_a_real_process_with_a_file_of_prompts_of_several_sizes(tmp_path):
@@ -211,7 +211,7 @@ def test_a_reference_is_encoded_and_read(tmp_path, capsys):
     far, near = (np.abs(np.median(picture.reshape(-1, 3), 0) - brown).mean() for picture in (plain, like))
     assert near < far - 5
     said = Image.open(next((tmp_path / "like").glob("*.png"))).text["parameters"]
-    assert said.endswith("reference: brown.png (strength 3, 0:1)")
+    assert said.endswith('Reference: "brown.png (strength 3, 0:1)"')
     for wrong, message in (
         (["--reference", "none.png"], "No reference"),
         ([*given, "--reference-range", "0.5:0.2"], "Part of the sampling out of range"),

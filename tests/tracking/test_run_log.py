@@ -59,6 +59,7 @@ def test_a_workflow_tells_settings_prompts_and_files():
     assert describe_workflow(workflow(), "13") == {
         "prompt": "a fox", "negative": "blurry", "seed": 42, "steps": 20, "guidance": 4.5,
         "solver": "pixart_dpm_solver", "schedule": "pixart_uniform", "denoise": 1.0,
+        "width": 64, "height": 64,
         "models": [
             {"name": "PixArt-XL-2-1024-MS.pth", "node": "PixArtLoadCheckpoint", "input": "checkpoint"},
             {"name": "t5-v1_1-xxl/", "node": "PixArtLoadT5", "input": "text_encoder"},
@@ -95,7 +96,8 @@ def test_runs_are_lines_with_pictures_even_when_many_write_at_once(tmp_path):
     assert all((line["prompt"], line["width"], line["height"]) == ("狐狸\n", 24, 16) for line in lines)
     for name in names:
         with Image.open(tmp_path / "log" / name) as saved:
-            assert saved.size == (24, 16) and "狐狸" in saved.text["parameters"]
+            assert saved.size == (24, 16) and saved.text["parameters"] == "狐狸\n\nSize: 24x16"
+            assert json.loads(saved.text[run_log.OWN_KEY])["pictures"]
     assert not list((tmp_path / "log").glob("*.tmp"))
 
 

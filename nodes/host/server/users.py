@@ -17,7 +17,7 @@ _asking: ContextVar[str | None] = ContextVar("pixart_asking", default=None)
 
 def register_users() -> None:
     """Let every prompt carry the user that sent it from now on, where the host knows users."""
-    server = _server()
+    server = running_server()
     if server is None or not args.multi_user:
         return
 
@@ -41,7 +41,7 @@ def _sign(prompt: dict) -> dict:
 
 def current_user() -> str | None:
     """Who sent the prompt that runs. None in a host for one user, and for a prompt of nobody that the host knows."""
-    server = _server()
+    server = running_server()
     if server is None or not args.multi_user:
         return None
     running, _ = server.prompt_queue.get_current_queue_volatile()
@@ -62,6 +62,7 @@ def own_user_folder() -> Path:
     return Path(own or folder_paths.get_user_directory())
 
 
-def _server():
+def running_server():
+    """The host's server, None where there is none."""
     server = getattr(sys.modules.get("server"), "PromptServer", None)  # other programs have none
     return getattr(server, "instance", None)
