@@ -1,4 +1,4 @@
-"""Training the demo's PixArt and its T5 encoder together, from nothing."""
+"""Training the demo's PixArt and its T5 encoder together, from nothing or from trained weights."""
 
 import json
 from copy import deepcopy
@@ -13,12 +13,15 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ..pixart.config import PixArtConfig
 from ..pixart.diffusion import Diffusion
+from ..pixart.layers import attend, split_heads
 from ..pixart.training.optimizers import MovingAverage
 from ..pixart.transformer import PixArt, initialize_weights
-from .autoencoder import VAE_SCALE
-from .loop import Resumable, clip_gradients
+from .autoencoder import VAE_SCALE, Autoencoder
+from .generate import DemoModel, generate
+from .loop import Resumable, Together, clip_gradients
 from .pool import FULL_BUCKETS, SMALL_BUCKETS, Bucket, Pool
-from .scenes import describe
+from .scenes import caption, describe, random_scene
+from .scorer import add_scores, score
 from .text import END, PAD, T5_FIELDS, TrainedText, make_text_batch
 
 CONFIG = PixArtConfig(
@@ -36,9 +39,18 @@ NULL_SHARE = 0.1
 MAX_WEIGHT = 200.0
 BOUND_WEIGHT = 0.003
 MAX_BOUND = 20.0  # bits; the first timesteps' likelihood has outliers
-LEARNING_RATES = {"edges": 4e-4, "text": 1e-3, "body": 1.5e-3}
+LEARNING_RATES = {"matrices": 1.5e-3, "edges": 4e-4, "text": 1e-3, "body": 1.5e-3}
 WARM_UP_STEPS = 150
-HOLD = 0.6  # share of the run at the full learning rate
+HOLD, LATER_HOLD = 0.6, 0.3  # share of the run at the full learning rate, from nothing and from trained weights
+LATER_RATE = 0.6  # of the learning rates, from trained weights
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
+    """`layers.attend` in separate steps: on processors the fused one's backward is ten times slower in bfloat16."""
+    q, k, v = (split_heads(part, num_heads).contiguous() for part in (q, k, v))  # (B, heads, N, D / heads)
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B, heads, N, L)
+    weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32)
+    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
 @torch.no_grad()
@@ -77,6 +89,27 @@ def draw_timesteps(count: int, generator: torch.Generator, steps: int) -> Tensor
     return timestep.long().clamp(0, steps - 1)
 
 
+def _make_optimizers(model: nn.ModuleDict) -> Together:
+    """Muon for the blocks' matrices, which it teaches more by a step than Adam, and AdamW for all the rest.
+
+    Every group keeps its full learning rate as `full_lr`.
+    """
+    denoiser = model["denoiser"]
+    edges = {id(p) for p in (*denoiser.x_embedder.parameters(), *denoiser.final_layer.linear.parameters())}
+    blocks = [*denoiser.blocks, *model["text"].encoder.encoder.block]
+    layers = (layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear))
+    matrices = {id(layer.weight) for layer in layers}
+    parts: dict[str, list[Tensor]] = {"matrices": [], "edges": [], "text": [], "body": []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            rest = "edges" if id(p) in edges else "text" if name.startswith("text.") else "body"
+            parts["matrices" if id(p) in matrices else rest].append(p)
+    groups = [{"params": part, "lr": (rate := LEARNING_RATES[name]), "full_lr": rate} for name, part in parts.items()]
+    # The step has the size of one of Adam's, so that its learning rate is one of Adam's too.
+    muon = torch.optim.Muon(groups[:1], weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    return Together(muon, torch.optim.AdamW(groups[1:], betas=(0.9, 0.99), weight_decay=0, foreach=True))
+
+
 class DenoiserStage(Resumable):
     """The denoiser and the text encoder, their optimiser and their averages."""
 
@@ -90,49 +123,62 @@ class DenoiserStage(Resumable):
         batch_size: int = 48,
         ema_decay: float = 0.995,
         buckets: tuple[tuple[Bucket, ...], tuple[Bucket, ...]] = (SMALL_BUCKETS, FULL_BUCKETS),
+        small_until: float = SMALL_UNTIL,
+        rate: float = 1.0,
+        half: bool = False,
+        autoencoder: Autoencoder | None = None,
     ):
+        """small_until: share of the run on the first buckets. rate: times the learning rates.
+
+        half: compute in bfloat16. autoencoder: for `measure`.
+        """
         torch.manual_seed(seed)
         self.tokenizer, self.seed, self.batch_size = tokenizer, seed, batch_size
+        self.small_until, self.rate, self.half, self.autoencoder = small_until, rate, half, autoencoder
         self.pools = [Pool(group, pool_folder, seed) for group in buckets]
         self.diffusion = Diffusion()
-        denoiser = PixArt(config)
+        denoiser = PixArt(config, attention=attend_plainly if half else None)
         initialize_weights(denoiser)
         start_as_identity(denoiser)
         every_word = Random("words")
         words = [describe(scene, every_word) for scene in self.pools[-1].scenes[0][:2000]]
         self.model = nn.ModuleDict({"denoiser": denoiser, "text": TrainedText(tokenizer, words)})
-        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.99), weight_decay=0, foreach=True)
+        self._prepare(ema_decay)
+
+    def _prepare(self, ema_decay: float) -> None:
+        """Fresh optimisers, and an average that starts at the weights as they are."""
+        self.optimizer = _make_optimizers(self.model)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.ema = MovingAverage(trained, ema_decay)
 
-    def _groups(self) -> list[dict]:
-        denoiser, text = self.model["denoiser"], self.model["text"]
-        edges = [*denoiser.x_embedder.parameters(), *denoiser.final_layer.linear.parameters()]
-        known = {id(p) for p in edges}
-        body = [p for p in denoiser.parameters() if id(p) not in known]
-        parts = {"edges": edges, "text": [p for p in text.parameters() if p.requires_grad], "body": body}
-        return [{"params": part, "lr": (rate := LEARNING_RATES[name]), "full_lr": rate} for name, part in parts.items()]
+    def start_from(self, denoiser: PixArt, text: T5EncoderModel) -> None:
+        """Take over trained weights, in place of fresh ones."""
+        self.model["denoiser"].load_state_dict(denoiser.state_dict())
+        self.model["text"].start_from(text)
+        self._prepare(self.ema.decay)
 
     def _losses(self, rng: Random, progress: float) -> tuple[Tensor, Tensor]:
         """Weighted losses of one batch: of the noise and of the variance."""
-        bucket, scenes, start = self.pools[progress >= SMALL_UNTIL].draw(rng, self._batch(progress))
+        bucket, scenes, start = self.pools[progress >= self.small_until].draw(rng, self._batch(progress))
         captions = [describe(scene, rng) for scene in scenes]
         text = make_text_batch(captions, self.tokenizer, rng, NULL_SHARE)
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         timestep = draw_timesteps(len(start), generator, len(self.diffusion.betas))
         noise = torch.randn(start.shape, generator=generator)
         noisy = self.diffusion.q_sample(start, timestep, noise)
-        states = self.model["text"](text)
         size = torch.tensor([[bucket.height_px, bucket.width_px]], dtype=torch.float32)
-        prediction = self.model["denoiser"](noisy, timestep.float(), states, text.kept, size, size[:, :1] / size[:, 1:])
-        losses = self.diffusion.training_losses(prediction, start, noisy, timestep, noise)
+        ratio = size[:, :1] / size[:, 1:]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            states = self.model["text"](text)
+            prediction = self.model["denoiser"](noisy, timestep.float(), states, text.kept, size, ratio)
+        losses = self.diffusion.training_losses(prediction.float(), start, noisy, timestep, noise)
         # 1 / alpha_bar makes it the loss of the velocity, which weighs all noise levels alike.
         weight = (1 / self.diffusion.alphas_cumprod[timestep]).clamp(max=MAX_WEIGHT).float()
         return (weight * losses["mse"]).mean(), losses["vb"].clamp(max=MAX_BOUND).mean()
 
     def _batch(self, progress: float) -> int:
-        return self.batch_size * 2 if progress < SMALL_UNTIL else self.batch_size
+        return self.batch_size * 2 if progress < self.small_until else self.batch_size
 
     def step(self, number: int, learning_rate_factor: float, progress: float) -> dict[str, float]:
         rng = Random(f"denoiser {self.seed} {number}")
@@ -140,18 +186,29 @@ class DenoiserStage(Resumable):
         self.optimizer.zero_grad()
         (noise_loss + BOUND_WEIGHT * bound).backward()
         norm = clip_gradients(self.parameters, 1.0)
-        factor = learning_rate_factor * min(1.0, (number + 1) / WARM_UP_STEPS)
+        factor = self.rate * learning_rate_factor * min(1.0, (number + 1) / WARM_UP_STEPS)
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
         self.optimizer.step()
         self.ema.update()
         return {"loss": noise_loss.item(), "bound": bound.item(), "gradient": norm}
 
+    def measure(self, count: int = 60) -> dict[str, float]:
+        """The scorer's shares for pictures of held-out scenes of one to three shapes. Needs the autoencoder."""
+        if self.autoencoder is None:
+            return {}
+        rng = Random("measure")
+        scenes = [random_scene(rng, 1 + k % 3, held_out=True) for k in range(count)]
+        model = DemoModel(*self.averaged(), self.autoencoder, self.tokenizer)
+        pictures = generate(model, [caption(scene) for scene in scenes])
+        return add_scores(score(*pair) for pair in zip(pictures, scenes, strict=True))
+
     def averaged(self) -> tuple[PixArt, T5EncoderModel]:
         """Copies with the averaged weights and the null caption filled in, for evaluation and export."""
         model = deepcopy(self.model).requires_grad_(False).eval()
         self.ema.copy_to(dict(model.named_parameters()))
         denoiser, text = model["denoiser"], model["text"].fill_table()
+        denoiser.attention = attend
         length = denoiser.config.caption_length
         ids = torch.tensor([[END] + [PAD] * (length - 1)])
         with torch.no_grad():

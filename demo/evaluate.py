@@ -7,6 +7,7 @@
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -24,14 +25,17 @@ from .sharpness import measure_sharpness
 from .text import load_tokenizer
 from .train import DENOISER_FILE, TEXT_FILE, VAE_FILE
 
+WORDS = {1: "one shape", 2: "two shapes", 3: "three shapes"}
 TARGETS = {"background": 0.95, "colour": 0.90, "position": 0.85, "shape": 0.80}
 logger = logging.getLogger(__name__)
 
 
-def held_out_scenes(count: int, height_px: int, width_px: int, seed: int = 0) -> list[Scene]:
-    """Scenes of one and two shapes in turn, every shape held out of training."""
+def held_out_scenes(
+    count: int, height_px: int, width_px: int, seed: int = 0, shapes: Sequence[int] = (1, 2)
+) -> list[Scene]:
+    """Scenes of so many shapes in turn, every shape held out of training."""
     rng = Random(f"held out {seed}")
-    return [random_scene(rng, 1 + k % 2, height_px, width_px, held_out=True) for k in range(count)]
+    return [random_scene(rng, shapes[k % len(shapes)], height_px, width_px, held_out=True) for k in range(count)]
 
 
 def load_model(tokenizer_folder: Path | None = None) -> DemoModel:
@@ -123,6 +127,9 @@ def sampling_of(options: argparse.Namespace) -> dict:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo.evaluate", description=__doc__)
     add_options(parser, count=200)
+    parser.add_argument(
+        "--shapes", type=int, nargs="+", choices=WORDS, default=[1, 2], help="in the captions, in turn (default: 1 2)"
+    )
     parser.add_argument("--autoencoder", action="store_true", help="score drawn scenes through the autoencoder alone")
     return parser.parse_args()
 
@@ -132,13 +139,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
     height_px, width_px = map(int, options.size.split("x"))
-    scenes = held_out_scenes(options.count, height_px, width_px, options.seed)
+    scenes = held_out_scenes(options.count, height_px, width_px, options.seed, options.shapes)
     if options.autoencoder:
         pictures = reconstruct(load_autoencoder(VAE_FILE), scenes, height_px, width_px)
     else:
         pictures = make_pictures(load_model(options.tokenizer), scenes, height_px, width_px, **sampling_of(options))
     scores = [score(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
-    rows = {"one shape": scores[::2], "two shapes": scores[1::2], "all": scores}
+    rows = {WORDS[many]: scores[k :: len(options.shapes)] for k, many in enumerate(options.shapes)}
+    rows["all"] = scores
     logger.info("%s", make_table({label: add_scores(part) for label, part in rows.items() if part}))
     logger.info("\n%s\n\n%s", make_confusion_table(pictures, scenes), describe_sharpness(pictures))
     if options.sheet:

@@ -40,6 +40,32 @@ class Resumable:
         self.ema.load_state_dict(state["ema"])
 
 
+class Together:
+    """Several optimisers as one, each with parameters of its own."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for each in self.optimizers for group in each.param_groups]
+
+    def zero_grad(self) -> None:
+        for each in self.optimizers:
+            each.zero_grad()
+
+    def step(self) -> None:
+        for each in self.optimizers:
+            each.step()
+
+    def state_dict(self) -> dict:
+        return {"optimizers": [each.state_dict() for each in self.optimizers]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for each, own in zip(self.optimizers, state["optimizers"], strict=True):
+            each.load_state_dict(own)
+
+
 def cosine_factor(progress: float, hold: float = 0.0, floor: float = 0.02) -> float:
     """1 until `hold` of the run, then a half cosine down to `floor`. progress: 0 to 1."""
     if progress <= hold:
@@ -62,11 +88,12 @@ def fit(
     resume: bool = True,
     hold: float = 0.0,
     save_every_seconds: float = 120,
+    measure_every_seconds: float = 300,
 ) -> int:
     """Train until the budget is spent, counting the time of earlier parts of a resumed run. Return the steps made.
 
     The learning rate follows the spent part of the budget; give `steps` where a run must be repeatable bit by bit.
-    Writes folder/checkpoint.pt and folder/log.jsonl.
+    Writes folder/checkpoint.pt and folder/log.jsonl, with what `stage.measure` finds, where a stage has that.
     """
     if (minutes is None) == (steps is None):
         raise ValueError(f"Training budget: got minutes {minutes} and steps {steps}, expected exactly one. Give one.")
@@ -85,7 +112,8 @@ def fit(
         write_atomically(path, lambda temporary: torch.save(state, temporary))
 
     total = steps if steps is not None else round(minutes * 60)
-    last_save = tick = time.monotonic()
+    measure = getattr(stage, "measure", dict)
+    last_save = last_measure = tick = time.monotonic()
     with tqdm(total=total, initial=number if steps else round(spent), unit="step" if steps else "s") as bar:
         while (progress := (number / steps if steps else spent / (minutes * 60))) < 1:
             metrics = stage.step(number, cosine_factor(progress, hold), progress)
@@ -94,7 +122,10 @@ def fit(
             spent, tick = spent + now - tick, now
             bar.update((number if steps else round(spent)) - bar.n)
             bar.set_postfix({"step": number, **{key: f"{value:.4g}" for key, value in metrics.items()}}, refresh=False)
-            if number % 20 == 0:
+            if now - last_measure > measure_every_seconds:
+                metrics |= measure()
+                last_measure = now
+            if number % 20 == 0 or last_measure == now:
                 with (folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps({"step": number, "seconds": round(spent, 1), **metrics}) + "\n")
             if now - last_save > save_every_seconds:

@@ -1,7 +1,7 @@
 """Scenes and their latents for the denoiser: drawn once, cached, captions drawn again with every use."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -12,20 +12,24 @@ from tqdm import tqdm
 
 from ..pixart.weights.pickles import check_pth
 from .autoencoder import average_latents
-from .scenes import Scene, draw_scene, random_scene
+from .scenes import TRAINED_SHAPES, Scene, draw_scene, random_scene
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Scenes of one picture size. share: of the batches. counts: weights of one, two and three shapes."""
+    """Scenes of one picture size. share: of the batches. counts: weights of one, two and three shapes.
+
+    shapes: names to choose from; what stands there twice is drawn twice as often.
+    """
 
     height_px: int
     width_px: int
     scenes: int
     share: float
     counts: tuple[int, int, int]
+    shapes: tuple[str, ...] = TRAINED_SHAPES
 
 
 _EARLY, _LATE = (50, 35, 15), (32, 45, 23)
@@ -45,13 +49,21 @@ FULL_BUCKETS = (
     Bucket(104, 152, 1000, 0.02, _LATE),
     Bucket(152, 104, 1000, 0.02, _LATE),
 )
+# For a model that knows its way about: new scenes, and more of what it gets wrong most, single shapes and crosses.
+LATER_BUCKETS = tuple(
+    replace(
+        bucket, scenes=bucket.scenes + 1000, counts=(42, 36, 22), shapes=(*TRAINED_SHAPES, "square", "cross", "cross")
+    )
+    for bucket in FULL_BUCKETS
+)
 
 
 def bucket_scenes(bucket: Bucket, seed: int) -> list[Scene]:
     """The bucket's scenes; the same for the same seed."""
     rng = Random(f"bucket {seed} {bucket.height_px}x{bucket.width_px}")
     counts = rng.choices((1, 2, 3), bucket.counts, k=bucket.scenes)
-    return [random_scene(rng, count, bucket.height_px, bucket.width_px) for count in counts]
+    size = bucket.height_px, bucket.width_px
+    return [random_scene(rng, count, *size, shapes=bucket.shapes) for count in counts]
 
 
 def _latents(bucket: Bucket, scenes: list[Scene], label: str) -> Tensor:

@@ -111,6 +111,12 @@ class TrainedText(nn.Module):
         return self.encoder(inputs_embeds=embedded, attention_mask=batch.attended).last_hidden_state
 
     @torch.no_grad()
+    def start_from(self, encoder: T5EncoderModel) -> None:
+        """Take over a trained encoder's weights, of the rows too."""
+        self.encoder.load_state_dict(encoder.state_dict())
+        self.words.copy_(encoder.shared.weight[self.used])
+
+    @torch.no_grad()
     def fill_table(self) -> T5EncoderModel:
         """Write the trained rows back; return the whole encoder."""
         self.encoder.shared.weight[self.used] = self.words

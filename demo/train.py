@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from .decoder_stage import DecoderStage, reconstruction_psnr
-from .denoiser_stage import HOLD, DenoiserStage
+from .denoiser_stage import HOLD, LATER_HOLD, LATER_RATE, DenoiserStage
+from .generate import load_autoencoder, load_denoiser, load_text_encoder
 from .loop import fit
+from .pool import LATER_BUCKETS
 from .text import load_tokenizer
 
 FOLDER = Path(__file__).parent
@@ -36,8 +38,31 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--stage", choices=("autoencoder", "denoiser"), required=True)
     parser.add_argument("--minutes", type=float, help="budget; the learning rate decays over it")
     parser.add_argument("--steps", type=int, help="budget in steps instead")
+    parser.add_argument("--batch", type=int, default=48, help="pictures of full size in a step of the denoiser's")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on processors with AMX")
+    parser.add_argument(
+        "--continue-from", type=Path, metavar="MODELS", help="a folder such as demo/models: train its denoiser further"
+    )
     add_options(parser, FOLDER / "work")
     return parser.parse_args()
+
+
+def train_denoiser(options: argparse.Namespace) -> None:
+    """The stage of the denoiser and the text encoder, from nothing or from the weights of a folder."""
+    trained, tokenizer = options.continue_from, load_tokenizer(options.tokenizer)
+    how = {"seed": options.seed, "half": options.bf16, "batch_size": options.batch}
+    if VAE_FILE.exists():
+        how["autoencoder"] = load_autoencoder(VAE_FILE)
+    if trained:
+        how |= {"buckets": (LATER_BUCKETS, LATER_BUCKETS), "small_until": 0.0, "rate": LATER_RATE}
+    stage = DenoiserStage(tokenizer, options.work / "pool", **how)
+    if trained:
+        files = (trained / file.relative_to(MODELS) for file in (DENOISER_FILE, TEXT_FILE))
+        stage.start_from(load_denoiser(next(files)), load_text_encoder(next(files)))
+    folder = options.work / ("denoiser_continued" if trained else "denoiser")
+    hold = LATER_HOLD if trained else HOLD
+    fit(stage, folder, minutes=options.minutes, steps=options.steps, resume=options.resume, hold=hold)
+    stage.export(DENOISER_FILE, TEXT_FILE)
 
 
 def main() -> None:
@@ -50,10 +75,7 @@ def main() -> None:
         stage.export(VAE_FILE)
         logger.info("reconstruction: %.1f dB", reconstruction_psnr(stage.averaged()))
     else:
-        stage = DenoiserStage(load_tokenizer(options.tokenizer), options.work / "pool", seed=options.seed)
-        folder = options.work / "denoiser"
-        fit(stage, folder, minutes=options.minutes, steps=options.steps, resume=options.resume, hold=HOLD)
-        stage.export(DENOISER_FILE, TEXT_FILE)
+        train_denoiser(options)
 
 
 if __name__ == "__main__":

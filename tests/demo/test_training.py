@@ -11,13 +11,14 @@ from safetensors import safe_open
 
 from pixart_pack.demo.autoencoder import Autoencoder, Encoder, average_latents, set_averaging_encoder
 from pixart_pack.demo.decoder_stage import DecoderStage, reconstruction_psnr
-from pixart_pack.demo.denoiser_stage import CONFIG, DenoiserStage, draw_timesteps, start_as_identity
+from pixart_pack.demo.denoiser_stage import CONFIG, DenoiserStage, attend_plainly, draw_timesteps, start_as_identity
 from pixart_pack.demo.generate import load_denoiser, load_text_encoder
 from pixart_pack.demo.loop import cosine_factor, fit
 from pixart_pack.demo.pool import Bucket, Pool, bucket_scenes
 from pixart_pack.demo.scenes import describe, is_held_out
 from pixart_pack.demo.text import END, PAD, make_text_batch
 from pixart_pack.pixart.config import PixArtConfig
+from pixart_pack.pixart.layers import attend
 from pixart_pack.pixart.transformer import PixArt, initialize_weights
 
 pytestmark = pytest.mark.slow
@@ -36,6 +37,12 @@ def words_tokenizer(captions):
 
 def denoiser_stage(folder):
     return DenoiserStage(words_tokenizer, folder, config=TINY, batch_size=4, buckets=(SMALL, FULL))
+
+
+def half_denoiser_stage(folder):
+    return DenoiserStage(
+        words_tokenizer, folder, config=TINY, batch_size=4, buckets=(FULL, FULL), small_until=0.0, half=True
+    )
 
 
 def decoder_stage(folder):
@@ -84,7 +91,7 @@ def test_fresh_denoiser_returns_its_input():
     assert not prediction[:, 4:].any()
 
 
-@pytest.mark.parametrize("make", [denoiser_stage, decoder_stage])
+@pytest.mark.parametrize("make", [denoiser_stage, half_denoiser_stage, decoder_stage])
 def test_resumed_training_ends_alike(make, tmp_path):
     one = make(tmp_path)
     fit(one, tmp_path / "one", steps=2)
@@ -130,6 +137,42 @@ def test_exported_denoiser_and_text_encoder_load(tmp_path):
     states = text(input_ids=ids, attention_mask=torch.tensor([[1, 0, 0]])).last_hidden_state[0]
     # Both went through fp16: 11 bits of states of up to about 4.
     torch.testing.assert_close(denoiser.y_embedder.y_embedding[:3], states, rtol=2e-3, atol=5e-3)
+
+
+def test_training_goes_on_from_exported_weights(tmp_path):
+    taught = denoiser_stage(tmp_path)
+    for number in range(3):
+        taught.step(number, 1.0, 0.9)
+    files = tmp_path / "denoiser.safetensors", tmp_path / "text.safetensors"
+    taught.export(*files)
+    stage = half_denoiser_stage(tmp_path)
+    stage.start_from(load_denoiser(files[0]), load_text_encoder(files[1]))
+    for own, other in zip(stage.averaged(), taught.averaged(), strict=True):
+        for name, value in other.state_dict().items():
+            # Both went through fp16; the null caption is encoded anew.
+            torch.testing.assert_close(own.state_dict()[name], value, rtol=1e-3, atol=2e-3, msg=name)
+    before = stage.model["denoiser"].blocks[0].mlp.fc1.weight.detach().clone()
+    losses = stage.step(0, 1.0, 0.0)
+    moved = (stage.model["denoiser"].blocks[0].mlp.fc1.weight - before).abs().max()
+    # One step of a 150th of the learning rate, all of whose numbers are of its size.
+    assert 0 < moved < 1e-4 and losses["loss"] > 0
+
+
+def test_bfloat16_gives_nearly_the_same_loss_and_gradients(tmp_path):
+    one, other = (half_denoiser_stage(tmp_path) for _ in range(2))
+    other.half = False
+    losses = [stage.step(0, 1.0, 0.0) for stage in (one, other)]
+    for name in ("loss", "gradient"):
+        # bfloat16 has 8 bits.
+        assert losses[0][name] == pytest.approx(losses[1][name], rel=0.03)
+
+
+def test_plain_attention_is_the_models_own():
+    q, k, v = (torch.randn(2, length, 24) for length in (6, 5, 5))
+    mask = torch.zeros(2, 1, 1, 5)
+    mask[0, ..., 3:] = torch.finfo(torch.float32).min
+    torch.testing.assert_close(attend_plainly(q, k, v, 4, mask), attend(q, k, v, 4, mask))
+    torch.testing.assert_close(attend_plainly(q, k, v, 4), attend(q, k, v, 4))
 
 
 def test_text_batches_hold_every_kind_of_empty_caption():
