@@ -20,7 +20,8 @@ import torch
 from ..pixart.data.buckets import BucketSampler, training_bins
 from ..pixart.data.examples import collate
 from ..pixart.data.features import open_features, write_list
-from ..pixart.data.storage.index import INDEX_SUFFIX, KEY_BYTES, PARTS, Index
+from ..pixart.data.storage.index import INDEX_SUFFIX, Index
+from ..pixart.data.storage.rows import KEY_BYTES, PARTS
 from ..pixart.data.storage.shards import ShardWriter
 from .peaks import read_status
 from .report import RESULTS, keep_runs, markdown_table

@@ -184,11 +184,24 @@ def resize_and_crop(
     return crop_centre(images, height_px, width_px, round_half=repository_rule)
 
 
-def fit_images(images: torch.Tensor, height_px: int, width_px: int, method: str) -> torch.Tensor:
-    """Resize and centre-crop pictures (B, C, H, W) with values in [0, 1] to (B, C, height_px, width_px).
+def crop_around(images: torch.Tensor, height_px: int, width_px: int, focus: tuple[float, float]) -> torch.Tensor:
+    """Cut images (..., H, W) to (..., height_px, width_px) as near around a place as their edges allow.
+
+    focus: (x, y) as shares of width and height.
+    """
+    sides = zip(images.shape[-2:], (height_px, width_px), focus[::-1], strict=True)
+    top, left = (min(max(round(share * side - kept / 2), 0), side - kept) for side, kept, share in sides)
+    return images[..., top : top + height_px, left : left + width_px]
+
+
+def fit_images(
+    images: torch.Tensor, height_px: int, width_px: int, method: str, focus: tuple[float, float] | None = None
+) -> torch.Tensor:
+    """Resize and crop pictures (B, C, H, W) with values in [0, 1] to (B, C, height_px, width_px).
 
     method: "bicubic" or "lanczos" with antialias, as the training pictures were prepared (lanczos from 2048 px on),
-    or "bilinear" without, as diffusers finishes its pictures. Raises ValueError for another method.
+    or "bilinear" without, as diffusers finishes its pictures. focus: where to crop, see crop_around, but
+    for "bilinear"; None is the middle. Raises ValueError for another method.
     """
     if method == "bilinear":
         # Two weights that add up to one but for their rounding can make more than 1 of ones.
@@ -201,6 +214,8 @@ def fit_images(images: torch.Tensor, height_px: int, width_px: int, method: str)
         covered = _resize_lanczos(images, *_cover_size(images, height_px, width_px))
     else:
         covered = resize_to_cover(images, height_px, width_px, mode="bicubic", antialias=True)
+    if focus is not None:
+        return crop_around(covered, height_px, width_px, focus).clamp(0, 1)
     return crop_centre(covered, height_px, width_px, round_half=True).clamp(0, 1)
 
 

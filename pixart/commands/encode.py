@@ -25,6 +25,7 @@ from ..weights.folders import TEXT_ENCODER_STEMS, TRANSFORMER_STEMS
 from ..weights.reading import read_tensors
 from ..weights.saving import DTYPES
 from .console import add_device, make_parser, own_device, process_rank
+from .variety import add_variety, source_options, with_variety
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def parse() -> argparse.ArgumentParser:
     add_device(parser)
     _add_dataset_options(parser.add_argument_group("dataset"))
     _add_settings(parser.add_argument_group("encoding"))
+    add_variety(parser)
     return parser
 
 
@@ -150,8 +152,10 @@ def _settings(options: argparse.Namespace) -> cache.EncodeSettings:
 
 def _read(options: argparse.Namespace) -> records.Dataset:
     columns = sources.Columns(options.picture_column, options.caption_column, options.control_column)
-    own = sources.read_dataset(options.dataset, options.kind, columns, control_folder=options.control_folder)
+    more = {"control_folder": options.control_folder, **source_options(options)}
+    own = sources.read_dataset(options.dataset, options.kind, columns, **more)
     dataset = _check(_own_share(own, options.share), options, fallback_caption=options.caption)
+    dataset = with_variety(dataset, options)
     if options.prior is None:
         return dataset
     prior = _own_share(sources.read_dataset(options.prior, columns=columns), options.share, len(own))
@@ -183,12 +187,12 @@ def _check(found: list[records.Record], options: argparse.Namespace, **checks) -
 
 def _encode(encoder: cache.DatasetEncoder, options: argparse.Namespace, make_hint) -> None:
     device = own_device(options.device)
-    if encoder.missing_captions:
+    if len(encoder.missing_captions):
         text_encoder = load_text_encoder(options.text_encoder, options.tokenizer, DTYPES[options.dtype], device)
         with _Bar("captions") as bar:
             encoder.encode_captions(functools.partial(text_encoder, caption_length=options.caption_length), bar)
         del text_encoder
-    if encoder.missing_pictures:
+    if len(encoder.missing_pictures):
         autoencoder = load_autoencoder(options.vae, DTYPES[options.vae_dtype], device)
 
         @torch.no_grad()

@@ -238,8 +238,8 @@ def _check_data(config: RunConfig, features: FeatureSet) -> None:
     if config.data and features.identity != config.data:
         raise ValueError(
             f"Other pictures or captions than were exported: got another content of "
-            f"{shorten(config.features, 300)}, expected it as it was. Export the configuration again, or remove 'data' "
-            f"from it."
+            f"{shorten(str(config.features), 300)}, expected it as it was. Export the configuration again, or remove "
+            f"'data' from it."
         )
 
 

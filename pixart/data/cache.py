@@ -3,15 +3,15 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..config import LATENT_DOWNSCALE
 from ..quoting import shorten
-from ..resolution import fit_images
 from ..text import clean_prompt
 from ..weights.saving import DTYPES
 from .buckets import GRID_PX, training_bins
@@ -19,8 +19,12 @@ from .features import CachedFeatures, complete_index, merge_parts, open_cached, 
 from .identity import digest
 from .pictures import Picture, measure_picture, read_picture
 from .records import Record
-from .storage.index import MANIFEST, RECORD, VERSION
+from .storage.index import MANIFEST, VERSION
+from .storage.plans import CONTROL, EDGES, MASK_KIND, PICTURE, CaptionPlan, Job, PicturePlan
+from .storage.rows import GROUP, KEY_BYTES, MASK, RECORD, Rows
 from .storage.shards import ShardFolder, ShardWriter
+from .variety.masks import ALPHA, FILES, AlphaPicture, middle_of, read_mask
+from .variety.views import PLAIN, View
 
 CAPTION_DTYPES = ("fp16", "bf16", "fp32")
 SIZE_CONDITIONS = ("bin", "picture")
@@ -86,20 +90,6 @@ class EncodeSettings:
         return (min(self.sizes_px, key=lambda size: abs(math.log(size / own))),)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A picture to be encoded under a key. edges: its hint is to be made of it. method: of fitting it into its bin."""
-
-    key: str
-    name: str
-    picture: Picture
-    content: str
-    bin_px: tuple[int, int]
-    flipped: bool
-    edges: bool = False
-    method: str = "bicubic"
-
-
 class DatasetEncoder:
     """The encoding of some records: what is in the cache already is known, the rest is encoded on demand.
 
@@ -125,36 +115,41 @@ class DatasetEncoder:
         self._text_identity, self._image_identity, self._hint_identity = text_identity, image_identity, hint_identity
         self._rank, self._world_size = rank, world_size
         self._bins = {size: training_bins(size, settings.square) for size in settings.sizes_px}
-        self._captions: dict[str, str] = {}
-        self._jobs: dict[str, _Job] = {}
-        self.null_key = self._plan_caption("")
-        self.items: list[dict] = []
-        for number, record in enumerate(records, 1):
-            self.items += self._plan(record)
-            _report(progress, number, len(records), None)
+        self._records = records
+        self._captions, self._pictures, self._rows = CaptionPlan(), PicturePlan(), Rows()
+        self._groups = 0
+        self.null_key, _ = self._plan_caption("")
+        for number, record in enumerate(records):
+            self._plan(number, record)
+            _report(progress, number + 1, len(records), None)
 
     @property
-    def missing_captions(self) -> dict[str, str]:
-        """{key: text} of this process's share that is not in the cache."""
-        return {key: text for key, text in self._share(self._captions.items()) if key not in self.shards}
+    def missing_captions(self) -> np.ndarray:
+        """(M,) the numbers of captions of this process's share that are not in the cache."""
+        return self._missing(self._captions.keys)
 
     @property
-    def missing_pictures(self) -> list[_Job]:
-        """This process's share of pictures and hints that are not in the cache."""
-        return [job for key, job in self._share(self._jobs.items()) if key not in self.shards]
+    def missing_pictures(self) -> np.ndarray:
+        """(M,) the numbers of its share of pictures, hints and masks that are not in the cache."""
+        return self._missing(self._pictures.keys)
+
+    def _missing(self, keys) -> np.ndarray:
+        share = keys.firsts()[self._rank :: self._world_size]
+        return share[self.shards.find(keys.all()[share]) < 0]
 
     def encode_captions(self, encode_text: EncodeText, progress: Progress | None = None) -> None:
         """Encode the missing captions. Whatever ends it, what is done stays. Raises ValueError for NaN."""
-        missing = list(self.missing_captions.items())
-        missing.sort(key=lambda entry: len(entry[1]))  # captions of like length make full batches
+        missing = self.missing_captions
+        missing = missing[np.argsort(self._captions.lengths(missing), kind="stable")]  # so that batches are full
         with ShardWriter(self.shards.folder) as writer:
-            for done, batch in _batches(missing, _CAPTIONS_AT_ONCE):
-                states = encode_text([text for _, text in batch])
-                for (key, text), caption in zip(batch, states, strict=True):
-                    caption = caption.to(DTYPES[self.settings.caption_dtype])
+            for start in range(0, len(missing), _CAPTIONS_AT_ONCE):
+                batch = missing[start : start + _CAPTIONS_AT_ONCE].tolist()
+                texts = [self._captions.text(number) for number in batch]
+                for number, text, states in zip(batch, texts, encode_text(texts), strict=True):
+                    caption = states.to(DTYPES[self.settings.caption_dtype])
                     _check_finite(caption, f"the caption {text[:60]!r}", "text encoder")
-                    writer.add(key, {"caption": caption})
-                _report(progress, done + len(batch), len(missing), None)
+                    writer.add(self._captions.keys.text(number), {"caption": caption})
+                _report(progress, start + len(batch), len(missing), None)
         self.shards.scan()
 
     def encode_pictures(
@@ -168,44 +163,56 @@ class DatasetEncoder:
 
         Raises ValueError for an autoencoder that gives NaN or latents of another shape.
         """
-        missing = self.missing_pictures
-        missing.sort(key=lambda job: (job.bin_px, job.edges))
-        groups = (list(_batches(group, batch_size)) for group in _runs(missing, lambda job: (job.bin_px, job.edges)))
-        done = 0
+        missing, done = self.missing_pictures, 0
         with ShardWriter(self.shards.folder) as writer:
-            for batch in (batch for group in groups for _, batch in group):
-                pixels = torch.stack([self._prepare(job) for job in batch])
-                if batch[0].edges:
-                    pixels = make_hint(pixels)
-                mean, deviation = encode_image(pixels)
-                _check_latents(mean, batch)
-                for row, job in enumerate(batch):
-                    parts = {"mean": mean[row].float()}
-                    if deviation is not None:
-                        parts["deviation"] = deviation[row].float()
-                    writer.add(job.key, parts)
-                done += len(batch)
-                _report(progress, done, len(missing), pixels[-1])
+            for run in self._pictures.runs(missing):
+                for start in range(0, len(run), batch_size):
+                    batch = [self._pictures.job(number) for number in run[start : start + batch_size].tolist()]
+                    shown = self._encode(batch, writer, encode_image, make_hint)
+                    done += len(batch)
+                    _report(progress, done, len(missing), shown)
         self.shards.scan()
+
+    def _encode(self, batch: list[Job], writer: ShardWriter, encode_image: EncodeImage, make_hint):
+        """Write the entries of a batch of one bin and way of encoding; returns a picture of it to show, or None."""
+        if batch[0].kind == MASK_KIND:
+            for job in batch:
+                mask = self._records[job.record].mask
+                writer.add(job.key, {MASK: read_mask(mask, job.view, job.bin_px, job.method, job.content).half()})
+            return None
+        pixels = torch.stack([self._prepare(job) for job in batch])
+        if batch[0].kind == EDGES:
+            pixels = make_hint(pixels)
+        mean, deviation = encode_image(pixels)
+        _check_latents(mean, batch[0].bin_px, [self._records[job.record].name for job in batch])
+        for row, job in enumerate(batch):
+            parts = {"mean": mean[row].float()}
+            if deviation is not None:
+                parts["deviation"] = deviation[row].float()
+            writer.add(job.key, parts)
+        return pixels[-1]
 
     def describe_cut(self, count_tokens: Callable[[str], int]) -> list[str]:
         """Which captions are longer than they were encoded: how many, and the first of them; no lines for none.
 
         count_tokens: how many a text has; asked of those alone that are as long as a caption may be.
         """
-        longest, cut = self.settings.caption_length, {}
-        for item in self.items:
-            key = item["caption"]
-            if key not in cut and key in self.shards and self.shards.shape_of(key, "caption")[0] >= longest:
-                cut[key] = (item["name"], self._captions[key], count_tokens(self._captions[key]))
-        cut = {key: found for key, found in cut.items() if found[2] > longest}
+        longest, keys = self.settings.caption_length, self._rows.keys("caption")
+        firsts = np.sort(np.unique(keys.view(f"V{KEY_BYTES}").reshape(-1), return_index=True)[1])
+        entries = self.shards.find(keys[firsts])
+        lengths = np.array([form["caption"][0] if "caption" in form else 0 for form in self.shards.forms] or [0])
+        full = firsts[(entries >= 0) & (lengths[self.shards.forms_of(entries)] >= longest)]
+        shown, cut = [], 0
+        for row in full.tolist():
+            text = self._rows.text("text", row)
+            count = count_tokens(text)
+            cut += count > longest
+            if count > longest and len(shown) < _SHOWN_CUT:
+                shown.append(f"{shorten(self._rows.text('name', row))}: {count} tokens, {shorten(text)}")
         if not cut:
             return []
-        shown = list(cut.values())[:_SHOWN_CUT]
-        lines = [f"{shorten(name)}: {count} tokens, {shorten(text)}" for name, text, count in shown]
-        more = [f"... and {len(cut) - _SHOWN_CUT} more"] if len(cut) > _SHOWN_CUT else []
-        captions = len({item["caption"] for item in self.items})
-        return [f"cut at {longest} tokens, without their ends: {len(cut)} of {captions} captions", *lines, *more]
+        more = [f"... and {cut - _SHOWN_CUT} more"] if cut > _SHOWN_CUT else []
+        return [f"cut at {longest} tokens, without their ends: {cut} of {len(firsts)} captions", *shown, *more]
 
     def features(self, manifest: str = MANIFEST, notes: Sequence[str] = ()) -> "CachedFeatures":
         """The encoded dataset; its list is written into the cache's folder under the name `manifest`.
@@ -215,7 +222,7 @@ class DatasetEncoder:
         """
         self.shards.scan()
         path = self.shards.folder / manifest
-        index = complete_index(self.items, self.null_key, self.shards)
+        index = complete_index(self._rows, self.null_key, self.shards)
         write_list(path, index, asdict(self.settings), notes)
         return open_cached(path)
 
@@ -225,79 +232,94 @@ class DatasetEncoder:
         Returns the shares that are missing yet. Raises FileNotFoundError as features does.
         """
         self.shards.scan()
-        index = complete_index(self.items, self.null_key, self.shards)
+        index = complete_index(self._rows, self.null_key, self.shards)
         path, settings = self.shards.folder / manifest, asdict(self.settings)
         run = digest(json.dumps(settings), self._text_identity, self._image_identity, self._hint_identity)
         write_part(path, index, settings, notes, share, run)
         return merge_parts(path, share[1], run)
 
-    def _share(self, entries: Iterable[tuple]) -> list[tuple]:
-        return list(entries)[self._rank :: self._world_size]
-
-    def _plan_caption(self, text: str) -> str:
+    def _plan_caption(self, text: str) -> tuple[str, str]:
+        """(its key, the text as it is encoded)."""
         settings = self.settings
         text = clean_prompt(text) if settings.clean else text
         key = digest(
             "caption", str(VERSION), text, str(settings.caption_length), settings.caption_dtype, self._text_identity
         )
-        self._captions[key] = text
-        return key
+        self._captions.add(key, text)
+        return key, text
 
-    def _plan(self, record: Record) -> Iterator[dict]:
-        """The items of a record: of each of its sizes one, or with its mirror two."""
-        caption_key = self._plan_caption(record.caption or "")
+    def _plan(self, number: int, record: Record) -> None:
+        """The rows of a record: of each of its sizes, and of each mirror, one for each variant."""
+        captions = [self._plan_caption(text) for text in record.captions or [record.caption or ""]]
         data = record.picture.content()
         size_px = height, width = measure_picture(record.picture, data)
-        content = digest(data)
-        control = None if record.control is None else digest(record.control.content())
+        contents = {PICTURE: digest(data)}
+        contents |= {kind: digest(each.content()) for kind, each in self._others(record)}
+        views = [PLAIN]
+        if record.views is not None:
+            needs_middle = record.views.focus == MASK and record.mask is not None
+            views = list(record.views.of(contents[PICTURE], middle_of(record.mask) if needs_middle else None))
         sizes, mirrors = self.settings.sizes_for(height, width), (False, True)[: 1 + self.settings.flip]
-        for size, flipped in itertools.product(sizes, mirrors):
+        for size, is_flipped in itertools.product(sizes, mirrors):
             ratio = min(self._bins[size], key=lambda nominal: abs(nominal - height / width))
-            bin_px, method, hint = self._bins[size][ratio], _fit_method(size), None
-            if control is not None:
-                hint = self._plan_picture(record.name, record.control, control, bin_px, method, flipped)
-            elif self._hint_identity:
-                hint = self._plan_picture(record.name, record.picture, content, bin_px, method, flipped, edges=True)
-            yield {
+            bin_px = self._bins[size][ratio]
+            shown = [replace(view, flipped=view.flipped ^ is_flipped) for view in views]
+            jobs = [self._plan_view(number, contents, bin_px, _fit_method(size), view) for view in shown]
+            plain = {
                 "name": record.name,
-                "text": self._captions[caption_key],
-                "caption": caption_key,
-                "picture": self._plan_picture(record.name, record.picture, content, bin_px, method, flipped),
-                "hint": hint,
-                "bin_px": list(bin_px),
-                "size_px": list(bin_px if self.settings.size_condition == "bin" else size_px),
+                "size_px": bin_px if self.settings.size_condition == "bin" else size_px,
                 "aspect_ratio": ratio,
                 "is_prior": record.is_prior,
+                "repeats": record.repeats,
+                "weight": record.weight,
+                GROUP: self._groups,
                 **({} if record.number is None else {RECORD: record.number}),
             }
+            for variant in range(max(len(captions), len(jobs))):
+                key, text = captions[variant % len(captions)]
+                self._rows.add({**plain, "caption": key, "text": text, **jobs[variant % len(jobs)]})
+            self._groups += 1
 
-    def _plan_picture(self, name, picture, content: str, bin_px, method: str, flipped: bool, edges=False) -> str:
-        parts = [method, "flipped" if flipped else "", self._hint_identity if edges else ""]
-        key = digest("picture", str(VERSION), content, "{}x{}".format(*bin_px), *parts, self._image_identity)
-        self._jobs[key] = _Job(key, name, picture, content, bin_px, flipped, edges, method)
-        return key
+    def _others(self, record: Record) -> Iterator[tuple[str, Picture]]:
+        if record.control is not None:
+            yield CONTROL, record.control
+        if record.mask is not None:
+            yield MASK_KIND, record.mask
 
-    def _prepare(self, job: _Job) -> torch.Tensor:
+    def _plan_view(
+        self, record: int, contents: dict[str, str], bin_px, method: str, view: View
+    ) -> dict[str, str | None]:
+        """The keys of a picture, its hint and its mask in a view."""
+        keys = {"picture": self._plan_picture(record, PICTURE, contents[PICTURE], bin_px, method, view), "hint": None}
+        if CONTROL in contents:
+            keys["hint"] = self._plan_picture(record, CONTROL, contents[CONTROL], bin_px, method, view.shape)
+        elif self._hint_identity:
+            keys["hint"] = self._plan_picture(record, EDGES, contents[PICTURE], bin_px, method, view.shape)
+        if MASK_KIND in contents:
+            keys[MASK] = self._plan_picture(record, MASK_KIND, contents[MASK_KIND], bin_px, method, view.shape)
+        return keys
+
+    def _plan_picture(self, record: int, kind: str, content: str, bin_px, method: str, view: View) -> str:
+        parts = [method, "flipped" if view.flipped else "", self._hint_identity if kind == EDGES else ""]
+        parts += ["view", seen] if (seen := replace(view, flipped=False).name) else []
+        size = "{}x{}".format(*bin_px)
+        if kind == MASK_KIND:
+            source = self._records[record].mask
+            is_alpha = isinstance(source, AlphaPicture)
+            key = digest("mask", str(VERSION), content, size, *parts, ALPHA if is_alpha else FILES)
+        else:
+            key = digest("picture", str(VERSION), content, size, *parts, self._image_identity)
+        return self._pictures.add(Job(key, kind, record, content, bin_px, method, view))
+
+    def _prepare(self, job: Job) -> torch.Tensor:
         """(H, W, 3) of the bin's size, as PixArt's training pictures were prepared."""
-        pixels = read_picture(job.picture, job.bin_px, job.content)
-        fitted = fit_images(pixels.movedim(-1, 0)[None], *job.bin_px, job.method)[0].movedim(0, -1)
-        return fitted.flip(1) if job.flipped else fitted
+        record = self._records[job.record]
+        picture = record.control if job.kind == CONTROL else record.picture
+        return job.view.show(read_picture(picture, job.bin_px, job.content), *job.bin_px, job.method)
 
 
 def _fit_method(base_px: int) -> str:
     return "lanczos" if base_px >= LANCZOS_FROM_PX else "bicubic"
-
-
-def _batches(entries: list, size: int) -> Iterator[tuple[int, list]]:
-    for start in range(0, len(entries), size):
-        yield start, entries[start : start + size]
-
-
-def _runs(entries: list, key: Callable) -> Iterator[list]:
-    groups: dict = {}
-    for entry in entries:
-        groups.setdefault(key(entry), []).append(entry)
-    yield from groups.values()
 
 
 def _report(progress: Progress | None, done: int, total: int, picture: torch.Tensor | None) -> None:
@@ -313,13 +335,13 @@ def _check_finite(tensor: torch.Tensor, what: str, who: str) -> None:
         )
 
 
-def _check_latents(mean: torch.Tensor, batch: list[_Job]) -> None:
-    height, width = (side // LATENT_DOWNSCALE for side in batch[0].bin_px)
-    expected = (len(batch), _LATENT_CHANNELS, height, width)
+def _check_latents(mean: torch.Tensor, bin_px: tuple[int, int], names: list[str]) -> None:
+    height, width = (side // LATENT_DOWNSCALE for side in bin_px)
+    expected = (len(names), _LATENT_CHANNELS, height, width)
     if tuple(mean.shape) != expected:
         raise ValueError(
-            f"Wrong autoencoder: got latents of the shape {tuple(mean.shape)} for {batch[0].name}, expected "
+            f"Wrong autoencoder: got latents of the shape {tuple(mean.shape)} for {names[0]}, expected "
             f"{expected}. Connect the VAE of PixArt: sd-vae-ft-ema for alpha, the SDXL VAE for Sigma."
         )
-    for job, latent in zip(batch, mean, strict=True):
-        _check_finite(latent, f"the picture {job.name}", "VAE")
+    for name, latent in zip(names, mean, strict=True):
+        _check_finite(latent, f"the picture {name}", "VAE")

@@ -174,6 +174,16 @@ def draw_example(features: "FeatureSet", index: int, rng: Random) -> Example:
     return features[index] if draw is None else draw(index, rng)
 
 
+def check_plain(features: "FeatureSet", what: str) -> None:
+    """Raises ValueError for features with variants, masks, repeats or weights, which a form of files cannot hold."""
+    varying = getattr(features, "varying", ())
+    if varying:
+        raise ValueError(
+            f"{what} cannot hold this dataset: got pictures with {', '.join(varying)}, expected plain ones. Encode "
+            f"them without variants, masks, repeats and weights, or train from the cache."
+        )
+
+
 def identify_examples(features: "FeatureSet") -> str:
     """The identity of pictures that are in memory: a hash of sizes, marks and spread numbers of the tensors."""
     parts = []

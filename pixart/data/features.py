@@ -2,9 +2,11 @@
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import torch
 
 from ..files.atomic import write_atomically
@@ -12,21 +14,36 @@ from ..files.documents import load_json, parse_json
 from ..files.inside import is_plain_name
 from ..files.regular import TABLE_BYTES, read_text
 from ..quoting import shorten
+from .buckets import Bins
 from .examples import Example, FeatureSet
 from .original_features import find_original_features, is_original
 from .pairs import PAIRS, open_pairs
-from .storage.index import INDEX_SUFFIX, MANIFEST, PARTS, VERSION, Index, make_index, open_index, write_index
+from .storage.index import (
+    INDEX_SUFFIX,
+    MANIFEST,
+    VARIED_VERSION,
+    VARYING,
+    VERSION,
+    Index,
+    make_index,
+    open_index,
+    write_index,
+)
 from .storage.merging import merge_indexes
+from .storage.rows import GROUP, KEY_BYTES, MASK, PARTS, Rows
 from .storage.shards import OpenShards, ShardFolder
 from .streams.reading import is_stream, open_stream
+from .variety.joined import JoinedFeatures
 
 
-def open_features(path: str | Path) -> FeatureSet:
+def open_features(path: str | Path | Mapping[str, float]) -> FeatureSet:
     """The encoded dataset at path: the list or folder of a cache, the root of features in PixArt-alpha's layout, a
-    folder of pairs, or the folder or address of a stream.
+    folder of pairs, or the folder or address of a stream. Of several {path: share} all, each with its share.
 
     Raises FileNotFoundError and ValueError as open_cached, find_original_features and open_stream do.
     """
+    if isinstance(path, Mapping):
+        return JoinedFeatures([open_features(each) for each in path], list(path.values()))
     if is_stream(path):
         return open_stream(path)
     path = Path(path)
@@ -35,13 +52,15 @@ def open_features(path: str | Path) -> FeatureSet:
     return find_original_features(path) if path.is_dir() and is_original(path) else open_cached(path)
 
 
-def complete_index(items: Sequence[dict], null_key: str, shards: ShardFolder) -> Index:
+def complete_index(rows: Rows, null_key: str, shards: ShardFolder) -> Index:
     """The index of rows (see index.make_index). Raises FileNotFoundError while some of their entries are missing."""
-    wanted = {item[part] for item in items for part in PARTS if item[part]} | {null_key}
-    missing = sum(key not in shards for key in wanted)
+    keys = [rows.keys(part)[rows.has(part)] for part in (*PARTS, MASK)]
+    keys.append(np.frombuffer(bytes.fromhex(null_key), np.uint8).reshape(1, -1))
+    wanted = np.unique(np.concatenate(keys).view(f"V{KEY_BYTES}").reshape(-1))
+    missing = int((shards.find(wanted.view(np.uint8).reshape(-1, KEY_BYTES)) < 0).sum())
     if missing:
         raise _incomplete(missing, len(wanted), shards.folder)
-    return make_index(items, null_key, shards)
+    return make_index(rows, null_key, shards)
 
 
 def _incomplete(missing: int, wanted: int, folder: Path) -> FileNotFoundError:
@@ -60,7 +79,7 @@ def write_list(path: Path, index: Index, settings: dict, notes: Sequence[str] = 
     if not _is_index(path.with_name(name)):  # else it is the same, and others may have it open
         write_index(path.with_name(name), index.columns)
     head = {
-        "version": VERSION,
+        "version": index.version,
         "settings": settings,
         "null_caption": index.null_key,
         "notes": list(notes),
@@ -140,14 +159,21 @@ class CachedFeatures:
 
     path: the dataset's list, with which open_features gives the same again. settings: the fields of EncodeSettings.
     notes: what was noticed when it was encoded, in lines. identity: of what is encoded, wherever the cache lies; its
-    keys are hashes of contents, models and settings.
+    keys are hashes of contents, models and settings. Where pictures have variants, each picture is one of the set.
+    varying: what its list has that says how pictures are drawn and weighed, see index.VARYING.
     """
 
     def __init__(self, index: Index, path: Path, content: dict, identity: str):
         self.index, self.path, self.shards = index, path, OpenShards(path.parent)
         self.settings, self.identity = content["settings"], identity
         self.notes = [str(note) for note in content.get("notes", ())]
-        self.bins, self.is_prior = index.bins, index.is_prior
+        self.varying = [name for name in VARYING if name in index.columns]
+        self._starts = _starts_of(index.columns.get(GROUP))
+        self.bins, self.is_prior, self.repeats = index.bins, index.is_prior, index.columns.get("repeats", ())
+        if self._starts is not None:
+            firsts = self._starts[:-1]
+            self.bins, self.is_prior = Bins(index.bins.sizes, index.bins.ids[firsts]), index.is_prior[firsts]
+            self.repeats = self.repeats[firsts] if len(self.repeats) else ()
         lost = index.lost(path.parent)
         if lost.any():
             raise _incomplete(index.count_entries(lost), index.count_entries(), path.parent)
@@ -157,24 +183,58 @@ class CachedFeatures:
         return self.shards.tensor(*self.index.null_place, "caption")
 
     def name_of(self, index: int) -> str:
-        return self.index.text("name", index)
+        return self.index.text("name", self._rows(index)[0])
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.bins)
 
     def __getitem__(self, index: int) -> Example:
-        columns, picture = self.index.columns, self.index.place("picture", index)
-        hint = self.index.place("hint", index)
+        """A picture in its first variant."""
+        row = self._rows(index)[0]
+        return self._example(row, row)
+
+    def variants(self, index: int) -> tuple[list[int], list[int]]:
+        """The rows of a picture's different captions, and of its different views."""
+        rows = self._rows(index)
+        return tuple(
+            list({self.index.place(part, row): row for row in reversed(rows)}.values())[::-1]
+            for part in ("caption", "picture")
+        )
+
+    def draw(self, index: int, rng: Random) -> Example:
+        """A picture in one of its views, with one of its captions."""
+        captions, views = self.variants(index)
+        return self._example(*(rows[rng.randrange(len(rows))] for rows in (captions, views)))
+
+    def _rows(self, index: int) -> range:
+        if self._starts is None:
+            return range(index, index + 1)
+        return range(int(self._starts[index]), int(self._starts[index + 1]))
+
+    def _example(self, caption: int, view: int) -> Example:
+        """What is in a row, but for the caption in another one."""
+        columns, picture = self.index.columns, self.index.place("picture", view)
+        hint = self.index.place("hint", view)
+        mask = self.index.place(MASK, view) if MASK in columns else None
         return Example(
             latent=self.shards.tensor(*picture, "mean"),
-            deviation=self.shards.tensor(*picture, "deviation") if columns["has_deviation"][index] else None,
-            caption=self.shards.tensor(*self.index.place("caption", index), "caption"),
-            size_px=tuple(columns["size_px"][index].tolist()),
-            aspect_ratio=float(columns["aspect_ratio"][index]),
+            deviation=self.shards.tensor(*picture, "deviation") if columns["has_deviation"][view] else None,
+            caption=self.shards.tensor(*self.index.place("caption", caption), "caption"),
+            size_px=tuple(columns["size_px"][view].tolist()),
+            aspect_ratio=float(columns["aspect_ratio"][view]),
             hint=None if hint is None else self.shards.tensor(*hint, "mean"),
-            is_prior=bool(self.is_prior[index]),
-            text=self.index.text("text", index),
+            is_prior=bool(self.index.is_prior[view]),
+            text=self.index.text("text", caption),
+            mask=None if mask is None else self.shards.tensor(*mask, MASK),
+            weight=float(columns["weight"][view]) if "weight" in columns else 1.0,
         )
+
+
+def _starts_of(groups: np.ndarray | None) -> np.ndarray | None:
+    """(G + 1,) where each group of rows begins, and the end; None without groups."""
+    if groups is None:
+        return None
+    return np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1, [len(groups)]])
 
 
 def open_cached(path: str | Path) -> CachedFeatures:
@@ -202,10 +262,10 @@ def open_cached(path: str | Path) -> CachedFeatures:
 
 def _open_list(path: Path) -> CachedFeatures:
     content = parse_json(read_text(path, TABLE_BYTES), TABLE_BYTES)
-    if content["version"] != VERSION:
+    if content["version"] not in (VERSION, VARIED_VERSION):
         raise ValueError("another version")
     if "items" in content:  # as lists were before they had an index
-        index = complete_index(content["items"], content["null_caption"], ShardFolder(path.parent))
+        index = complete_index(Rows(content["items"]), content["null_caption"], ShardFolder(path.parent))
         return CachedFeatures(index, path, content, index.identify())
     file = _index_of(path)
     if file is None:

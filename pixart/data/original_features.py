@@ -23,7 +23,7 @@ from ..files.documents import parse_json
 from ..files.regular import TABLE_BYTES, open_regular, read_text
 from ..quoting import shorten
 from .buckets import training_bins
-from .examples import Example, FeatureSet
+from .examples import Example, FeatureSet, check_plain
 from .identity import digest
 
 CAPTION_FOLDERS = ("caption_feature_wmask", "caption_features", "caption_features_new")
@@ -242,6 +242,7 @@ def write_original_features(
     square: into the folder of the single-size training, else of the multi-size one. Pictures are named by number.
     Raises ValueError for a caption that is longer than caption_length.
     """
+    check_plain(features, "Original layout")
     root = Path(root)
     captions = root / CAPTION_FOLDERS[0]
     latents = root / LATENT_FOLDERS[3 if square else 0].format(px=base_px)

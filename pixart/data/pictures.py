@@ -192,8 +192,7 @@ def _to_tensor(image) -> torch.Tensor:
     if image.mode.startswith(("I", "F")):
         grey = np.asarray(image).astype(np.float32) / _peak_of(image)
         return torch.from_numpy(grey)[..., None].clamp(0, 1)
-    has_alpha = "A" in image.getbands() or "transparency" in image.info
-    pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+    pixels = np.asarray(image.convert("RGBA" if has_alpha(image) else "RGB"))
     return torch.from_numpy(pixels.astype(np.float32) / 255.0)
 
 
@@ -202,6 +201,19 @@ def _peak_of(image) -> float:
     if image.mode != "F":
         return 65535.0
     return 1.0 if image.getextrema()[1] <= 1.0 else 255.0
+
+
+def has_alpha(decoded) -> bool:
+    """Whether what decode_picture gave has an alpha channel."""
+    if isinstance(decoded, torch.Tensor):
+        return decoded.shape[-1] == 4
+    return "A" in decoded.getbands() or "transparency" in decoded.info
+
+
+def alpha_of(decoded) -> torch.Tensor:
+    """(H, W, 1) float32, the alpha channel of what decode_picture gave; ones without any."""
+    pixels = decoded.detach().float().cpu() if isinstance(decoded, torch.Tensor) else _to_tensor(decoded)
+    return pixels[..., 3:] if pixels.shape[-1] == 4 else torch.ones_like(pixels[..., :1])
 
 
 def _to_rgb(pixels: torch.Tensor) -> torch.Tensor:

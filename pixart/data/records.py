@@ -9,6 +9,7 @@ from ..files.names import is_blank
 from ..quoting import shorten
 from .identity import digest
 from .pictures import Picture, decode_picture, measure_picture
+from .variety.views import ViewVariety
 
 EXTREME_RATIO = 4.5  # PixArt's bins end at 4; PixArt-Sigma's own training left out what is wider than this
 POLICIES = ("skip", "error")
@@ -21,7 +22,10 @@ class Record:
     """A picture and its caption. name: what tables and errors call it. caption: None when there is none.
 
     problem: what the source could not make out, such as a file that is missing. is_prior: see examples.Example.
-    number: in the whole source, where this is a share of it.
+    number: in the whole source, where this is a share of it. mask: a grey picture of what is to be learned, or None.
+    others: further captions that the source has. captions: all that are to be encoded, where that is not the one.
+    views: in how many views the picture is to be encoded, None for the plain one. repeats: how often it is shown in an
+    epoch. weight: of its loss.
     """
 
     name: str
@@ -31,6 +35,12 @@ class Record:
     is_prior: bool = False
     problem: str | None = None
     number: int | None = None
+    mask: Picture | None = None
+    others: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
+    views: ViewVariety | None = None
+    repeats: float = 1.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,9 @@ def check_records(
 def _settle(record: Record, fallback_caption: str, is_prior: bool) -> Record:
     given = (_mend_text((text or "").strip()) for text in (record.caption, fallback_caption))
     caption = next((text for text in given if not is_blank(text)), None)
-    return replace(record, name=_mend_text(record.name), caption=caption, is_prior=record.is_prior or is_prior)
+    others = tuple(filter(lambda text: not is_blank(text), (_mend_text(text.strip()) for text in record.others)))
+    settled = {"name": _mend_text(record.name), "caption": caption, "others": others}
+    return replace(record, **settled, is_prior=record.is_prior or is_prior)
 
 
 def _mend_text(text: str) -> str:
@@ -152,9 +164,10 @@ def _read(record: Record) -> _Seen:
         content = record.picture.content()
         decode_picture(record.picture, content)
         size_px = measure_picture(record.picture, content)
-        if record.control is not None:
-            whose = "control picture: "
-            decode_picture(record.control, record.control.content())
+        for name, other in (("control picture: ", record.control), ("mask: ", record.mask)):
+            whose = name
+            if other is not None:
+                decode_picture(other, other.content())
     except (OSError, ValueError) as error:
         return _Seen(error=f"{whose}{error}")
     return _Seen(digest(content), size_px)
@@ -188,10 +201,12 @@ def describe(kept: Sequence[Record], findings: Sequence[Finding]) -> str:
     """The table: how many are used, how many have which problem, and each of them by name."""
     names = {finding.name for finding in findings if finding.fatal}
     controls = sum(record.control is not None for record in kept)
+    masks = sum(record.mask is not None for record in kept)
     prior = sum(record.is_prior for record in kept)
     lines = [
         f"{len(kept)} pictures"
         + (f", {controls} with a control picture" if controls else "")
+        + (f", {masks} with a mask" if masks else "")
         + (f", {prior} of the class to keep" if prior else "")
         + (f"; {len(names)} left out" if names else "")
     ]

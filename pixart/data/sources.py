@@ -5,7 +5,7 @@ import io
 import os
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -18,6 +18,8 @@ from .archives import Sample, is_picture, read_samples, tar_files
 from .hugging_face import is_picture_column, open_rows, parquet_files
 from .pictures import PICTURE_SUFFIXES, FilePicture, RowPicture
 from .records import Record, wrong_table
+from .variety.masks import ALPHA, FILES, MASKS, NONE, AlphaPicture
+from .variety.records import with_mask_files, with_named_repeats
 
 AUTO, FOLDER, CSV, JSONL, PIXART, SAM, HUGGING_FACE = "auto", "folder", "csv", "jsonl", "pixart json", "sam", "datasets"
 TAR = "tar"
@@ -49,6 +51,9 @@ def read_dataset(
     control_folder: str | os.PathLike | None = None,
     confined: bool = False,
     shows_cells: bool = True,
+    named_repeats: bool = False,
+    masks: str = NONE,
+    mask_folder: str | os.PathLike | None = None,
 ) -> list[Record]:
     """The records of a dataset; kind: one of KINDS. Pictures are named, not read.
 
@@ -57,14 +62,18 @@ def read_dataset(
     link leads to becomes a problem in the check. Captions and tables never count when their own link leads out.
     shows_cells: False for a file whose content must not be shown: records are named by their row, and neither errors
     nor problems show a cell or the name of a column.
+    named_repeats: folders named as kohya's trainers have them say how often their pictures are shown, such as 10_cat,
+    and what they show where a picture has no caption. masks: of MASKS: each picture's own alpha channel, or a picture
+    of the same name with -masklabel behind it, or in the mask_folder.
     Raises FileNotFoundError when there is nothing at path, ValueError for another kind, missing columns, and a dataset
     without a picture.
     """
     path = Path(path)
-    if kind not in KINDS:
-        raise ValueError(
-            f"Unknown dataset kind: got {shorten(kind)}, expected one of {', '.join(KINDS)}. Choose one of them."
-        )
+    for what, given, allowed in (("dataset kind", kind, KINDS), ("source of masks", masks, MASKS)):
+        if given not in allowed:
+            raise ValueError(
+                f"Unknown {what}: got {shorten(given)}, expected one of {', '.join(allowed)}. Choose one of them."
+            )
     if not path.exists():
         raise FileNotFoundError(
             f"Dataset not found: got {shorten(str(path), 300)}, expected a folder or file. Correct the path."
@@ -78,6 +87,15 @@ def read_dataset(
     place = _Place(path if path.is_dir() else path.parent, confined, shows_cells)
     control = None if control_folder is None else _Stems(Path(control_folder))
     records = list(_READERS[kind](path, place, columns or Columns(), control))
+    if mask_folder is not None:
+        stems = _Stems(Path(mask_folder), "Mask folder")
+        records = list(with_mask_files(records, place.problem_of, lambda path: stems.find_of(path, place.root)))
+    elif masks == FILES:
+        records = list(with_mask_files(records, place.problem_of))
+    elif masks == ALPHA:
+        records = [replace(each, mask=each.picture and AlphaPicture(each.picture)) for each in records]
+    if named_repeats:
+        records = [with_named_repeats(each, path) for each in records]
     if not records:
         raise ValueError(
             f"Empty dataset: got no pictures in {shorten(str(path), 300)}, expected {_EXPECTED[kind]}. Put some there, "
@@ -172,10 +190,10 @@ class _Place:
 class _Stems:
     """The pictures of a folder by their names below it, without suffix."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, what: str = "Control folder"):
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"Control folder not found: got {shorten(str(folder), 300)}, expected a folder of pictures. Correct "
+                f"{what} not found: got {shorten(str(folder), 300)}, expected a folder of pictures. Correct "
                 f"the path, or leave it empty."
             )
         self.folder = folder
@@ -184,6 +202,11 @@ class _Stems:
     def find(self, name: Path) -> FilePicture | None:
         path = self.paths.get(_stem(name)) or self.paths.get(_composed(name.stem))
         return None if path is None else FilePicture(path)
+
+    def find_of(self, picture: Path, root: Path) -> FilePicture | None:
+        """The one of a picture somewhere, by its path below a root or its name alone."""
+        inner = picture.relative_to(root) if picture.is_relative_to(root) else picture
+        return self.find(inner) or self.find(Path(picture.name))
 
 
 def _stem(name: Path) -> str:
@@ -328,7 +351,13 @@ def _read_rows(rows, table: Path, place: _Place, columns: Columns, control, *bas
             _caption_of(row.get(caption)),
             hint_picture,
             problem=problem,
+            others=_others_of(row.get(caption)),
         )
+
+
+def _others_of(cell) -> tuple[str, ...]:
+    """The further texts of a table's cell that holds a list."""
+    return tuple(map(str, cell[1:])) if isinstance(cell, list | tuple) else ()
 
 
 def _caption_of(cell) -> str | None:
@@ -409,7 +438,7 @@ def _read_hugging_face(path: Path, place: _Place, columns: Columns, control: _St
     for index, text in enumerate(rows[caption]):
         hint_picture = RowPicture(rows, index, hint, place.root, place.confined) if hint else None
         own = RowPicture(rows, index, picture, place.root, place.confined)
-        yield Record(f"row {index + 1}", own, _caption_of(text), hint_picture)
+        yield Record(f"row {index + 1}", own, _caption_of(text), hint_picture, others=_others_of(text))
 
 
 def _read_tar(path: Path, place: _Place, columns: Columns, control: _Stems | None) -> Iterator[Record]:

@@ -355,7 +355,8 @@ class RunConfig:
     to before its first step (see stages.growth), or "".
     validation_features: folder of encoded pictures for the validation loss, or None.
     start_from: a LoRA's file or PEFT folder whose weights a LoRA begins with (see adapting.start), or None.
-    features: folder of encoded pictures. data: their identity, which they are to have, or None.
+    features: folder of encoded pictures, or several as {folder: share of an epoch}. data: their identity, which they
+    are to have, or None.
     output: folder that gets the run.
     name: of the run, a plain file name. resume: go on from its last checkpoint.
     validation: safetensors file of encoded prompts to sample, or None; vae: file or folder to decode them with.
@@ -364,7 +365,7 @@ class RunConfig:
     """
 
     model: str
-    features: str
+    features: str | Mapping[str, float]
     settings: TrainingSettings
     output: str = "."
     name: str = "pixart_training"
@@ -432,7 +433,13 @@ def read_config(path: str | os.PathLike, init: str | None = None) -> RunConfig:
     return RunConfig(settings=settings, **{"model": "", **values, **places})
 
 
-def _place(folder: Path, written: str) -> str:
+def _is_several(value) -> bool:
+    return isinstance(value, dict) and bool(value)
+
+
+def _place(folder: Path, written: str | dict) -> str | dict:
+    if _is_several(written):
+        return {_place(folder, each): share for each, share in written.items()}
     if is_address(written):
         return written
     return str(folder / os.path.expanduser(written))
@@ -445,6 +452,8 @@ def _fits(key: str, value) -> bool:
         return True
     if key == "prompts" and isinstance(value, list):
         return all(isinstance(each, str) for each in value)
+    if key == "features" and _is_several(value):
+        return all(isinstance(each, str) and type(of) in (int, float) for each, of in value.items())
     chosen = {"weights": WEIGHTS, "variant": (AUTO, *CONFIGS)}.get(key)
     return isinstance(value, str) and (chosen is None or value in chosen) or (value is None and key in _OPTIONAL)
 

@@ -7,7 +7,7 @@ import torch
 
 from pixart_pack.pixart.data.buckets import BucketSampler
 from pixart_pack.pixart.data.examples import Example, ListFeatures, collate
-from pixart_pack.pixart.data.variety.shares import check_repeats, repeats_of_folder, repeats_of_shares
+from pixart_pack.pixart.data.variety.shares import check_repeats, named_folder, repeats_of_shares
 
 BINS = [(8, 8)] * 11 + [(6, 10)] * 3 + [(10, 6)] * 5
 
@@ -187,7 +187,8 @@ def test_repeats_go_on_exactly_and_are_shared_out(is_prior):
 
 def test_shares_become_repeats():
     assert repeats_of_shares([100, 20, 40], [1, 1, 2]) == [1, 5, 5]
-    assert [repeats_of_folder(name) for name in ("10_my cat", "cat_10", "0_x", "10_", "3_a_b")] == [10, 1, 1, 1, 3]
+    names = ("10_my cat", "cat_10", "0_x", "10_", "3_a_b")
+    assert list(map(named_folder, names)) == [(10, "my cat"), None, None, None, (3, "a_b")]
     with pytest.raises(ValueError, match="Share out of range: got -1"):
         repeats_of_shares([1, 2], [1, -1])
     for wrong in (0, float("nan"), 1e5):

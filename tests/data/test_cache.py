@@ -338,7 +338,7 @@ def test_a_killed_encoding_goes_on(tmp_path):
     writer.stdout.close()
     shards = ShardFolder(cache)
     encoder = DatasetEncoder(check_records(read_dataset(folder)).records, cache, SETTINGS, "t5", "vae")
-    assert 0 < len(encoder.missing_pictures) < 12 and not encoder.missing_captions
+    assert 0 < len(encoder.missing_pictures) < 12 and not len(encoder.missing_captions)
     assert encoder.null_key in shards
     features, encoders = encode(folder, cache)
     assert len(features) == 12 and encoders.pictures == len(encoder.missing_pictures)

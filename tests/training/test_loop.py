@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import pixart_pack.pixart.training.state as state_module
+from pixart_pack.pixart.data.buckets import BucketSampler
+from pixart_pack.pixart.data.examples import ListFeatures
 from pixart_pack.pixart.training.build import make_objective
 from pixart_pack.pixart.training.loop import Events, Trainer
 from pixart_pack.pixart.training.report import LOG, read_log
@@ -115,6 +117,40 @@ def test_a_run_that_was_cut_continues_bit_by_bit(kind, forwards, tmp_path):
     assert stopped.run() == forwards // 2
     assert_same(trained(tmp_path / "cut", settings), whole)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+class Varied(ListFeatures):
+    """Pictures with four variants each, which are shown 1.5 times an epoch, and masks and weights."""
+
+    def __init__(self):
+        plain = make_features()
+        masks = (torch.arange(each.latent[:1].numel()).reshape(each.latent[:1].shape) % 2 for each in plain.examples)
+        examples = [replace(each, mask=mask, weight=0.5) for each, mask in zip(plain.examples, masks, strict=True)]
+        super().__init__(examples, plain.null_caption)
+        self.repeats, self.drawn = [1.5] * len(self), []
+
+    def draw(self, index, rng):
+        self.drawn.append((index, rng.randrange(4)))
+        return replace(self[index], latent=self[index].latent + self.drawn[-1][1])
+
+
+@pytest.mark.slow
+def test_variants_repeats_and_masks_continue_bit_by_bit(tmp_path):
+    settings, features, again = tiny_settings(steps=12), Varied(), Varied()
+    whole = trained(tmp_path / "whole", settings, features=features)
+    trainer(tmp_path / "cut", settings, StopAfter(7), features=again).run()
+    assert_same(trained(tmp_path / "cut", settings, features=again), whole)
+    assert {variant for _, variant in features.drawn} == {0, 1, 2, 3} and set(features.drawn) == set(again.drawn)
+    plain = trained(tmp_path / "plain", settings, features=make_features())
+    assert not all(torch.equal(plain[name], whole[name]) for name in whole)
+    pair = [trainer(tmp_path / f"{rank}", replace(settings, batch_size=1), features=Varied()) for rank in range(2)]
+    for rank, each in enumerate(pair):
+        each.sampler.world_size, each.sampler.rank, each.processes.rank = 2, rank, rank
+        each.sampler = BucketSampler(each.features.bins, 1, 0, False, 2, rank, repeats=each.features.repeats)
+        for number in range(12):
+            each._load(number)
+    shared = [drawn for two in zip(*(each.features.drawn for each in pair), strict=True) for drawn in two]
+    assert shared == features.drawn[:24]
 
 
 @pytest.mark.slow

@@ -176,3 +176,16 @@ def test_the_users_own_folder_is_written_as_in_a_shell(tmp_path, monkeypatch):
     own = tmp_path / "me"
     assert [config.model, config.output, config.prompts] == [str(own / name) for name in ("m.pth", "runs", "p.txt")]
     assert config.features == str(tmp_path / "f") and config.vae == str(tmp_path / "a" / "~")
+
+
+def test_several_datasets_with_their_shares_in_a_configuration(tmp_path):
+    file = tmp_path / "training.yaml"
+    file.write_text("model: m.pth\nfeatures: {photos: 3, /abs/drawings: 0.5}\n")
+    config = read_config(file)
+    assert config.features == {str(tmp_path / "photos"): 3, "/abs/drawings": 0.5}
+    write_config(tmp_path / "again.yaml", config)
+    assert read_config(tmp_path / "again.yaml").features == config.features
+    for wrong in ("{}", "{a: many}", "{a: true}", "[a, b]"):
+        file.write_text(f"model: m.pth\nfeatures: {wrong}\n")
+        with pytest.raises(ValueError, match="Configuration does not fit: got features"):
+            read_config(file)

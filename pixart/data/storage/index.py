@@ -18,20 +18,18 @@ from ...config import LATENT_DOWNSCALE
 from ...files.atomic import write_atomically
 from ...files.inside import is_plain_name
 from ...files.regular import open_regular
-from ..buckets import Bins
+from ..buckets import Bins, id_type
 from ..identity import Digest
+from .rows import FURTHER, GROUP, KEY_BYTES, MASK, PARTS, RECORD, TEXTS, Rows
 from .shards import ShardFolder
 
 VERSION = 1  # of keys and lists: raised when the same settings come to mean something else
+VARIED_VERSION = 2  # of lists with what the first version would not see
 MANIFEST, INDEX_SUFFIX = "features.json", ".index"
-KEY_BYTES = 20
-PARTS = ("caption", "picture", "hint")  # which have a key in each row
 _ROWS_AT_ONCE = 2**16
 _MARKS = ("aspect_ratio", "is_prior")
 _TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64, "F64": np.float64}
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
-TEXTS = ("name", "text")
-RECORD = "record"  # in the lists of shares: the number of each row's record in the whole source
 # column: (its type, its shape behind the rows); the last ones are not by rows
 _ROWS = {
     **{part: (np.uint8, (KEY_BYTES,)) for part in PARTS},
@@ -50,6 +48,9 @@ _OTHERS = {
     "null": (np.uint8, (KEY_BYTES,)),
     "null_shard": (np.int32, ()),
 }
+_FURTHER = {name: (np.dtype(kind).type, ()) for name, (kind, _) in FURTHER.items()}
+_FURTHER |= {MASK: (np.uint8, (KEY_BYTES,)), f"{MASK}_shard": (np.int32, ())}
+VARYING = sorted({*FURTHER, MASK} - {RECORD})  # which change what a training sees
 
 
 class Index:
@@ -64,6 +65,7 @@ class Index:
         _check(self.columns)
         self.bins = Bins(columns["sizes"], columns["bin"])
         self.is_prior = columns["is_prior"].view(bool)
+        self.parts = (*PARTS, MASK) if MASK in columns else PARTS
         self.shards = bytes(columns["shard_names"]).decode().split("\n") if len(columns["shard_names"]) else []
         wrong = [name for name in self.shards if not is_plain_name(name)]
         if wrong or len(self.shards) != len(columns["shard_bytes"]):
@@ -78,6 +80,11 @@ class Index:
     def null_place(self) -> tuple[str, str]:
         """(shard, key) of the empty caption."""
         return self.shards[int(self.columns["null_shard"][0])], self.null_key
+
+    @property
+    def version(self) -> int:
+        """The first version that reads all that is in it."""
+        return VARIED_VERSION if any(name in self.columns for name in VARYING) else VERSION
 
     def __len__(self) -> int:
         return len(self.columns["bin"])
@@ -113,7 +120,7 @@ class Index:
     def count_entries(self, shards: np.ndarray | None = None) -> int:
         """How many different entries the rows name, of all shards or of those that are marked."""
         keys = []
-        for part in (*PARTS, "null"):
+        for part in (*self.parts, "null"):
             numbers = self.columns[f"{part}_shard"]
             is_asked = numbers >= 0 if shards is None else (numbers >= 0) & shards[numbers]
             keys.append(np.ascontiguousarray(self.columns[part][is_asked]).view(f"V{KEY_BYTES}").reshape(-1))
@@ -148,6 +155,9 @@ class Index:
             )
             if tail.cache_info().currsize > _ROWS_AT_ONCE:
                 tail.cache_clear()
+        for name in (name for name in VARYING if name in columns):
+            state.add(name)
+            state.add(columns[name].tobytes())
         return state.hexdigest()
 
 
@@ -172,52 +182,69 @@ def _check(columns: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"a column {name} of another form")
     if not count or int(columns["bin"].max()) >= len(columns["sizes"]):
         raise ValueError("no rows, or bins that there are not")
-    if RECORD in columns and (columns[RECORD].dtype != np.int64 or columns[RECORD].shape != (count,)):
-        raise ValueError("numbers of records of another form")
+    for name, (kind, shape) in _FURTHER.items():
+        if name in columns and (columns[name].dtype != kind or columns[name].shape != (count, *shape)):
+            raise ValueError(f"a column {name} of another form")
+    if (MASK in columns) != (f"{MASK}_shard" in columns):
+        raise ValueError("masks without their files")
+    if GROUP in columns and not np.isin(np.diff(columns[GROUP]), (0, 1)).all():
+        raise ValueError("groups in another order")
     if len(columns["null_shard"]) != 1:
         raise ValueError("no empty caption")
-    for part in (*PARTS, "null"):
-        least = -1 if part == "hint" else 0
+    for part in (*PARTS, "null", *([MASK] if MASK in columns else [])):
+        least = -1 if part in ("hint", MASK) else 0
         shards = columns[f"{part}_shard"]
         if int(shards.min()) < least or int(shards.max()) >= len(columns["shard_bytes"]):
             raise ValueError(f"shards of {part} that there are not")
 
 
-def make_index(items: Sequence[Mapping], null_key: str, shards: ShardFolder) -> Index:
-    """The index of rows as plain values (see cache.DatasetEncoder). shards: has their entries.
+def make_index(rows: Rows, null_key: str, shards: ShardFolder) -> Index:
+    """The index of rows (see cache.DatasetEncoder). shards: has their entries.
 
     Raises KeyError for an entry that is not there.
     """
-    numbers: dict[str, int] = {}
-
-    def number_of(key: str | None) -> int:
-        return -1 if key is None else numbers.setdefault(shards.shard_of(key), len(numbers))
-
-    columns = {f"{part}_shard": np.array([number_of(item[part]) for item in items], np.int32) for part in PARTS}
-    for part in PARTS:
-        keys = b"".join(bytes(KEY_BYTES) if item[part] is None else bytes.fromhex(item[part]) for item in items)
-        columns[part] = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
-    bins = Bins.of([shards.shape_of(item["picture"], "mean")[-2:] for item in items])
-    deviations = [shards.has_part(item["picture"], "deviation") for item in items]
-    columns |= {
-        "bin": bins.ids,
-        "sizes": bins.sizes,
-        "size_px": np.array([item["size_px"] for item in items], np.int32).reshape(-1, 2),
-        "aspect_ratio": np.array([item["aspect_ratio"] for item in items], np.float64),
-        "is_prior": np.array([item["is_prior"] for item in items], np.uint8),
-        "has_deviation": np.array(deviations, np.uint8),
+    parts = (*PARTS, MASK) if rows.has(MASK).any() else PARTS
+    columns = rows.columns()
+    found = {part: shards.find(rows.keys(part)) for part in parts}
+    null = shards.find(np.frombuffer(bytes.fromhex(null_key), np.uint8).reshape(1, -1))
+    for part in parts:
+        found[part][~rows.has(part)] = -1
+        if (found[part][rows.has(part)] < 0).any():
+            raise KeyError(part)
+    used = _by_first_use([*(shards.shards_of(found[part]) for part in parts), shards.shards_of(null)])
+    new = np.full(len(shards.names) + 1, -1, np.int32)  # the last one is that of -1
+    new[used] = np.arange(len(used))
+    for part in parts:
+        columns[part], columns[f"{part}_shard"] = rows.keys(part), new[shards.shards_of(found[part])]
+    names = [shards.names[number] for number in used.tolist()]
+    columns |= _bins_of(shards, found["picture"]) | {
         "null": np.frombuffer(bytes.fromhex(null_key), np.uint8).reshape(1, -1),
-        "null_shard": np.array([number_of(null_key)], np.int32),
-        "shard_names": np.frombuffer("\n".join(numbers).encode(), np.uint8),
-        "shard_bytes": np.array([(shards.folder / name).stat().st_size for name in numbers], np.int64),
+        "null_shard": new[shards.shards_of(null)],
+        "shard_names": np.frombuffer("\n".join(names).encode(), np.uint8),
+        "shard_bytes": np.array([(shards.folder / name).stat().st_size for name in names], np.int64),
     }
-    if all(RECORD in item for item in items):
-        columns[RECORD] = np.array([item[RECORD] for item in items], np.int64)
-    for which in TEXTS:
-        texts = [item[which].encode("utf-8", "replace") for item in items]
-        columns[f"{which}_end"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
-        columns[f"{which}_bytes"] = np.frombuffer(b"".join(texts), np.uint8)
     return Index(columns)
+
+
+def _by_first_use(numbers: Sequence[np.ndarray]) -> np.ndarray:
+    """The numbers from 0 that there are, each once, in the order in which they come."""
+    joined = np.concatenate(numbers)
+    joined = joined[joined >= 0]
+    firsts = np.unique(joined, return_index=True)[1]
+    return joined[np.sort(firsts)]
+
+
+def _bins_of(shards: ShardFolder, entries: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns that the shapes of pictures tell."""
+    forms = shards.forms_of(entries)
+    used = _by_first_use([forms])
+    sizes = [tuple(shards.forms[number]["mean"][-2:]) for number in used.tolist()]
+    bins = Bins.of(sizes)
+    lookup = np.zeros(len(shards.forms), np.int64)
+    lookup[used] = np.arange(len(used))
+    ids = bins.ids[lookup[forms]].astype(id_type(len(bins.sizes)))
+    has_deviation = np.array(["deviation" in shards.forms[number] for number in used.tolist()], np.uint8)
+    return {"bin": ids, "sizes": bins.sizes, "has_deviation": has_deviation[lookup[forms]]}
 
 
 def write_index(path: Path, columns: Mapping[str, np.ndarray | Iterable[np.ndarray]], shapes: Mapping = {}) -> None:
@@ -249,7 +276,7 @@ def open_index(path: Path) -> Index:
     open_regular(path).close()
     try:
         with safe_open(path, framework="pt") as file:
-            more = [RECORD] if RECORD in file.keys() else []  # noqa: SIM118
+            more = [name for name in _FURTHER if name in file.keys()]  # noqa: SIM118
             columns = {name: file.get_tensor(name).numpy() for name in ("bin", *_ROWS, *_OTHERS, *more)}
         return Index(columns, path)
     except (SafetensorError, RuntimeError, TypeError, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from ...files.atomic import write_atomically
 from ...quoting import shorten
 from ..buckets import Bins
-from ..examples import Example, FeatureSet
+from ..examples import Example, FeatureSet, check_plain
 from ..identity import digest
 from ..storage.index import INDEX_SUFFIX, write_index
 from .places import digest_of
@@ -35,6 +35,7 @@ def write_stream(
         raise ValueError(
             f"Stream exists already: got {shorten(str(folder), 300)}, expected a new folder. Choose another one."
         )
+    check_plain(features, "Stream")
     folder.mkdir(parents=True, exist_ok=True)
     bins = Bins.of(features.bins)
     order = np.random.default_rng(seed).permutation(len(features))

@@ -81,10 +81,10 @@ def check_repeats(value: float, what: str = "repeats") -> float:
     return float(value)
 
 
-def repeats_of_folder(name: str) -> int:
-    """What a folder's name such as `10_my cat` says, as kohya's trainers read it; 1 for other names."""
+def named_folder(name: str) -> tuple[int, str] | None:
+    """(repeats, what it shows) of a folder's name such as `10_my cat`, as kohya's trainers read it; None for others."""
     found = _KOHYA.fullmatch(name)
-    return max(int(found[1]), 1) if found else 1
+    return (int(found[1]), found[2]) if found and int(found[1]) else None
 
 
 def repeats_of_shares(counts: Sequence[float], shares: Sequence[float]) -> list[float]:
