@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from ..quoting import shorten
+from ..quoting import list_names, shorten
 from ..text import batch_captions
 from .identity import digest, fingerprint
 
@@ -179,7 +179,7 @@ def check_plain(features: "FeatureSet", what: str) -> None:
     varying = getattr(features, "varying", ())
     if varying:
         raise ValueError(
-            f"{what} cannot hold this dataset: got pictures with {', '.join(varying)}, expected plain ones. Encode "
+            f"{what} cannot hold this dataset: got pictures with {list_names(varying)}, expected plain ones. Encode "
             f"them without variants, masks, repeats and weights, or train from the cache."
         )
 
