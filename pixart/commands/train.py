@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,10 @@ from ..config import LATENT_DOWNSCALE, PixArtConfig
 from ..data.examples import FeatureSet
 from ..data.features import open_features
 from ..data.sketches import differences, read_sketch, sketch_model
+from ..drawing.rates import draw_rates
 from ..encoders.autoencoder import load_autoencoder
 from ..encoders.t5 import load_text_encoder
+from ..files.atomic import write_atomically
 from ..files.regular import read_text
 from ..lora import read_lora
 from ..quoting import plain, shorten
@@ -27,9 +30,10 @@ from ..stages.growth import grow_checkpoint
 from ..stages.records import only_stages
 from ..training.loop import Events, Progress
 from ..training.processes import AcceleratedProcesses, SingleProcess
-from ..training.run import choose_folder, train
+from ..training.run import check_features, choose_folder, train
 from ..training.settings import AUTO, WEIGHTS, RunConfig, read_config
 from ..training.validation import Decode, ValidationPrompt, read_prompts
+from ..training.watching.rates import COUNT, Rates, find_rate
 from ..transformer import PixArt
 from ..weights.reading import Checkpoint, read_checkpoint
 from .console import make_parser
@@ -63,6 +67,11 @@ SAME_SIGNAL_S = 2.0  # the launchers pass on a Ctrl-C which the terminal has sen
 def parse() -> argparse.ArgumentParser:
     parser = make_parser("train", DESCRIPTION, EXAMPLES)
     parser.add_argument("configs", nargs="+", help="YAML or JSON, as Export PixArt Training Config writes it")
+    parser.add_argument(
+        "--find-rate",
+        action="store_true",
+        help="train nothing: try rising learning rates for some steps each, and say which one is fit",
+    )
     parser.add_argument("--device", help="of a training in one process; default: the GPU, or else the CPU")
     stages = parser.add_argument_group("what the training begins with, in place of what the configurations say")
     stages.add_argument(
@@ -96,7 +105,31 @@ def main(options) -> None:
     if options.prompts:
         is_file = len(options.prompts) == 1 and options.prompts[0].endswith(".txt")
         given["prompts"] = options.prompts[0] if is_file else tuple(options.prompts)
-    run_configs([replace(read_config(each, options.init), **given) for each in options.configs], options.device)
+    configs = [replace(read_config(each, options.init), **given) for each in options.configs]
+    if options.find_rate:
+        for config in configs:
+            find_config_rate(config, options.device)
+    else:
+        run_configs(configs, options.device)
+
+
+def find_config_rate(config: RunConfig, device: str | None = None) -> Rates:
+    """Look for a learning rate for a configuration, say what was found, and draw it beside its runs."""
+    processes = _processes(config, device)
+    if processes.world_size > 1:
+        raise ValueError(
+            f"Rates are looked for in one process: got {processes.world_size}, expected 1. Run it without a launcher."
+        )
+    features = open_features(config.features)
+    model, settings = build_model(_beginning(config, features)), config.settings
+    check_features(features, model, settings)
+    with tqdm(total=COUNT, unit="rate", disable=None) as bar:
+        found = find_rate(model, features, settings, processes.device, lambda done, _: bar.update(done - bar.n))
+    path = Path(config.output) / f"{config.name}_rates.png"
+    write_atomically(path, lambda temporary: draw_rates(found.points, found.suggested).save(temporary, "PNG"))
+    advice = "none of them lowers the loss" if found.suggested is None else f"learning_rate: {found.suggested:.1e}"
+    sys.stdout.write("\n".join([*found.lines(), f"drawn in {path}", advice]) + "\n")
+    return found
 
 
 def run_configs(configs: Sequence[RunConfig], device: str | None = None) -> None:

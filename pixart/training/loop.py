@@ -24,7 +24,7 @@ from ..quoting import plain
 from .adapters import tell_chances
 from .draws import Chances, draw_batch, variant_chances
 from .objectives import Objective
-from .optimizers import MovingAverage, make_optimizer, rate_factor
+from .optimizers import MovingAverage, as_result, make_optimizer, rate_factor, set_rate
 from .processes import SingleProcess, like, whole
 from .report import Report
 from .sanity import Sanity, TrainingDiverged
@@ -126,7 +126,7 @@ class Trainer:
             held_out=left_out,
         )
         self.prepared, self.optimizer = self.processes.prepare(
-            objective, lambda: make_optimizer(settings, _trained(objective).values())
+            objective, lambda: make_optimizer(settings, _trained(objective))
         )
         self.parameters = _trained(objective)
         self.average = MovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay else None
@@ -268,8 +268,7 @@ class Trainer:
         return loss, draws.timestep
 
     def _update(self):
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * rate_factor(self.settings, self.step)
+        set_rate(self.optimizer, self.rate())
         self.is_whole = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -278,6 +277,10 @@ class Trainer:
             self.average.update()
         self.step += 1
         self.is_whole = True
+
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.settings.learning_rate * rate_factor(self.settings, self.step)
 
     def _check_sane(self):
         if not math.isfinite(self.loss) or (not math.isfinite(self.norm) and not self._overflowed()):
@@ -356,9 +359,11 @@ class Trainer:
             finally:
                 _copy(own, self.parameters)
 
-    def averaged(self) -> contextlib.AbstractContextManager:
-        """Within it the weights are their moving average, where there is one."""
-        return contextlib.nullcontext() if self.average is None else self.average.swapped_in()
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the weights are what would be the result: their average, where there is one."""
+        with as_result(self.optimizer) if self.average is None else self.average.swapped_in():
+            yield
 
     def trained_weights(self) -> dict[str, Tensor]:
         """The result: every trained parameter by its name in the objective, averaged where asked, on the CPU."""

@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,16 +17,68 @@ _LIBRARIES = {
     "came": ("came-pytorch", "came_pytorch", "CAME", {"betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)}),
     "prodigy": ("prodigyopt", "prodigyopt", "Prodigy", {"safeguard_warmup": True, "use_bias_correction": True}),
     "lion": ("lion-pytorch", "lion_pytorch", "Lion", {"decoupled_weight_decay": True}),
+    "schedulefree": ("schedulefree", "schedulefree", "AdamWScheduleFree", {}),
 }
 _PACKED_FROM = 4096  # numbers that bitsandbytes keeps in 8 bits; the states of smaller weights stay in 32
 
 
-def make_optimizer(settings: TrainingSettings, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """The optimiser that the settings name. Raises ValueError for a library that is missing."""
-    parameters = list(parameters)
+RATE_FACTOR = "rate_factor"  # of a group of parameters, beside the schedule's
+_RAISED = ".lora_up"  # LoRA's B
+
+
+def make_optimizer(settings: TrainingSettings, named: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+    """The optimiser that the settings name, in training mode. Raises ValueError for a library that is missing.
+
+    With a lora_plus other than 1 there are two groups of parameters. Source: LoRA+, arXiv 2402.12354.
+    """
+    parameters = list(named.values())
+    made = _make(settings, parameters, _grouped(settings, named))
+    if hasattr(made, "train"):  # one that holds an average in place of the weights unless it trains
+        made.train()
+    return made
+
+
+def _grouped(settings, named: Mapping[str, Tensor]) -> list:
+    if settings.lora_plus == 1:
+        return list(named.values())
+    raised = [parameter for name, parameter in named.items() if name.endswith(_RAISED)]
+    others = [parameter for name, parameter in named.items() if not name.endswith(_RAISED)]
+    groups = [{"params": others}, {"params": raised, RATE_FACTOR: settings.lora_plus}]
+    return [{**group, "lr": settings.learning_rate * group.get(RATE_FACTOR, 1)} for group in groups]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let all parameters follow this learning rate, those of LoRA+ its multiple."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(RATE_FACTOR, 1)
+
+
+@contextlib.contextmanager
+def as_result(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it the parameters are what the optimiser gives as the result of the training; after it as before, exactly.
+
+    That is the average of schedule-free methods; elsewhere nothing changes. Source: arXiv 2405.15682.
+    """
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = [parameter.detach().clone() for parameter in parameters]  # the way back would round
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, own)
+
+
+def _make(settings, parameters: list[Tensor], grouped: list) -> torch.optim.Optimizer:
     common = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=_can_fuse(parameters), **common)
+        return torch.optim.AdamW(grouped, fused=_can_fuse(parameters), **common)
+    if settings.optimizer == "adafactor":
+        return torch.optim.Adafactor(grouped, **common)
     package, module, name, options = _LIBRARIES[settings.optimizer]
     try:
         library = importlib.import_module(module)
@@ -37,7 +89,7 @@ def make_optimizer(settings: TrainingSettings, parameters: Iterable[Tensor]) -> 
         ) from error
     if settings.optimizer == "adamw8bit":
         _check_8bit(getattr(library, name), parameters)
-    return getattr(library, name)(parameters, **common, **options)
+    return getattr(library, name)(grouped, **common, **options)
 
 
 def _check_8bit(optimizer: type, parameters: list[Tensor]) -> None:

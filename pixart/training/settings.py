@@ -27,7 +27,7 @@ LOSSES = ("mse", "huber")
 PRIOR_TARGETS = ("picture", "model")
 WEIGHTINGS = ("none", "min_snr", "velocity")
 TIMESTEPS = ("uniform", "log_normal")
-OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "lion")
+OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "lion", "adafactor", "schedulefree")
 SCHEDULES = ("constant", "cosine", "linear")
 DTYPES = tuple(saving.DTYPES)
 BASE_DTYPES = ("same", "fp8")
@@ -46,7 +46,8 @@ class TrainingSettings:
 
     kind: of KINDS; DreamBooth is "dreambooth": full fine-tuning, or LoRA with any prior pictures in the data.
     steps: optimiser steps. batch_size: pictures per process and forward pass. accumulation: forward passes per step.
-    learning_rate: Prodigy's is a factor, usually 1. clip_norm: largest norm of the gradients, 0 is off.
+    learning_rate: Prodigy's is a factor, usually 1. lora_plus: factor of the learning rate of a LoRA's second matrix.
+    clip_norm: largest norm of the gradients, 0 is off.
     schedule: of SCHEDULES, after `warmup_steps` of linear warm-up; floor: its last factor.
     dtype: of the maths; what is trained is always kept in fp32. base_dtype: "fp8" keeps frozen layers in 8 bits.
     save_dtype: of the file that is written at the end.
@@ -84,6 +85,7 @@ class TrainingSettings:
     warmup_steps: int = 0
     floor: float = 0.0
     clip_norm: float = 1.0
+    lora_plus: float = 1.0
     dtype: str = "fp32"
     base_dtype: str = "same"
     checkpointing: bool = False
@@ -169,6 +171,7 @@ _RANGES = {
     "clip_norm": (0, 1e6, "a norm, 0 for off"),
     "ema_decay": (0, 0.999999, "a decay, 0 for off"),
     "rank": (1, 1024, "a LoRA rank"),
+    "lora_plus": (0.01, 1000, "a factor, usually from 1 to 16"),
     "alpha": (0, 65536, "a LoRA alpha, 0 for the rank"),
     "dropout": (0, 0.95, "a share"),
     "huber_c": (1e-6, 1e3, "a width"),
@@ -212,7 +215,7 @@ _CHOICES = {
     "timesteps": TIMESTEPS,
     "dmd_fake": FAKES,
 }
-_HIGHEST_LEARNING_RATE = {"prodigy": 10.0, "lion": 0.01}
+_HIGHEST_LEARNING_RATE = {"prodigy": 10.0, "lion": 0.01, "adafactor": 1.0}
 
 
 def _points(given) -> tuple[tuple[float, ...], ...]:
@@ -291,6 +294,18 @@ def _check_together(settings):
                 "Target pattern is missing: got none with targets 'custom', expected a regular expression over layer "
                 "names such as 'blocks\\.\\d+\\.attn\\.qkv'. Enter one, or choose another preset."
             )
+    if settings.optimizer == "schedulefree" and (settings.schedule != "constant" or settings.ema_decay):
+        raise ValueError(
+            f"Schedule-free optimiser with a schedule: got schedule {shorten(settings.schedule)} and ema_decay "
+            f"{settings.ema_decay:g}, expected 'constant' and 0, since it averages the weights itself. Set them so; a "
+            f"warm-up may stay."
+        )
+    if settings.lora_plus != 1 and (not settings.is_adapter or settings.optimizer == "prodigy"):
+        raise ValueError(
+            f"LoRA+ cannot be had here: got lora_plus {settings.lora_plus:g} with kind {shorten(settings.kind)} and "
+            f"optimizer {shorten(settings.optimizer)}, expected a LoRA and another optimiser than prodigy, which finds "
+            f"one rate for all. Set lora_plus to 1."
+        )
     if settings.prior_target == "model" and settings.kind != "lora":
         raise ValueError(
             f"No frozen model to learn prior pictures from: got prior target 'model' with kind "

@@ -10,8 +10,10 @@ from pixart_pack.pixart.commands.console import run_command
 from pixart_pack.pixart.data.cache import DatasetEncoder, EncodeSettings
 from pixart_pack.pixart.data.pictures import TensorPicture
 from pixart_pack.pixart.data.records import Record
+from pixart_pack.pixart.lora import read_lora
 from pixart_pack.pixart.stages.records import read_stages
 from pixart_pack.pixart.training.settings import read_config
+from pixart_pack.pixart.training.watching import rates
 from pixart_pack.pixart.weights.reading import read_checkpoint
 from pixart_pack.pixart.weights.saving import save_checkpoint
 from pixart_pack.tests.stages.tiny_dit import make_dit
@@ -101,3 +103,20 @@ def test_convert_makes_a_pixart_of_a_dit_and_grows_it(place, tmp_path, capsys):
     assert run(convert, place / "pixart.safetensors", tmp_path / "b", "--grow", "sigma-2048") == 0
     assert read_checkpoint(tmp_path / "b").config.is_sigma
     assert run(convert, place / "pixart.safetensors", tmp_path / "c.safetensors", "--grow", "beta") == 1
+
+
+@pytest.mark.slow
+def test_a_lora_goes_on_from_a_file_is_validated_and_a_rate_is_found_for_it(place, capsys, monkeypatch):
+    monkeypatch.setattr(rates, "COUNT", 4)
+    settings = SETTINGS.replace("kind: full", "kind: lora, rank: 2, validation_share: 0.3, validation_every: 1")
+    text = f"model: pixart.safetensors\nfeatures: features\noutput: runs\nname: lora\n{settings}"
+    (place / "lora.yaml").write_text(text)
+    assert run(train, place / "lora.yaml", "--find-rate", "--device", "cpu") == 0
+    said = capsys.readouterr().out
+    assert "change" in said and "drawn in" in said and (place / "runs" / "lora_rates.png").is_file()
+    assert run(train, place / "lora.yaml", "--device", "cpu") == 0
+    first = place / "runs" / "lora_001" / "lora_001.safetensors"
+    (place / "more.yaml").write_text(text.replace("name: lora", "name: more").replace("rank: 2", "rank: 8"))
+    assert run(train, place / "more.yaml", "--start-from", first, "--device", "cpu") == 0
+    second = place / "runs" / "more_001" / "more_001.safetensors"
+    assert {each.rank for each in read_lora(second).factors.values()} == {2}

@@ -20,7 +20,8 @@ from pixart_pack.pixart.training.settings import OPTIMIZERS
 from pixart_pack.pixart.training.state import Checkpoints
 from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
 
-PACKAGES = {"adamw8bit": "bitsandbytes", "came": "came_pytorch", "prodigy": "prodigyopt", "lion": "lion_pytorch"}
+PACKAGES = {"adamw8bit": "bitsandbytes", "came": "came_pytorch", "prodigy": "prodigyopt", "lion": "lion_pytorch",
+            "schedulefree": "schedulefree"}  # fmt: skip
 KINDS = ("lora", "full", "controlnet", "lcm", "lcm_lora", "dmd", "dmd_lora")
 
 
