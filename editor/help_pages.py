@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..devtools.process import ROOT
 from .connection import connect
-from .templates.schema import Input, inputs_of
+from .format.schema import Input, inputs_of
 from .translations import read_lines, record, stale_places, write_lines
 
 DOCS = ROOT / "web" / "docs"

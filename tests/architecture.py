@@ -69,7 +69,12 @@ ROOMS = {
     "demo": ("the small built-in model", ("samplers", "pixart.*"), None),
     "benchmarks": ("what the published numbers come from", ("samplers", "pixart.*", "nodes.host", "demo"), None),
     "devtools": ("what dev.py is made of", (), ()),
-    "editor": ("writes workflows and help pages", ("samplers", "pixart.*", "demo", "devtools"), ("numpy", "PIL")),
+    "editor.format": ("how a workflow is saved", ("devtools",), ()),
+    "editor": (
+        "writes workflows and help pages",
+        ("samplers", "pixart.*", "demo", "devtools", "editor.format"),
+        ("numpy", "PIL"),
+    ),
 }
 # What single modules may import beyond their room's row.
 DOORS = {

@@ -1,4 +1,4 @@
-"""Makes `workflows/`: what they are (`pictures`, `files`), as the editor saves them (`graph`), and for the API (`api`).
+"""Makes `workflows/` and `subgraphs/`: what they are (`pictures`, `files`), how they run with the demo, their pictures.
 
 Run by `python dev.py run -m pixart_pack.editor.templates`.
 """

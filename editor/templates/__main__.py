@@ -11,13 +11,12 @@ from pathlib import Path
 from ...demo.client import ComfyClient
 from ...devtools.process import ROOT, stop_on_signals
 from ..connection import connect
-from .api import to_api
+from ..format.api import to_api
+from ..format.graph import Workflow
+from ..format.subgraph import to_blueprint
 from .blueprints import BLUEPRINTS
 from .collection import TITLES, WORKFLOWS
-from .files import FILES
-from .graph import Workflow
 from .rehearsal import NEEDS, prepare
-from .subgraph import to_blueprint
 from .thumbnails import write_thumbnail
 
 WORKFLOWS_FOLDER, BLUEPRINTS_FOLDER = ROOT / "workflows", ROOT / "subgraphs"
@@ -30,14 +29,14 @@ def write_json(path: Path, content: dict) -> None:
 
 def make(name: str, object_info: dict) -> dict:
     """A workflow of the collection, as the editor has it."""
-    workflow = Workflow(name, object_info, FILES)
+    workflow = Workflow(name, object_info)
     WORKFLOWS[name](workflow)
     return workflow.to_editor()
 
 
 def make_blueprints(object_info: dict) -> dict[str, dict]:
     """The blueprints by their titles, as files of `subgraphs/`."""
-    insides = [make(Workflow("blueprints", object_info, FILES)) for make in BLUEPRINTS]
+    insides = [make(Workflow("blueprints", object_info)) for make in BLUEPRINTS]
     return {inside.title: to_blueprint(inside) for inside in insides}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .graph import Workflow
+from ..format.graph import Workflow
 from .pictures import PICTURES
 from .training import TRAINING
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..format.graph import Workflow
+from ..format.node import Node, Output
+from ..format.released import Released
 from . import files
-from .graph import Workflow
-from .node import Node, Output
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Loaded:
 
 def read_me(workflow: Workflow, note: str, *names: str) -> None:
     """The first group: what this is, and where the files go. names: of files; those without a source are left out."""
-    named = [name for name in names if name in files.FILES]
+    named = [name for name in names if isinstance(name, Released)]
     workflow.group("Read me", "notes")
     workflow.note(f"{note}\n\n{files.where_to_put(*named)}" if named else note)
 

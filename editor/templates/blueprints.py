@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
+from ..format.graph import Workflow
+from ..format.node import Node, Output
+from ..format.subgraph import Subgraph
 from . import files
 from .blocks import Loaded, describe, load_models, picture_size, sample, sample_preset
-from .graph import Workflow
-from .node import Node, Output
 from .pictures import CACTUS, LIGHTHOUSE, TEAPOT
-from .subgraph import Subgraph
 
 PICTURES_CATEGORY, TRAINING_CATEGORY = "PixArt", "PixArt/training"
 

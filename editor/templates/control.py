@@ -1,8 +1,8 @@
 """The workflows with ControlNets, and with files that other workflows make."""
 
+from ..format.graph import Workflow
 from . import files
 from .blocks import describe, load, make_picture, picture_size, sample
-from .graph import Workflow
 from .pictures import CACTUS, TEAPOT
 from .training import PROMPT
 

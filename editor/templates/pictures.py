@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from ..format.graph import Workflow
 from . import files
 from .blocks import Loaded, describe, load, make_picture, make_picture_by_preset, picture_size, read_me, sample
-from .graph import Workflow
 
 CACTUS = "A small cactus with a happy face in the Sahara desert, soft morning light, highly detailed"
 LIGHTHOUSE = "A lighthouse on a cliff above a stormy sea at dusk, a warm light in its window, oil painting"
@@ -57,6 +57,10 @@ SIGMA = {"checkpoint": files.SIGMA_1024, "vae": files.SIGMA_VAE, "side_px": 1024
 ALPHA = {"checkpoint": files.ALPHA_1024, "vae": files.ALPHA_VAE, "side_px": 1024}
 
 
+# What diffusers calls each of its transformers.
+_SAME_NAME = "The weights of LCM and DMD are files of one name: give one of them another to keep both, and choose it."
+
+
 def _first(title: str) -> str:
     return f"### {title}\n\nWrite what the picture shows in **Prompt** and press **Run**. PixArt reads whole sentences."
 
@@ -98,7 +102,8 @@ PLAIN = {
     ),
     "lcm_4_steps": Plain(
         "### LCM, 4 steps\n\nDistilled weights: four steps, no guidance, so a picture in a tenth of the time. The "
-        "negative has no effect. 1 to 8 steps work: choose them in **PixArt Scheduler** with the schedule lcm.",
+        "negative has no effect. 1 to 8 steps work: choose them in **PixArt Scheduler** with the schedule lcm. "
+        f"{_SAME_NAME}",
         files.LCM_1024,
         files.ALPHA_VAE,
         side_px=1024,
@@ -106,7 +111,8 @@ PLAIN = {
         preset="alpha LCM 4",
     ),
     "dmd_1_step": Plain(
-        "### DMD, 1 step\n\nDistilled weights for 512 px: a single step, no guidance. The negative has no effect.",
+        "### DMD, 1 step\n\nDistilled weights for 512 px: a single step, no guidance. The negative has no effect. "
+        f"{_SAME_NAME}",
         files.DMD_512,
         files.ALPHA_VAE,
         side_px=512,

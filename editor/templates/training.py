@@ -1,10 +1,10 @@
 """The workflows that prepare data and train, each with a picture of what was learned."""
 
+from ..format.graph import Workflow
+from ..format.node import Node
 from . import files
 from .blocks import Loaded, load
 from .blueprints import make_a_picture
-from .graph import Workflow
-from .node import Node
 from .pictures import TEAPOT
 
 SUBJECT, CLASS = "my_pictures", "class_pictures"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pixart_pack.editor.templates.api import to_api
+from pixart_pack.editor.format.api import to_api
 from pixart_pack.editor.templates.collection import TITLES
 from pixart_pack.editor.templates.rehearsal import rehearse
 from pixart_pack.tests.browser.editor import in_both, shipped_workflow

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pixart_pack.editor.templates.api import to_api
+from pixart_pack.editor.format.api import to_api
 
 INFO = {
     "Load": {

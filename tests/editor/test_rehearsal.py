@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pixart_pack.editor.templates.files import DEMO_MODEL, FILES
+from pixart_pack.editor.templates.files import DEMO_MODEL, ENTRIES
 from pixart_pack.editor.templates.rehearsal import CAPTIONS, LESSONS, halve_bins, rehearse
 from pixart_pack.editor.templates.thumbnails import INSET_GAP_PX, INSET_PX, card, change, inset, label, tile
 
@@ -24,7 +24,7 @@ def of_type(workflow: dict, class_type: str) -> dict:
 @pytest.mark.parametrize("name", sorted(path.stem for path in API.glob("*.json")))
 def test_nothing_of_the_big_models_is_left(name):
     for node in rehearse(read(name)).values():
-        assert not [value for value in node["inputs"].values() if isinstance(value, str) and value in FILES]
+        assert not [value for value in node["inputs"].values() if isinstance(value, str) and value in ENTRIES]
         assert not [value for value in node["inputs"].values() if isinstance(value, str) and value in CAPTIONS]
 
 

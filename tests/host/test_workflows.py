@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pixart_pack.editor.format.api import to_api, widget_values
+from pixart_pack.editor.format.graph import PACK
 from pixart_pack.editor.templates.__main__ import make, make_blueprints
-from pixart_pack.editor.templates.api import to_api, widget_values
 from pixart_pack.editor.templates.collection import TITLES, WORKFLOWS
-from pixart_pack.editor.templates.files import FILES
-from pixart_pack.editor.templates.graph import PACK
+from pixart_pack.editor.templates.files import ENTRIES
 from pixart_pack.editor.templates.rehearsal import NEEDS, prepare, rehearse
 
 FOLDER = Path(__file__).parent.parent.parent / "workflows"
@@ -138,9 +138,10 @@ def test_names_the_files_it_needs(name, object_info):
         if node["type"] not in object_info:
             continue
         for value in widget_values(node, object_info[node["type"]]).values():
-            if value in FILES:
-                assert {"name": value, **FILES[value]} in node["properties"]["models"]
-                assert value in notes
+            if value in ENTRIES:
+                [entry] = (each for each in node["properties"]["models"] if each["name"] == value)
+                assert entry in ENTRIES[value] and entry["url"].endswith(f"/{value}")
+                assert value in notes and entry["url"].split("/resolve/")[0] in notes
 
 
 @pytest.mark.parametrize("name", NAMES)

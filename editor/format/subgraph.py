@@ -18,7 +18,7 @@ class Subgraph(Workflow):
     first_number = 101  # the editor renumbers nodes that have the number of one outside
 
     def __init__(self, workflow: Workflow, title: str, description: str, category: str = "PixArt"):
-        super().__init__(f"{workflow.name}/{title}", workflow.object_info, workflow.files)
+        super().__init__(f"{workflow.name}/{title}", workflow.object_info)
         self.title, self.description, self.category = title, description, category
         self.id = str(uuid.uuid5(NAMESPACE, self.name))
         self.described: dict[str, list] = {}

@@ -7,6 +7,7 @@ from typing import Any
 from ...devtools.process import ROOT
 from .layout import lead_wires, place, size_of
 from .node import OWN_PREFIX, Node, Output
+from .released import Released
 from .schema import Input, inputs_of
 
 # The editor's own palette: (title, body, group).
@@ -38,9 +39,8 @@ class Workflow:
 
     first_number = 1
 
-    def __init__(self, name: str, object_info: dict, files: dict[str, dict]):
-        """files: by the names of model files, what the editor's dialog of missing models is to say of them."""
-        self.name, self.object_info, self.files = name, object_info, files
+    def __init__(self, name: str, object_info: dict):
+        self.name, self.object_info = name, object_info
         self.nodes: list[Node] = []
         self.subgraphs: list[Any] = []
         self.page: dict[str, Any] = {}
@@ -187,8 +187,7 @@ class Workflow:
     def _properties(self, node: Node) -> dict:
         if node.type == "MarkdownNote":
             return {}
-        named = [value for value in node.values.values() if isinstance(value, str) and value in self.files]
-        models = [{"name": name, **self.files[name]} for name in named]
+        models = [value.entry() for value in node.values.values() if isinstance(value, Released)]
         # By these the editor offers the pack to who opens the workflow without it.
         pack = PACK if node.type.startswith(OWN_PREFIX) else {}
         shown = {"previewExposures": []} if node.is_subgraph else {}  # as the editor adds it
