@@ -7,7 +7,20 @@ import sys
 from pathlib import Path
 
 TOOLS = frozenset(
-    ["__main__", "cases", "counting", "gpu", "host", "mixture", "peaks", "peers", "plain", "report", "timing"]
+    [
+        "__main__",
+        "cases",
+        "count_training",
+        "counting",
+        "gpu",
+        "host",
+        "mixture",
+        "peaks",
+        "peers",
+        "plain",
+        "report",
+        "timing",
+    ]
 )
 
 

@@ -9,6 +9,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..pixart.layers import split_heads
+
 # Give memory, and launch nothing.
 IDLE = frozenset(["empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"])
 # Bring numbers to another place or type, and change none.
@@ -33,10 +35,14 @@ class Counts(NamedTuple):
 
 
 class Counter(TorchDispatchMode):
-    """Counts under a FakeTensorMode: `with Counter() as counter: ...; counter.counts()`. names: by operation."""
+    """Counts under a FakeTensorMode: `with Counter() as counter: ...; counter.counts()`. names: by operation.
 
-    def __init__(self):
+    device: "meta" needs no FakeTensorMode, and knows a backward pass, too.
+    """
+
+    def __init__(self, device: str = DEVICE):
         super().__init__()
+        self.device = device
         self.names: dict[str, int] = {}
         self._bytes = self._casts = self._copies = self._peak = 0
         self._known: dict[int, StorageWeakRef] = {}
@@ -53,11 +59,11 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = _on_device((args, kwargs))
+        given = self._here((args, kwargs))
         for tensor in given:
             self._meet(tensor)
         result = function(*args, **kwargs)
-        self.note(function.overloadpacket.__name__, given, _on_device(result), function._schema.is_mutable)
+        self.note(function.overloadpacket.__name__, given, self._here(result), function._schema.is_mutable)
         return result
 
     def note(self, name, given, results, writes=False):
@@ -85,6 +91,16 @@ class Counter(TorchDispatchMode):
         """What was counted so far."""
         return Counts(sum(self.names.values()), self._bytes, self._casts, self._copies, self._peak)
 
+    def attend(self, q, k, v, num_heads, mask=None):
+        """As `layers.attend`, counted in a backward pass as well, where Python's modes do not reach."""
+        q, k, v = (split_heads(tensor, num_heads) for tensor in (q, k, v))
+        return _Attended.apply(q, k, v, mask, self).transpose(1, 2).flatten(2)
+
+    def _here(self, tree):
+        return [
+            leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device
+        ]
+
     def _meet(self, tensor):
         """A tensor that was there before, such as a weight, is not counted among what came into being."""
         key = tensor.untyped_storage()._cdata
@@ -110,16 +126,30 @@ class _Attention(TorchFunctionMode):
         if function is not F.scaled_dot_product_attention:
             return function(*args, **kwargs)
         q, k, v, *rest = args
-        mask = kwargs.get("attn_mask", rest[0] if rest else None)
+        return _Attended.apply(q, k, v, kwargs.get("attn_mask", rest[0] if rest else None), self.counter)
+
+
+class _Attended(torch.autograd.Function):
+    """One kernel in either direction, which keeps what it reads, what it gives, and a number of each query."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, counter):
         batch, heads, length, _ = q.shape
         given = [q, k, v] if mask is None else [q, k, v, mask]
         out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)  # laid out as flash attention gives it
-        self.counter.note("scaled_dot_product_attention", given, [out], writes=True)
+        counter.note("scaled_dot_product_attention", given, [out], writes=True)
+        if q.requires_grad or k.requires_grad or v.requires_grad:
+            sums = q.new_empty(batch, heads, length, dtype=torch.float32)
+            ctx.save_for_backward(*given, out, sums)
+            ctx.counter = counter
         return out
 
-
-def _on_device(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.device.type == DEVICE]
+    @staticmethod
+    def backward(ctx, gradient):
+        q, k, v, *rest = ctx.saved_tensors
+        gradients = [torch.empty_like(tensor) for tensor in (q, k, v)]
+        ctx.counter.note("scaled_dot_product_attention_backward", [q, k, v, *rest, gradient], gradients, writes=True)
+        return (*gradients, None, None)
 
 
 def _place(tensor):

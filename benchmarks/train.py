@@ -58,9 +58,9 @@ def make_batch(config, size, caption_tokens, seed=0) -> Batch:
 class Trainee:
     """One optimiser step after another. parameters: those that are trained."""
 
-    def __init__(self, parameters):
+    def __init__(self, parameters, fused=True):
         self.parameters = list(parameters)
-        self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, fused=fused)
 
     def loss(self):
         raise NotImplementedError
@@ -78,13 +78,13 @@ class Trainee:
 class Ours(Trainee):
     """The pack's LoRA objective."""
 
-    def __init__(self, config, weights, batch, settings, device):
+    def __init__(self, config, weights, batch, settings, device, fused=True):
         model = PixArt(config, device="meta")
         model.load_state_dict(dict(weights), assign=True)
         self.objective = make_objective(model, settings, device).train()
         self.batch = batch.to(device)
         self.draws = draw_batch(settings, 0, range(len(batch)), batch.latent.shape[1:]).to(device)
-        super().__init__(parameter for parameter in self.objective.parameters() if parameter.requires_grad)
+        super().__init__((each for each in self.objective.parameters() if each.requires_grad), fused)
 
     def loss(self):
         return self.objective(self.batch, self.draws).total

@@ -125,7 +125,12 @@ def _last_inputs(sample_steps: int = 20) -> list:
             "ema_decay", 0.0, 0.0, 0.99999, 1e-5, "Save the moving average of the weights: 0.99 and up. 0: off.", **RARE
         ),
         _combo("dtype", (AUTO_DTYPE, *DTYPES), AUTO_DTYPE, "Precision of the maths. auto: bf16 on a GPU.", **RARE),
-        _boolean("checkpointing", False, "Half the memory or less, at a third more time.", **RARE),
+        _boolean(
+            "checkpointing",
+            False,
+            "Half the memory or less, at a third more time. Between them: 'checkpointing: selective' in more_settings.",
+            **RARE,
+        ),
         _int(
             "checkpoint_every", 250, 0, MAX_STEPS, "Steps between checkpoints, from which a training goes on.", **RARE
         ),

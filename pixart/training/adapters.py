@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..layers import Mlp
 from ..quoting import list_names, shorten
+from ..transformer import PixArt
 from .draws import Chances
 from .settings import TrainingSettings
 
@@ -132,6 +133,67 @@ def _parts(parts, out, reduced, up):
     return zip(out.chunk(parts, 1), reduced.chunk(parts, 1), up.chunk(parts), strict=True)
 
 
+class Casts:
+    """The factors of a model's adapters in the dtype of the maths, cast all at once for each of its forward passes.
+
+    held: of the pass that runs, (down, up) by adapter; None outside of one, where each adapter casts its own.
+    """
+
+    def __init__(self, adapters: "list[AdaptedLinear]"):
+        self.adapters, self.held = adapters, None
+
+    def begin(self, model: PixArt, args) -> None:
+        """Before a forward pass of the model: a hook."""
+        used = [adapter for adapter in self.adapters if adapter.enabled]
+        dtype, sharded = args[0].dtype, hasattr(model.blocks[0], "unshard")  # by FSDP: whole within a block alone
+        if not used or sharded or dtype == used[0].lora_down.dtype:
+            return
+        factors = [factor for adapter in used for factor in (adapter.lora_down, adapter.lora_up)]
+        cast = _CastTogether.apply(dtype, *factors)
+        self.held = dict(zip(used, zip(cast[::2], cast[1::2], strict=True), strict=True))
+
+    def end(self, *_) -> None:
+        """After a forward pass, also a failed one: a hook."""
+        self.held = None
+
+    @contextlib.contextmanager
+    def holding(self, held) -> Iterator[None]:
+        """Within it these are held: the ones of a pass of which a part is computed again."""
+        before, self.held = self.held, held
+        try:
+            yield
+        finally:
+            self.held = before
+
+
+class _CastTogether(torch.autograd.Function):
+    """Tensors in another dtype, in a kernel for many of them, and their gradients in their own."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.dtype = tensors[0].dtype
+        return tuple(_cast(tensors, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        known = [gradient for gradient in gradients if gradient is not None]
+        cast = iter(_cast(known, ctx.dtype) if known else [])
+        return None, *(None if gradient is None else next(cast) for gradient in gradients)
+
+
+def _cast(tensors, dtype):
+    cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(cast, tensors)
+    return cast
+
+
+def casts_of(module: nn.Module) -> Casts | None:
+    """Those of the adapters in a module, or None where it has none."""
+    return next((each.casts for each in module.modules() if isinstance(each, AdaptedLinear)), None)
+
+
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and its adapter, whose weights are fp32 whatever the maths is in.
 
@@ -148,7 +210,7 @@ class AdaptedLinear(nn.Module):
         self.base, self.parts, self.rank = base, parts, rank
         self.scale = settings.adapter_alpha / (root if settings.rslora else rank)
         self.dropout, self.number, self.chances = settings.dropout, number, None
-        self.enabled, self.activated = True, False
+        self.enabled, self.activated, self.casts = True, False, None
         bound = math.prod(inner) ** -0.5  # kaiming uniform with a = sqrt(5)
         down = torch.empty(parts * rank, *inner).uniform_(-bound, bound, generator=generator)
         self.lora_down = nn.Parameter(down.to(device))
@@ -162,9 +224,16 @@ class AdaptedLinear(nn.Module):
         if not self.enabled:
             return self.base(_activate(x, self.activated))
         if self.dora_scale is None and not (self.dropout and self.training):
-            down, up = self.lora_down.to(x.dtype), self.lora_up.to(x.dtype)
+            down, up = self.factors(x.dtype)
             return _AdaptedLinear.apply(x, down, up, self.base, self.scale, self.parts, self.activated)
         return self._adapt(_activate(x, self.activated))
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """lora_down and lora_up in a dtype: those that are cast for the forward pass, if they are."""
+        held = self.casts.held.get(self) if self.casts is not None and self.casts.held is not None else None
+        if held is not None and held[0].dtype == dtype:
+            return held
+        return self.lora_down.to(dtype), self.lora_up.to(dtype)
 
     def _adapt(self, x):
         """The layer with its adapter by autograd, dropout and DoRA included."""
@@ -181,9 +250,9 @@ class AdaptedLinear(nn.Module):
 
     def _change(self, x):
         """What the adapter adds to the output, without the scale."""
-        reduced = F.linear(x, self.lora_down.to(x.dtype)).chunk(self.parts, -1)
-        up = self.lora_up.to(x.dtype).chunk(self.parts)
-        return torch.cat([F.linear(low, part) for low, part in zip(reduced, up, strict=True)], -1)
+        down, up = self.factors(x.dtype)
+        reduced = F.linear(x, down).chunk(self.parts, -1)
+        return torch.cat([F.linear(low, part) for low, part in zip(reduced, up.chunk(self.parts), strict=True)], -1)
 
     def _drop(self, x):
         return self.chances.drop(x, self.dropout, self.number) if self.chances else F.dropout(x, self.dropout)
@@ -215,9 +284,8 @@ class AdaptedConv(AdaptedLinear):
         return self._adapt(x) if self.enabled else self.base(x)
 
     def _change(self, x):
-        base = self.base
-        reduced = F.conv2d(x, self.lora_down.to(x.dtype), None, base.stride, base.padding, base.dilation)
-        return F.conv2d(reduced, self.lora_up.to(x.dtype))
+        base, (down, up) = self.base, self.factors(x.dtype)
+        return F.conv2d(F.conv2d(x, down, None, base.stride, base.padding, base.dilation), up)
 
     def _drop(self, x):
         return super()._drop(x.flatten(1, 2)).view_as(x)  # each picture as (rows, columns)
@@ -236,7 +304,7 @@ class AdaptedMlp(nn.Module):
         return self.fc2(self.fc1(x))
 
 
-def add_adapters(model: nn.Module, settings: TrainingSettings) -> dict[str, AdaptedLinear]:
+def add_adapters(model: PixArt, settings: TrainingSettings) -> dict[str, AdaptedLinear]:
     """Put an adapter on every linear layer whose name in the original layout matches; returns them by name.
 
     A custom pattern may match the patch embedding's convolution, too, `x_embedder.proj`.
@@ -252,7 +320,7 @@ def add_adapters(model: nn.Module, settings: TrainingSettings) -> dict[str, Adap
             f"No layer for the LoRA: got pattern {shorten(settings.pattern)}, expected one that matches whole names of "
             f"layers such as {list_names(known[:1] + known[-1:])}. Correct the target pattern, or choose a preset."
         )
-    adapters = {}
+    adapters: dict[str, AdaptedLinear] = {}
     for number, name in enumerate(chosen):
         parent, _, attribute = name.rpartition(".")
         kind = AdaptedConv if isinstance(named[name], nn.Conv2d) else AdaptedLinear
@@ -263,6 +331,11 @@ def add_adapters(model: nn.Module, settings: TrainingSettings) -> dict[str, Adap
         if isinstance(module, Mlp) and isinstance(module.fc2, AdaptedLinear):
             parent, _, attribute = name.rpartition(".")
             setattr(named[parent], attribute, AdaptedMlp(module))
+    casts = Casts(list(adapters.values()))
+    for adapter in casts.adapters:
+        adapter.casts = casts
+    model.register_forward_pre_hook(casts.begin)
+    model.register_forward_hook(casts.end, always_call=True)
     return adapters
 
 

@@ -1,11 +1,9 @@
 """From a PixArt and settings to the objective: what is frozen, what is added, what is trained."""
 
 from copy import deepcopy
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..controlnet import PixArtControlNet
 from ..quoting import shorten
@@ -22,6 +20,7 @@ from .objectives import (
     Objective,
     PreservingPrediction,
 )
+from .recomputing import recompute_block, recompute_cheap
 from .settings import TrainingSettings
 
 
@@ -40,9 +39,10 @@ def make_objective(
             "with learned sigma. Turn train_variance off."
         )
     made = _MAKERS[settings.kind](model.to(device), settings, dtype, null_caption)
-    if settings.checkpointing:
+    recompute = _RECOMPUTING[settings.checkpointing]
+    if recompute is not None:
         for block in _trained_blocks(made):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            recompute(block)
     return made
 
 
@@ -118,6 +118,9 @@ _MAKERS = {
     "dmd": _dmd,
     "dmd_lora": _dmd_lora,
 }
+
+
+_RECOMPUTING = {"off": None, "selective": recompute_cheap, "on": recompute_block}
 
 
 def _check_base_dtype(settings):

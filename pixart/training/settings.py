@@ -31,6 +31,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "lion", "adafactor", "sch
 SCHEDULES = ("constant", "cosine", "linear")
 DTYPES = tuple(saving.DTYPES)
 BASE_DTYPES = ("same", "fp8")
+CHECKPOINTING = ("off", "selective", "on")
 # Which linear layers an adapter sits on, as patterns of their names in the original layout.
 TARGETS = {
     "attention": r"blocks\.\d+\.(attn|cross_attn)\.\w+",
@@ -51,7 +52,8 @@ class TrainingSettings:
     schedule: of SCHEDULES, after `warmup_steps` of linear warm-up; floor: its last factor.
     dtype: of the maths; what is trained is always kept in fp32. base_dtype: "fp8" keeps frozen layers in 8 bits.
     save_dtype: of the file that is written at the end.
-    checkpointing: recompute each block in the backward pass, for less memory. ema_decay: 0 is off.
+    checkpointing: of CHECKPOINTING: whether the backward pass computes each block again, or what is cheap in it, for
+    less memory; True and False are "on" and "off". ema_decay: 0 is off.
     targets: of TARGETS; target_pattern: regular expression over layer names for "custom". alpha 0 means rank.
     loss: of LOSSES; huber_c: where it turns linear. train_variance: also the bound of the learned variance.
     control_blocks: of a ControlNet, at most one fewer than the model has.
@@ -88,7 +90,7 @@ class TrainingSettings:
     lora_plus: float = 1.0
     dtype: str = "fp32"
     base_dtype: str = "same"
-    checkpointing: bool = False
+    checkpointing: str = "off"
     ema_decay: float = 0.0
     targets: str = "attention"
     target_pattern: str = ""
@@ -137,6 +139,8 @@ class TrainingSettings:
 
     def __post_init__(self):
         object.__setattr__(self, "timestep_weights", _points(self.timestep_weights))
+        if isinstance(self.checkpointing, bool):  # also what YAML makes of on and off
+            object.__setattr__(self, "checkpointing", "on" if self.checkpointing else "off")
         for field in fields(self):
             object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.default))
         _check_choices(self)
@@ -208,6 +212,7 @@ _CHOICES = {
     "dtype": DTYPES,
     "base_dtype": BASE_DTYPES,
     "save_dtype": DTYPES,
+    "checkpointing": CHECKPOINTING,
     "targets": tuple(TARGETS),
     "loss": LOSSES,
     "prior_target": PRIOR_TARGETS,
