@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ..pixart.checkpoint import expected_shapes
 from ..pixart.config import CONFIGS, LATENT_DOWNSCALE
-from ..pixart.training.settings import CHECKPOINTING
 from ..pixart.transformer import PixArt
 from .counting import DEVICE, Counter, Counts, fake
 from .host import import_host
@@ -30,7 +29,6 @@ LENGTHS = 120, 20  # of the prompt and of its negative
 SIDES_PX = 256, 512, 1024, 2048
 WIDE = torch.bfloat16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
-TRAINING_BATCH = 4
 MIB, GB = 2**20, 1e9
 
 logger = logging.getLogger(__name__)
@@ -218,6 +216,8 @@ def count_whole(program, config, dtype, side_px, batch=1) -> Counts:
 
 def main(arguments):
     """Count, and write results/count.json and .md."""
+    from .count_training import describe_training
+
     parser = argparse.ArgumentParser(prog="benchmarks count", description=__doc__)
     parser.add_argument("--variant", choices=CONFIGS, default="alpha-1024")
     parser.add_argument("--sides-px", type=int, nargs="*", default=SIDES_PX)
@@ -238,22 +238,8 @@ def main(arguments):
                 logger.info("%s %s px, %s: %s", name, side, program, counts or "fails")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "count.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (options.out / "count.md").write_text(describe(options.variant, found) + describe_training(), encoding="utf-8")
-
-
-def describe_training():
-    """The training step as Markdown."""
-    from .count_training import VARIANT, count_training_whole
-
-    rows = []
-    for targets in ("attention", "blocks"):
-        for mode in CHECKPOINTING:
-            counts = count_training_whole(CONFIGS[VARIANT], TRAINING_BATCH, targets=targets, checkpointing=mode)
-            touched, peak = f"{counts.bytes / GB:.1f} GB", f"{counts.peak / GB:.2f} GB"
-            rows.append([targets, mode, counts.kernels, touched, counts.casts, peak])
-    head = ["layers", "checkpointing", "kernels", "memory touched", "casts", "activations"]
-    text = f"\nA LoRA's step, {VARIANT}, batch {TRAINING_BATCH}, bf16: forward and backward.\n\n"
-    return text + markdown_table(head, rows)
+    text = describe(options.variant, found) + describe_training()
+    (options.out / "count.md").write_text(text, encoding="utf-8")
 
 
 def describe(variant, found):

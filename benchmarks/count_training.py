@@ -5,12 +5,13 @@ import dataclasses
 import torch
 
 from ..pixart.checkpoint import expected_shapes
-from ..pixart.config import PixArtConfig
-from ..pixart.training.settings import TrainingSettings
+from ..pixart.config import CONFIGS, PixArtConfig
+from ..pixart.training.settings import CHECKPOINTING, TrainingSettings
 from .counting import Counter, Counts
+from .report import markdown_table
 from .train import RANK, Ours, make_batch
 
-VARIANT = "alpha-512"
+VARIANT, BATCH = "alpha-512", 4
 CAPTION_TOKENS = 20  # as in `train`
 DEVICE = "meta"  # where a backward pass runs without a GPU
 
@@ -39,3 +40,16 @@ def count_training_whole(config: PixArtConfig, batch_size: int, **settings) -> C
     """As `count_training`, from models of two and of three blocks: every block adds the same."""
     few, more = (count_training(dataclasses.replace(config, depth=depth), batch_size, **settings) for depth in (2, 3))
     return Counts(*(low + (config.depth - 2) * (high - low) for low, high in zip(few, more, strict=True)))
+
+
+def describe_training():
+    """The training step as Markdown."""
+    rows = []
+    for targets in ("attention", "blocks"):
+        for mode in CHECKPOINTING:
+            counts = count_training_whole(CONFIGS[VARIANT], BATCH, targets=targets, checkpointing=mode)
+            touched, peak = f"{counts.bytes / 1e9:.1f} GB", f"{counts.peak / 1e9:.2f} GB"
+            rows.append([targets, mode, counts.kernels, touched, counts.casts, peak])
+    head = ["layers", "checkpointing", "kernels", "memory touched", "casts", "activations"]
+    text = f"\nA LoRA's step, {VARIANT}, batch {BATCH}, bf16: forward and backward.\n\n"
+    return text + markdown_table(head, rows)
