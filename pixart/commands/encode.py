@@ -14,6 +14,7 @@ from ..data.features import open_features
 from ..data.identity import digest, fingerprint
 from ..data.original_features import write_original_features
 from ..data.storage.index import MANIFEST
+from ..data.storage.table import RecordTable
 from ..data.streams.writing import write_stream
 from ..encoders.autoencoder import load_autoencoder
 from ..encoders.edges import canny_edges, soft_edges
@@ -170,15 +171,15 @@ def _share(text: str) -> tuple[int, int]:
     return share
 
 
-def _own_share(found: list[records.Record], share: tuple[int, int] | None, first: int = 0) -> list[records.Record]:
+def _own_share(found: RecordTable, share: tuple[int, int] | None, first: int = 0) -> RecordTable:
     """Every Nth record, numbered as in the whole source."""
     if share is None:
         return found
     numbers = range(share[0] - 1, len(found), share[1])
-    return [replace(found[number], number=first + number) for number in numbers]
+    return RecordTable(replace(found[number], number=first + number) for number in numbers)
 
 
-def _check(found: list[records.Record], options: argparse.Namespace, **checks) -> records.Dataset:
+def _check(found: RecordTable, options: argparse.Namespace, **checks) -> records.Dataset:
     with _Bar("checking") as bar:
         return records.check_records(
             found, smallest_px=options.smallest, policy=options.problems, progress=bar, **checks

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-_DIGEST_BYTES = 20
+DIGEST_BYTES = 20
 _SAMPLES = 256  # numbers read of each tensor: enough that any training or merge of it shows
 
 
@@ -13,7 +13,7 @@ class Digest:
     """A content hash of texts and bytes that come one by one; it depends on where one ends and the next begins."""
 
     def __init__(self):
-        self._state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        self._state = hashlib.blake2b(digest_size=DIGEST_BYTES)
 
     def add(self, part: bytes | str) -> None:
         """Take in one more."""

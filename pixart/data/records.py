@@ -1,46 +1,25 @@
 """A dataset before it is encoded: its pictures, captions and control pictures, and the table of what is wrong."""
 
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from ..files.names import is_blank
 from ..quoting import shorten
-from .identity import digest
-from .pictures import Picture, decode_picture, measure_picture
-from .variety.views import ViewVariety
+from .identity import DIGEST_BYTES, digest
+from .pictures import decode_picture, has_alpha, measure_picture
+from .storage.table import Record, RecordTable
+from .variety.masks import AlphaPicture
 
 EXTREME_RATIO = 4.5  # PixArt's bins end at 4; PixArt-Sigma's own training left out what is wider than this
 POLICIES = ("skip", "error")
 _SHOWN_ROWS = 40
 _READERS = 4
-
-
-@dataclass(frozen=True)
-class Record:
-    """A picture and its caption. name: what tables and errors call it. caption: None when there is none.
-
-    problem: what the source could not make out, such as a file that is missing. is_prior: see examples.Example.
-    number: in the whole source, where this is a share of it. mask: a grey picture of what is to be learned, or None.
-    others: further captions that the source has. captions: all that are to be encoded, where that is not the one.
-    views: in how many views the picture is to be encoded, None for the plain one. repeats: how often it is shown in an
-    epoch. weight: of its loss.
-    """
-
-    name: str
-    picture: Picture | None
-    caption: str | None
-    control: Picture | None = None
-    is_prior: bool = False
-    problem: str | None = None
-    number: int | None = None
-    mask: Picture | None = None
-    others: tuple[str, ...] = ()
-    captions: tuple[str, ...] = ()
-    views: ViewVariety | None = None
-    repeats: float = 1.0
-    weight: float = 1.0
+_READ_AHEAD = 256
 
 
 @dataclass(frozen=True)
@@ -57,22 +36,47 @@ class Finding:
 class Dataset:
     """Records that passed the check, and the table of it."""
 
-    records: tuple[Record, ...]
+    records: Sequence[Record]
     report: str
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __add__(self, other: "Dataset") -> "Dataset":
-        return Dataset(self.records + other.records, f"{self.report}\n\n{other.report}")
+        return Dataset(RecordTable(self.records) + other.records, f"{self.report}\n\n{other.report}")
+
+
+class _Sights:
+    """What reading each picture gave: its content's digest, its size and whether it has alpha, or the error."""
+
+    def __init__(self):
+        self._digests, self._sizes, self.has_alpha = bytearray(), array("i"), bytearray()
+        self.errors: dict[int, str] = {}
+
+    def add(self, seen: "_Seen") -> None:
+        if seen.error is not None:
+            self.errors[len(self)] = seen.error
+        self._digests += bytes.fromhex(seen.digest) if seen.digest else bytes(DIGEST_BYTES)
+        self.has_alpha.append(seen.has_alpha)
+        self._sizes.extend(seen.size_px)
+
+    def __len__(self) -> int:
+        return len(self.has_alpha)
+
+    def size_px(self, number: int) -> tuple[int, int]:
+        return self._sizes[2 * number], self._sizes[2 * number + 1]
+
+    def contents(self) -> np.ndarray:
+        """(N,) a number for each different content."""
+        codes = np.frombuffer(bytes(self._digests), f"V{DIGEST_BYTES}")
+        return np.unique(codes, return_inverse=True)[1].reshape(-1)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What reading a record's picture gave: its content's digest and size, or the error."""
-
     digest: str = ""
     size_px: tuple[int, int] = (0, 0)
+    has_alpha: bool = False
     error: str | None = None
 
 
@@ -103,16 +107,9 @@ def check_records(
         )
     if not records:
         raise ValueError("Empty dataset: got no pictures, expected at least one. Choose a folder or file with some.")
-    records = [_settle(record, fallback_caption, is_prior) for record in records]
-    seen = _read_all(records, progress)
-    findings: list[Finding] = []
-    kept, contents = [], {}
-    for record, sight in zip(records, seen, strict=True):
-        found = _judge(record, sight, smallest_px, contents)
-        findings += found
-        if not any(finding.fatal for finding in found):
-            kept.append(record)
-            contents.setdefault(sight.digest, record)
+    records = RecordTable(_settle(record, fallback_caption, is_prior) for record in records)
+    sights = _read_all(records, progress)
+    kept, findings = _sort_out(records, sights, smallest_px)
     if any(record.control for record in kept):
         findings += [
             Finding("no control", record.name, "needed to train a ControlNet", False)
@@ -127,7 +124,7 @@ def check_records(
             f"No usable picture: got {len(records)} entries, expected at least one with a readable picture and a "
             f"caption. Mend what the table names.\n{report}"
         )
-    return Dataset(tuple(kept), report)
+    return Dataset(kept, report)
 
 
 def _settle(record: Record, fallback_caption: str, is_prior: bool) -> Record:
@@ -143,16 +140,17 @@ def _mend_text(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_all(records: Sequence[Record], progress: Callable | None) -> list[_Seen]:
-    pool, seen = ThreadPoolExecutor(_READERS), []
+def _read_all(records: Sequence[Record], progress: Callable | None) -> _Sights:
+    pool, sights = ThreadPoolExecutor(_READERS), _Sights()
     try:
-        for sight in pool.map(_read, records):
-            seen.append(sight)
-            if progress is not None:
-                progress(len(seen), len(records), None)
+        for start in range(0, len(records), _READ_AHEAD):  # since what is asked of a pool waits in its memory
+            for seen in pool.map(_read, records[start : start + _READ_AHEAD]):
+                sights.add(seen)
+                if progress is not None:
+                    progress(len(sights), len(records), None)
     finally:
         pool.shutdown(cancel_futures=True)
-    return seen
+    return sights
 
 
 def _read(record: Record) -> _Seen:
@@ -162,7 +160,7 @@ def _read(record: Record) -> _Seen:
     whose = ""
     try:
         content = record.picture.content()
-        decode_picture(record.picture, content)
+        is_see_through = has_alpha(decode_picture(record.picture, content))
         size_px = measure_picture(record.picture, content)
         for name, other in (("control picture: ", record.control), ("mask: ", record.mask)):
             whose = name
@@ -170,10 +168,30 @@ def _read(record: Record) -> _Seen:
                 decode_picture(other, other.content())
     except (OSError, ValueError) as error:
         return _Seen(error=f"{whose}{error}")
-    return _Seen(digest(content), size_px)
+    return _Seen(digest(content), size_px, is_see_through)
 
 
-def _judge(record: Record, sight: _Seen, smallest_px: int, contents: dict[str, Record]) -> list[Finding]:
+def _sort_out(records: RecordTable, sights: _Sights, smallest_px: int) -> tuple[RecordTable, list[Finding]]:
+    """(the records that can be trained with, what was found)."""
+    kept, findings, contents = RecordTable(), [], sights.contents()
+    firsts = np.full(int(contents.max()) + 1, -1, np.int64)  # of each content the first record that is kept
+    for number, record in enumerate(records):
+        twin = int(firsts[contents[number]])
+        twin = records[twin] if twin >= 0 else None
+        found = _judge(record, sights.errors.get(number), sights.size_px(number), smallest_px, twin)
+        findings += found
+        if any(finding.fatal for finding in found):
+            continue
+        if isinstance(record.mask, AlphaPicture) and not sights.has_alpha[number]:
+            record = replace(record, mask=None)
+        kept.add(record)
+        if twin is None:
+            firsts[contents[number]] = number
+    return kept, findings
+
+
+def _judge(record: Record, error: str | None, size_px, smallest_px: int, twin: Record | None) -> list[Finding]:
+    """What is wrong with a record. twin: another one with the same picture, or None."""
     found = []
 
     def add(kind: str, detail: str, fatal: bool = True) -> None:
@@ -181,15 +199,14 @@ def _judge(record: Record, sight: _Seen, smallest_px: int, contents: dict[str, R
 
     if record.caption is None:
         add("no caption", "add a .txt file or a caption in the table")
-    if sight.error:
-        add("unreadable", sight.error)
+    if error:
+        add("unreadable", error)
         return found
-    height, width = sight.size_px
+    height, width = size_px
     if min(height, width) < smallest_px:
         add("too small", f"{width} x {height} px, expected at least {smallest_px} on the shorter side")
     if max(height, width) > EXTREME_RATIO * min(height, width):
         add("too narrow", f"{width} x {height} px, expected sides of at most 1 to {EXTREME_RATIO:g}")
-    twin = contents.get(sight.digest)
     if twin is not None:
         same = twin.caption == record.caption
         detail = f"the same picture as {twin.name}" + ("" if same else ", with another caption: kept")

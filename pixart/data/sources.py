@@ -18,6 +18,7 @@ from .archives import Sample, is_picture, read_samples, tar_files
 from .hugging_face import is_picture_column, open_rows, parquet_files
 from .pictures import PICTURE_SUFFIXES, FilePicture, RowPicture
 from .records import Record, wrong_table
+from .storage.table import RecordTable
 from .variety.masks import ALPHA, FILES, MASKS, NONE, AlphaPicture
 from .variety.records import with_mask_files, with_named_repeats
 
@@ -54,7 +55,7 @@ def read_dataset(
     named_repeats: bool = False,
     masks: str = NONE,
     mask_folder: str | os.PathLike | None = None,
-) -> list[Record]:
+) -> RecordTable:
     """The records of a dataset; kind: one of KINDS. Pictures are named, not read.
 
     control_folder: holds control pictures under the names of the pictures, with any picture suffix.
@@ -86,16 +87,16 @@ def read_dataset(
     kind = detect_kind(path) if kind == AUTO else kind
     place = _Place(path if path.is_dir() else path.parent, confined, shows_cells)
     control = None if control_folder is None else _Stems(Path(control_folder))
-    records = list(_READERS[kind](path, place, columns or Columns(), control))
+    records = RecordTable(_READERS[kind](path, place, columns or Columns(), control))
     if mask_folder is not None:
         stems = _Stems(Path(mask_folder), "Mask folder")
-        records = list(with_mask_files(records, place.problem_of, lambda path: stems.find_of(path, place.root)))
+        records = RecordTable(with_mask_files(records, place.problem_of, lambda path: stems.find_of(path, place.root)))
     elif masks == FILES:
-        records = list(with_mask_files(records, place.problem_of))
+        records = RecordTable(with_mask_files(records, place.problem_of))
     elif masks == ALPHA:
-        records = [replace(each, mask=each.picture and AlphaPicture(each.picture)) for each in records]
+        records = RecordTable(replace(each, mask=each.picture and AlphaPicture(each.picture)) for each in records)
     if named_repeats:
-        records = [with_named_repeats(each, path) for each in records]
+        records = RecordTable(with_named_repeats(each, path) for each in records)
     if not records:
         raise ValueError(
             f"Empty dataset: got no pictures in {shorten(str(path), 300)}, expected {_EXPECTED[kind]}. Put some there, "

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,11 @@ import torch
 
 from pixart_pack.pixart.data.buckets import Bins, BucketSampler
 from pixart_pack.pixart.data.features import open_features, write_list
+from pixart_pack.pixart.data.pictures import ArchivePicture, FilePicture, RowPicture, TensorPicture
 from pixart_pack.pixart.data.storage.index import open_index, write_index
+from pixart_pack.pixart.data.storage.table import Record, RecordTable
+from pixart_pack.pixart.data.variety.masks import AlphaPicture
+from pixart_pack.pixart.data.variety.views import ViewVariety
 
 PUBLISHED = Path(__file__).parents[1] / "published" / "encoded"  # by the first version, whose list held its rows
 IDENTITY = "76ce7f24c8927e6df7d43c7244242b10f2032f81"
@@ -143,3 +148,30 @@ def test_a_list_names_nothing_but_an_index_beside_it(tmp_path, name):
     (tmp_path / "features.json").write_text(json.dumps({"version": 1, "settings": {}, "index": name, "identity": "x"}))
     with pytest.raises(ValueError, match="Not an encoded dataset: got 'features.json'"):
         open_features(tmp_path)
+
+
+def test_a_table_of_records_gives_back_what_it_was_given(tmp_path):
+    rows, other = object(), object()
+    files = [FilePicture(tmp_path / f"{name}.png") for name in ("a", "b\udce9", "c")]
+    kinds = [
+        *files,
+        ArchivePicture(tmp_path / "x.tar", 512, 2**33),
+        RowPicture(rows, 3, "image", tmp_path),
+        RowPicture(other, 3, "image", tmp_path, True),
+        AlphaPicture(files[0]),
+        TensorPicture(torch.ones(2, 2, 3)),
+        None,
+    ]
+    records = [Record("", kinds[-1], None), *(Record(f"{place}", each, "a \ud83d") for place, each in enumerate(kinds))]
+    records += [Record("m", files[0], "", mask=each, control=files[1]) for each in kinds[::-1]]
+    fields = {"others": ("x", ""), "captions": ("y",), "views": ViewVariety(2), "repeats": 1.5, "weight": 0.25}
+    records.append(Record("all", files[2], "c", problem="none", number=7, is_prior=True, **fields))
+    table = RecordTable(records)
+    assert list(table) == records and table[-1] == records[-1] and table[2:4] == records[2:4] and len(table) == 20
+    assert table + records[:1] == [*records, records[0]] and table != records[1:]
+    assert table[5].picture.rows is rows and table[6].picture.rows is other
+    with pytest.raises(IndexError):
+        table[20]
+    paths = [Path(f"/data/{number}.png") for number in range(2000)]
+    many = RecordTable(Record(path.name, FilePicture(path), "x" * 50) for path in paths)
+    assert sys.getsizeof(pickle.dumps(many)) < 2000 * 250

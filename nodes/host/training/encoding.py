@@ -12,6 +12,7 @@ from ....pixart.data.features import CachedFeatures
 from ....pixart.data.identity import digest, fingerprint
 from ....pixart.data.records import Dataset
 from ....pixart.data.storage.index import MANIFEST
+from ....pixart.data.storage.table import RecordTable
 from ....pixart.quoting import shorten
 from ..denoiser.latent import CHANNELS
 from ..edges import AUTO, METHODS, make_edges
@@ -73,7 +74,7 @@ def encode_dataset(
         )
     make_hint = _edge_maker(control, hed_model)
     if control != CONTROL_FILES:
-        dataset = replace(dataset, records=tuple(replace(record, control=None) for record in dataset.records))
+        dataset = replace(dataset, records=RecordTable(replace(each, control=None) for each in dataset.records))
     place = output_folder(name.strip(), own_output(CACHE_FOLDER))
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # captions lie in it
     encoder = DatasetEncoder(

@@ -1,12 +1,13 @@
 """How often records are shown, and in which variants: what a dataset is told between its check and its encoding."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...quoting import shorten
 from ..pictures import PICTURE_SUFFIXES, FilePicture
 from ..records import Dataset, Record
+from ..storage.table import RecordTable
 from .captions import CaptionVariety
 from .masks import is_label, label_of
 from .shares import check_repeats, named_folder, repeats_of_shares
@@ -31,7 +32,7 @@ class Variety:
 
 def vary(dataset: Dataset, variety: Variety) -> Dataset:
     """The dataset with a variety, and a line for each part of it in its report."""
-    records = tuple(_vary(record, variety) for record in dataset.records)
+    records = RecordTable(_vary(record, variety) for record in dataset.records)
     return Dataset(records, "\n".join([dataset.report, *_describe(records, variety)]))
 
 
@@ -90,7 +91,7 @@ def _vary(record: Record, variety: Variety) -> Record:
     )
 
 
-def _describe(records: tuple[Record, ...], variety: Variety) -> list[str]:
+def _describe(records: Sequence[Record], variety: Variety) -> list[str]:
     count, lines = len(records), []
     if variety.captions is not None:
         total = sum(map(lambda record: len(record.captions), records))
@@ -119,6 +120,6 @@ def join(first: Dataset, second: Dataset, share: float = 0.0) -> Dataset:
     counts = [sum(record.repeats for record in each.records) for each in (first, second)]
     factors = repeats_of_shares(counts, [1.0, share])
     parts = (vary(each, Variety(repeats=factor)) for each, factor in zip((first, second), factors, strict=True))
-    records = tuple(record for part in parts for record in part.records)
+    records = RecordTable(record for part in parts for record in part.records)
     told = f"shares: 1 to {share:g}, by repeats of {factors[0]:.3g} and {factors[1]:.3g}"
     return Dataset(records, "\n\n".join((first.report, second.report, told)))
