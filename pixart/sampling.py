@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -59,6 +60,17 @@ def whole(mask: torch.Tensor) -> bool:
     return mask.device.type != "meta" and bool(mask.all())
 
 
+class Partners(Protocol):
+    """Two that compute one picture: the first (place 0) what a prompt predicts, the second (1) what its negative does.
+
+    gather: this one's tensor -> both ones', in the order of their places, the same bits for both.
+    """
+
+    place: int
+
+    def gather(self, part: torch.Tensor) -> list[torch.Tensor]: ...
+
+
 class GuidedModel:
     """PixArt as a solver calls it: (x, sigma) -> the denoised latent, guided by a positive and a negative caption."""
 
@@ -71,15 +83,20 @@ class GuidedModel:
         guided_channels=None,
         keep=False,
         reuse=None,
+        partners: Partners | None = None,
     ):
         """guided_channels: how many channels the guidance moves; None for all.
 
         keep: project the captions once, for a PixArt whose weights stay as they are. reuse: a KeptGuidance of
         `acceleration`, or None to compute both captions at every step.
+        partners: with guidance, who else computes this picture; then without reuse.
         """
         self.model, self.guidance, self.guided_channels, self.reuse = model, guidance, guided_channels, reuse
         self.is_guided = not 0 <= guidance <= 1
         captions = [positive, negative] if self.is_guided else [positive]
+        self.partners = partners if self.is_guided else None
+        if self.partners is not None:
+            captions = captions[self.partners.place :][:1]
         rows = [state for each in captions for state in each.states]
         masks = [mask for each in captions for mask in each.mask]
         longest = max(len(row) for row in rows)
@@ -99,7 +116,10 @@ class GuidedModel:
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
         level, channels = sigma[0], x.shape[1]
         difference = self.reuse.recall("negative", float(level)) if self.is_guided and self.reuse else None
-        positive, *negative = self._predict(x, level, 2 if self.is_guided and difference is None else 1)
+        if self.partners is None:
+            positive, *negative = self._predict(x, level, 2 if self.is_guided and difference is None else 1)
+        else:
+            positive, *negative = self.partners.gather(self._predict(x, level, 1)[0])
         self.variance_channels = positive[:, channels:] if positive.shape[1] > channels else None
         denoised = x - level * positive[:, :channels]
         if not self.is_guided:
@@ -143,12 +163,14 @@ def sample_latents(
     on_step: Callable[[dict], None] | None = None,
     keep: bool = False,
     reuse=None,
+    partners: Partners | None = None,
 ) -> torch.Tensor:
     """Latents (B, C, h, w), unscaled, from noise: what a KSampler with the same seed and settings gives.
 
     positive, negative: of one batch size. seeds: one for each picture, which decides its noise whatever the batch; 0
     comes after 2**64 - 1. on_step: a solver's callback. keep: see GuidedModel.
-    reuse: a GuidanceReuse of `acceleration`, or None. Raises ValueError for unknown settings.
+    reuse: a GuidanceReuse of `acceleration`, or None. partners: see GuidedModel.
+    Raises ValueError for unknown settings.
     """
     if settings.solver not in SAMPLERS:
         raise ValueError(
@@ -163,7 +185,7 @@ def sample_latents(
     x = (noise * ((1 + levels[0] ** 2).sqrt() if full else levels[0])).to(device)
     traits = traits_of(SAMPLERS[settings.solver])
     kept = None if reuse is None else reuse.begin(levels.tolist())
-    guided = GuidedModel(model, positive, negative, settings.guidance, traits.guided_channels, keep, kept)
+    guided = GuidedModel(model, positive, negative, settings.guidance, traits.guided_channels, keep, kept, partners)
     options = dict(settings.options)
     if traits.draws_noise:
         options["noise_sampler"] = SampleNoise(x, noise_seeds(noise))

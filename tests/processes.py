@@ -20,10 +20,17 @@ def accelerate(*more: str) -> tuple[str, ...]:
     return (*ACCELERATE.split(), "--main_process_port", "0", *(more or ("--multi_gpu",)))
 
 
-def start(module: str, *arguments, launcher: Sequence[str] = ALONE) -> subprocess.Popen:
-    """`python -m <module> <arguments>` in the pack's folder, with its output in pipes."""
-    command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+def start(module: str | Path, *arguments, launcher: Sequence[str] = ALONE) -> subprocess.Popen:
+    """`python -m <module> <arguments>`, or of a file's path that file, in the pack's folder; its output is in pipes."""
+    program = [str(module)] if isinstance(module, Path) else ["-m", module]
+    command = [sys.executable, *launcher, *program, *map(str, arguments)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 

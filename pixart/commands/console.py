@@ -35,7 +35,8 @@ def run_command(
     try:
         main(options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        rank, processes = process_rank()
+        sys.stderr.write(f"error: {f'rank {rank}: ' * (processes > 1)}{error}\n")
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -75,7 +76,9 @@ def add_weights(parser) -> None:
 
 
 def tell(name: str, remarks: Sequence[str]) -> None:
-    """Say on standard error what whoever reads the file `name` should know."""
+    """Say on standard error what whoever reads the file `name` should know; of several processes the first says it."""
+    if process_rank()[0]:
+        return
     for remark in remarks:
         sys.stderr.write(f"note: {name}: {remark}\n")
 
@@ -86,5 +89,15 @@ def process_rank() -> tuple[int, int]:
 
 
 def own_device(device: str) -> str:
-    """The device of this process: of several on one machine each has a GPU of its own."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    """The device of this process: of several on one machine each has a GPU of its own.
+
+    Raises ValueError where there are fewer GPUs.
+    """
+    if device != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    import torch
+
+    own, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if own >= count > 0:
+        raise ValueError(f"More processes than GPUs: got {own + 1} and {count}, expected a GPU each. Start {count}.")
+    return f"cuda:{own}"

@@ -12,11 +12,13 @@
 Prompt files: one prompt on each line (T2I-CompBench's too), COCO's captions, a JSON list of texts or of objects with
 `prompt`, or GenEval's metadata. Pictures come from a running ComfyUI with --workflow (in API format), or from this
 process with --model. Run it again to go on; pictures and scores that are there are not made again. Without ComfyUI,
---batch makes several at a time; a picture depends on its seed, whatever the batch. With `accelerate launch` (or RANK
-and WORLD_SIZE set) each process makes its share, and the one that finishes last scores.
+--batch makes several at a time; a picture depends on its seed, whatever the batch. With `torchrun` or `accelerate
+launch` each process makes its share, and the first one scores when all are there; with RANK and WORLD_SIZE alone, set
+by hand, the one that finishes last.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -35,9 +37,10 @@ from ..scores.geneval import read_metadata
 from ..scores.measures import INCEPTION, Scores, load_scorer, measure
 from ..scores.report import write_report
 from .compare import fill, make_cell, parse_target, read_workflow
-from .console import make_parser, own_device, process_rank
+from .console import make_parser, own_device
 from .sample import add_models, add_settings, load_pipeline, picture_size, read_reuse, read_settings, to_pictures
 from .server import ComfyServer
+from .team import Team
 
 SETTINGS = "settings.json"
 RARE = ("guidance_reuse", "lora", "weights")  # decide the pictures too, where they are not as usual
@@ -161,12 +164,24 @@ def check_settings(folder: Path, settings: dict, force: bool) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def make_pictures(tasks: Sequence[Task], make: Maker, batch_size: int, force: bool) -> None:
-    """Make the pictures that are not there; with force all."""
+def share_out(tasks: Sequence[Task], team: Team, batch_size: int, force: bool) -> list[Task]:
+    """This process's pictures of those that are not there; with force of all.
+
+    Whole batches, such as a single process would make, so that its pictures are the same to the bit.
+    """
+    missing = [force or not task.path.is_file() for task in tasks]
+    if team.is_connected or team.count == 1:
+        tasks = list(itertools.compress(tasks, team.agree(missing)))
+    # Processes that cannot ask one another start at any time, and have to share the same tasks.
+    batches = team.share([tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size)])
+    return [task for batch in batches for task in batch if force or not task.path.is_file()]
+
+
+def make_pictures(missing: Sequence[Task], make: Maker, batch_size: int, is_shown: bool) -> None:
+    """Make the pictures, batch by batch."""
     from tqdm import tqdm
 
-    missing = [task for task in tasks if force or not task.path.is_file()]
-    with tqdm(total=len(missing), unit="picture") as bar:
+    with tqdm(total=len(missing), unit="picture", disable=not is_shown) as bar:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             for task, picture in zip(batch, make(batch), strict=True):
@@ -202,32 +217,42 @@ def main(options: argparse.Namespace) -> None:
     if bool(options.workflow) == bool(options.model):
         raise ValueError("Which pictures: got both or none, expected one of --workflow and --model. Name one.")
     options.device = own_device(options.device)
+    with Team() as team:
+        evaluate(options, team)
+
+
+def evaluate(options: argparse.Namespace, team: Team) -> None:
+    """What the command does in each process of a team."""
+    scorer = team.leads or not team.is_connected  # what is missing for scores is said before the pictures are made
     scores = Scores(options.real, options.inception, options.clip, load_scorer(options.scorer), options.device)
     benchmark = read_benchmark(options)
     prompts = read_prompts(options.prompts, options.count)
     names = "geneval" if options.score == "geneval" else "compbench" if options.compbench else "numbers"
     tasks = plan(prompts, options.output, options.per_prompt, options.seed, names)
-    scores.check(len(tasks))
-    if benchmark:
-        benchmark.load()  # so that what is missing is said before the pictures are made
+    if scorer:
+        scores.check(len(tasks))
+        if benchmark:
+            benchmark.load()
     make, settings = (remote_maker if options.workflow else local_maker)(options)
     digest = sha256("\n".join(prompts).encode()).hexdigest()
     settings |= {"prompts": digest, "seed": options.seed, "per_prompt": options.per_prompt}
-    check_settings(options.output, settings, options.force)
-    if names == "geneval":
-        write_metadata(options.prompts, tasks)
-    rank, world_size = process_rank()
+    if scorer:
+        check_settings(options.output, settings, options.force)
+        if names == "geneval":
+            write_metadata(options.prompts, tasks)
     # Through a server one by one: each is kept as soon as it is made.
-    make_pictures(tasks[rank::world_size], make, 1 if options.workflow else options.batch, options.force)
+    batch_size = 1 if options.workflow else options.batch
+    make_pictures(share_out(tasks, team, batch_size, options.force), make, batch_size, team.leads)
+    team.wait()
     missing = sum(not task.path.is_file() for task in tasks)
     if missing:
         sys.stderr.write(f"{missing} pictures of other processes are not there yet; run it again to score.\n")
-        return
-    pictures = [(task.path, task.prompt) for task in tasks]
-    results = measure(scores, pictures) | (benchmark.measure(pictures, options.output) if benchmark else {})
-    notes = benchmark.notes(prompts) if benchmark else []
-    report = write_report(options.output, options.prompts.name, settings, pictures, results, notes)
-    sys.stdout.write(f"{report}\n")
+    elif scorer:
+        pictures = [(task.path, task.prompt) for task in tasks]
+        results = measure(scores, pictures) | (benchmark.measure(pictures, options.output) if benchmark else {})
+        notes = benchmark.notes(prompts) if benchmark else []
+        report = write_report(options.output, options.prompts.name, settings, pictures, results, notes)
+        sys.stdout.write(f"{report}\n")
 
 
 def parse() -> argparse.ArgumentParser:

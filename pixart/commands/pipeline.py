@@ -9,7 +9,7 @@ from ..encoders.autoencoder import Autoencoder
 from ..encoders.t5 import TextEncoder
 from ..reference.attention import Reference, ReferencedModel
 from ..reference.pictures import fit_reference
-from ..sampling import Captions, Settings, sample_latents
+from ..sampling import Captions, Partners, Settings, sample_latents
 from ..transformer import PixArt
 
 
@@ -50,13 +50,14 @@ class Pipeline:
         on_step: Callable[[dict], None] | None = None,
         reuse: GuidanceReuse | None = None,
         reference: Reference | None = None,
+        partners: Partners | None = None,
     ) -> torch.Tensor:
-        """One picture for each prompt, (B, H, W, 3) in [0, 1]. seeds, reuse: see sample_latents."""
+        """One picture for each prompt, (B, H, W, 3) in [0, 1]. seeds, reuse, partners: see sample_latents."""
         model = self.model if reference is None else ReferencedModel(self.model, reference)
         positive = self.encode(prompts)
         unguided = self.encode([negative] * len(prompts))
         size = height_px, width_px
-        latents = sample_latents(model, positive, unguided, *size, seeds, settings, on_step, True, reuse)
+        latents = sample_latents(model, positive, unguided, *size, seeds, settings, on_step, True, reuse, partners)
         with torch.no_grad():
             pictures = [self.autoencoder.decode(latent[None]) for latent in latents]  # one by one: the largest memory
         return ((torch.cat(pictures).float() + 1) / 2).clamp(0, 1).movedim(1, -1).cpu()

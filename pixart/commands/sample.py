@@ -4,9 +4,11 @@
         --vae sd-vae-ft-ema/ --prompt "a cactus with a happy face" --preset "alpha DPM-Solver++ 20"
     python -m pixart sample --model PixArt-Sigma-XL-2-1024-MS/ --prompts prompts.txt --output pictures/ --batch 4
     python -m pixart sample --model PixArt-Sigma-XL-2-1024-MS/ --prompt "a harbour" --reference painting.png
+    torchrun --nproc_per_node 8 -m pixart sample --model PixArt-Sigma-XL-2-1024-MS/ --prompts prompts.txt
 
 A diffusers folder brings its own text encoder and autoencoder. With the seed and settings of a KSampler in ComfyUI the
-pictures are the same to rounding.
+pictures are the same to rounding. Started by `torchrun` or `accelerate launch`, the processes share the prompts, and
+the pictures are those of one process; with --parallel guidance two processes make each picture.
 """
 
 import argparse
@@ -39,11 +41,13 @@ from ..transformer import PixArt
 from ..weights.folders import read_json
 from ..weights.reading import read_checkpoint
 from ..weights.saving import DTYPES
-from .console import AUTO, add_device, add_weights, make_parser, tell
+from .console import AUTO, add_device, add_weights, make_parser, own_device, tell
 from .pipeline import Pipeline
+from .team import Team
 
 REUSE_START = 0.1  # of the steps: before, the picture forms
 MOST_STRENGTH = 10.0  # of a reference
+PROMPTS, GUIDANCE = PARALLEL = ("prompts", "guidance")
 ENDS = {"official": None, "clean": True}  # for schedule_sigmas
 
 
@@ -203,6 +207,11 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="prompts at a time")
     parser.add_argument("--output", type=Path, default=Path("output"), help="the folder for the pictures")
     parser.add_argument("--force", action="store_true", help="overwrite pictures that are there")
+    parser.add_argument(
+        "--parallel", choices=PARALLEL, default=PROMPTS,
+        help="what several processes share: the prompts (default), or each picture between two, of which one computes "
+        "the prompt and one the negative",
+    )  # fmt: skip
     reference = parser.add_argument_group("reference")
     reference.add_argument("--reference", type=Path, help="a picture that the pictures are to resemble")
     reference.add_argument("--reference-strength", type=float, default=1.0, help="0 is off; default: 1")
@@ -299,30 +308,63 @@ def describe_all(options: argparse.Namespace, settings: Settings, negative: str)
     return entry, more
 
 
+def make_team(options: argparse.Namespace, settings: Settings) -> Team:
+    """The processes that share the work. Raises ValueError for two at a picture that has nothing for the second."""
+    if options.parallel == PROMPTS:
+        return Team()
+    if 0 <= settings.guidance <= 1 or options.guidance_reuse > 1:
+        raise ValueError(
+            f"Nothing to share: got guidance {settings.guidance:g} and --guidance-reuse {options.guidance_reuse} with "
+            f"--parallel guidance, expected a negative prompt at every step. Leave --parallel out."
+        )
+    return Team(2)
+
+
 def main(options: argparse.Namespace) -> None:
     """Writes one PNG for each prompt, its settings within."""
-    from tqdm import tqdm
-
     if options.batch < 1:
         raise ValueError(f"Batch size out of range: got {options.batch}, expected at least 1. Enter 1 or more.")
+    options.device = own_device(options.device)
     settings, reuse, prompts = read_settings(options), read_reuse(options), read_prompts(options)
     paths = [options.output / f"{number:05}_{file_words(prompt)}.png" for number, prompt in enumerate(prompts)]
     there = [path for path in paths if path.exists()]
     if there and not options.force:
         raise FileExistsError(f"Picture exists: got {there[0]}, expected a new file. Use --force, or another --output.")
+    with make_team(options, settings) as team:
+        team.wait()  # all have looked for pictures before the first is made
+        if team.rank < len(prompts):
+            make_pictures(options, settings, reuse, prompts, paths, team)
+
+
+def make_pictures(
+    options: argparse.Namespace,
+    settings: Settings,
+    reuse: GuidanceReuse | None,
+    prompts: list[str],
+    paths: list[Path],
+    team: Team,
+) -> None:
+    """Make this process's pictures: whole batches of all, so that each is the picture of a single process."""
+    from tqdm import tqdm
+
     pipeline = load_pipeline(options)
     reference = load_reference(options, pipeline)
     options.output.mkdir(parents=True, exist_ok=True)
     negative = clean_prompt(options.negative) if options.clean else options.negative
     entry, more = describe_all(options, settings, negative)
     base_px = min((256, 512, 1024, 2048), key=lambda side: abs(side - pipeline.model.config.base_px))
-    with tqdm(total=len(prompts) * settings.steps, unit="step") as bar:
-        for (height, width), batch in plan(prompts, options, base_px):
+    batches = team.share(list(plan(prompts, options, base_px)))
+    partners = team if options.parallel == GUIDANCE else None
+    total = sum(len(batch) for _, batch in batches) * settings.steps
+    with tqdm(total=total, unit="step", disable=not team.leads) as bar:
+        for (height, width), batch in batches:
             texts = [text for _, text in batch]
             seeds = [options.seed + number for number, _ in batch]
             on_step = partial(_advance, bar, len(texts))
-            given = texts, negative, height, width, seeds, settings, on_step, reuse, reference
+            given = texts, negative, height, width, seeds, settings, on_step, reuse, reference, partners
             pictures = pipeline.generate(*given)
+            if team.place > 0:
+                continue
             for (number, text), seed, picture in zip(batch, seeds, to_pictures(pictures), strict=True):
                 notes = PngInfo()
                 own = {"prompt": text, "seed": seed, "width": width, "height": height}

@@ -29,9 +29,9 @@ def run(prompts, output, *arguments):
     return run_command(evaluate.main, evaluate.parse(), command)
 
 
-def start(*arguments, launcher=processes.ALONE):
+def start(*arguments):
     """The command in a process of its own."""
-    return processes.start("pixart", "evaluate", *arguments, launcher=launcher)
+    return processes.start("pixart", "evaluate", *arguments)
 
 
 @pytest.fixture
@@ -70,23 +70,6 @@ def test_a_picture_is_told_by_its_seed_and_not_by_its_batch(prompts, tmp_path):
     for one, other in zip(alone, pictures_of(tmp_path / "out"), strict=True):
         # float32 in batches of other sizes: the last bits, and rounding to 255 levels
         assert np.abs(one - other).max() <= 1 and one.std() > 5
-
-
-@pytest.mark.slow
-def test_two_processes_of_accelerate_share_the_pictures_and_the_last_scores_them(prompts, tmp_path):
-    pytest.importorskip("accelerate")
-    options = [*LOCAL, "--size", "128x128", "--steps", "20", "--guidance", "4", "--count", "2"]
-    more = ["--output", tmp_path / "two", "--scorer", "demo.prompt_scorer:score"]
-    process = start(prompts, *options, *more, launcher=processes.accelerate())
-    said, error = processes.finish(process)
-    assert process.returncode == 0, error
-    assert str(tmp_path / "two" / "report.md") in said
-    means = json.loads((tmp_path / "two" / "scores.json").read_text())["means"]
-    assert means["background"] == means["colour"] == means["position"] == 1
-    assert "| colour | 1.0000 |" in (tmp_path / "two" / "report.md").read_text()
-    assert run(prompts, tmp_path / "one", *options) == 0
-    for one, two in zip(pictures_of(tmp_path / "one"), pictures_of(tmp_path / "two"), strict=True):
-        assert np.abs(one - two).max() <= 1
 
 
 def test_through_a_server_each_prompt_has_its_picture(host, tmp_path):

@@ -1,5 +1,7 @@
 """`python -m pixart sample`: the pictures that ComfyUI makes, without it."""
 
+import errno
+import json
 import os
 import subprocess
 import sys
@@ -7,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from pixart_pack.pixart.commands import sample
+from pixart_pack.pixart.commands import evaluate, sample
 from pixart_pack.pixart.commands.console import run_command
 from pixart_pack.pixart.solvers import PRESETS, SAMPLERS
 from pixart_pack.pixart.text import clean_prompt
+from pixart_pack.tests import processes
 from pixart_pack.tests.host.graph import Graph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,3 +223,58 @@ def test_a_reference_is_encoded_and_read(tmp_path, capsys):
     ):
         assert run(tmp_path / "wrong", *more, *wrong) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def one_thread():
+    """As many as each of the processes that torchrun starts has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+SHARED = {
+    # command, the options of both ways, those of two processes alone
+    "odd": ("sample", ["--batch", "2", "--seed", "3", "--clean"], []),
+    "alone": ("sample", ["--seed", "9"], []),
+    "guided": ("sample", ["--batch", "2", "--guidance", "3", "--negative", "a star"], ["--parallel", "guidance"]),
+    "scored": ("evaluate", ["--batch", "2", "--scorer", "demo.prompt_scorer:score"], []),
+}
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_pictures_of_one(tmp_path, one_thread, monkeypatch):
+    """One launch for all of it: five prompts in batches of two, one prompt for two processes, two at each picture,
+    an evaluation, and a process that fails while the other one waits for it."""
+    texts = [CAPTION, "a blue square", "a small green star in the center", "a red circle", "a blue circle"]
+    scored = tmp_path / "prompts.txt"
+    scored.write_text(f"{CAPTION}\na small blue square in the center on a white background\n{CAPTION}")
+    prompts = {"odd": texts, "alone": texts[:1], "guided": texts[:3], "fails": texts[:2]}
+
+    def command(name, kind, output, *more):
+        given = [part for text in prompts.get(name, ()) for part in ("--prompt", text)] or [str(scored)]
+        return [kind, *given, *arguments(output, "--size", "64x64", "--steps", "2", *more)]
+
+    (tmp_path / "fails" / "00001_a-blue-square.png").mkdir(parents=True)
+    listed = [command(name, kind, tmp_path / name, *both, *two) for name, (kind, both, two) in SHARED.items()]
+    listed.append(command("fails", "sample", tmp_path / "fails", "--force"))
+    (tmp_path / "commands.json").write_text(json.dumps(listed))
+    launched = processes.start(
+        Path(__file__).with_name("launched.py"), tmp_path / "commands.json", launcher=processes.accelerate()
+    )
+    said, failure = processes.finish(launched)
+    assert launched.returncode != 0 and f"error: rank 1: [Errno {errno.EISDIR}]" in failure, failure
+    assert said.count("report.md") == 1, failure
+    monkeypatch.syspath_prepend(ROOT)  # where the scorer is found in the pack's folder
+    for name, (kind, both, _) in SHARED.items():
+        module = {"sample": sample, "evaluate": evaluate}[kind]
+        assert run_command(module.main, module.parse(), command(name, kind, tmp_path / "one" / name, *both)[1:]) == 0
+        one, two = (sorted(folder.rglob("*.png")) for folder in (tmp_path / "one" / name, tmp_path / name))
+        assert [path.name for path in one] == [path.name for path in two] and one
+        for first, second in zip(one, two, strict=True):
+            assert Image.open(first).text == Image.open(second).text
+            # With a prompt and its negative apart, batches and captions have other sizes, which is float32 noise.
+            assert np.abs(pixels(first) - pixels(second)).max() <= (name == "guided"), first
+    for name in ("scores.json", "report.md", "settings.json"):
+        assert (tmp_path / "one" / "scored" / name).read_text() == (tmp_path / "scored" / name).read_text()
