@@ -1,5 +1,6 @@
 """PixArt's ControlNet as the host's CONTROL_NET: chained, scaled, scheduled and moved in memory like any other."""
 
+import threading
 import weakref
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from .loading import DTYPES, class_name, hints_of, make_model
 from .weights.packed import PackedOperations, is_packed
 from .weights.precision import choose_dtypes
 
+# Several devices of the host evaluate at once, each in a thread; the first evaluation encodes the image, for which
+# models are moved in memory. A control calls the one before it.
+_ENCODING = threading.RLock()
 FILE_KINDS, FOLDER_KINDS = ("controlnet",), ("controlnet", "diffusers")
 
 
@@ -122,9 +126,10 @@ class PixArtControl(comfy.controlnet.ControlNet):
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
         """The host's residuals; in a window of rows or columns, by that part of the image which lies under it."""
         window = transformer_options.get("context_window")
-        if window is not None and window.dim >= 2:
-            self._show_window(x_noisy, window)
-        return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
+        with _ENCODING:  # the residuals themselves are computed later, by the base
+            if window is not None and window.dim >= 2:
+                self._show_window(x_noisy, window)
+            return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
 
     def _show_window(self, x_noisy, window):
         before = getattr(window, "causal_anchor_index", None)  # a row or column in front, which the host cuts off again

@@ -405,6 +405,87 @@ def test_a_clone_for_another_device_has_weights_of_its_own(comfy, adapter, patch
     )
 
 
+@pytest.fixture(scope="module")
+def on_two_devices(pack, tmp_path_factory):
+    """A MODEL from a file, and a function that gives one a copy on a second device as MultiGPU CFG Split does.
+
+    PyTorch takes any number of CPUs for different devices, and computes on the one that there is.
+    """
+    multigpu = importlib.import_module("comfy.multigpu")
+    path = tmp_path_factory.mktemp("two") / "pixart.safetensors"
+    save_file(make_weights(CONFIG), path)
+    model = importlib.import_module("pixart_pack.nodes.host.loading").load_patcher(path, dtype="fp32")
+
+    def split(model):
+        model = model.clone()
+        copy = model.deepclone_multigpu(new_load_device=torch.device("cpu", 1))
+        copy.is_multigpu_base_clone = True
+        model.set_additional_models("multigpu", [copy])
+        model.match_multigpu_clones()
+        multigpu.GPUOptionsGroup().register(model)
+        assert model.get_additional_models_with_key("multigpu")[0].model is not model.model
+        return model
+
+    return model, split
+
+
+@pytest.fixture(scope="module")
+def with_all_dials(pack):
+    acceleration = importlib.import_module("pixart_pack.nodes.host.denoiser.acceleration")
+
+    def turn(model):
+        # Reused wherever it may be: below that a cache decides for the prompts that are evaluated together.
+        model = acceleration.cache_blocks(model, 1e9, 1, 0, 0.0, 1.0, 2)
+        return acceleration.reuse_guidance(model, 2, "as it was", 0.0, 1.0)[0]
+
+    return turn
+
+
+@pytest.fixture(scope="module")
+def compiled(pack):
+    compilation = importlib.import_module("pixart_pack.nodes.host.denoiser.compilation")
+
+    def compile_blocks(model):
+        model = model.clone()
+        blocks = compilation.blocks_for({"backend": "eager"})
+        model.model_options["transformer_options"][compilation.COMPILED] = blocks
+        return model
+
+    return compile_blocks
+
+
+def with_weight(model):
+    model = model.clone()
+    model.add_patches({"diffusion_model.blocks.1.attn.qkv.weight": (torch.full((3 * 48, 48), 0.05),)}, 1.0)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind", ["batch", "two controls", "weights", "dials", "solver", pytest.param("compiled", marks=pytest.mark.slow)]
+)
+def test_the_hosts_devices_share_the_prompts(
+    comfy, adapter, on_two_devices, with_all_dials, compiled, vae, make_control, kind
+):
+    importlib.import_module("pixart_pack.nodes.host.denoiser.sampling").register_samplers()
+    (model, split), conds = on_two_devices, prompts()
+    settings = {"steps": 6 if kind == "dials" else 2, "batch": 3 if kind == "batch" else 1}
+    if kind == "two controls":
+        for seed in (1, 2):
+            conds = apply(adapter, make_control(control_weights(seed=seed)), vae, picture(seed), conds)
+    if kind == "solver":
+        settings["sampler_name"] = "pixart_iddpm"
+    changes = {"weights": with_weight, "dials": with_all_dials, "compiled": compiled}
+    model = changes.get(kind, lambda same: same)(model)
+    (model, seen), (both, shared) = count_forwards(model), count_forwards(split(model))
+    expected = sample(comfy, model, *conds, **settings)
+    found = sample(comfy, both, *conds, **settings)
+    torch.testing.assert_close(found, expected, atol=NOISE, rtol=1e-4)
+    rows = [shape[0][0] for shape in shared]
+    assert len(shared) > len(seen) and max(rows) == settings["batch"]
+    if kind == "dials":  # which every run begins anew
+        assert torch.equal(sample(comfy, both, *conds, **settings), found)
+
+
 def test_streamed_weights_of_a_small_card(patcher, make_control):
     """What --lowvram does to a control that does not fit: weights are cast as each layer is called."""
     latent, timestep, states = torch.randn(2, 4, 8, 8), torch.tensor([500.0]), caption(5, 1)[0]
