@@ -81,6 +81,7 @@ class Rotated(Relative):
 
     matrices: (blocks, size, size), or one for all blocks; new[i] = sum over j of matrix[i, j] * old[j].
     by_rows: whether blocks are of rows; otherwise of columns, a convolution's kernel among them. lengths: (rows,).
+    halves: (blocks, size, size) which LyCORIS' programs make the matrices of, for files; None where they are not known.
     Source: OFT, arXiv 2306.07280, section 3.
     """
 
@@ -88,6 +89,7 @@ class Rotated(Relative):
     matrices: torch.Tensor
     by_rows: bool = False
     lengths: torch.Tensor | None = None
+    halves: torch.Tensor | None = None
 
     def change(self, weight):
         matrices = self.matrices.to(weight.device, weight.dtype)

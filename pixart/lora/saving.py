@@ -16,7 +16,7 @@ from .alphas import HEADER_KEY, PEFT_CONFIG
 from .kinds import Difference, Factor, Hadamard, Kronecker, LowRank
 from .names import Target
 from .reading import PEFT_WEIGHTS, LoRA
-from .relative import Relative
+from .relative import Relative, Rotated
 
 HOST, PEFT, KOHYA = "host", "peft", "kohya"
 LAYOUTS = (HOST, PEFT, KOHYA)
@@ -164,6 +164,8 @@ def _named_tensors(name: str, target: Target, factor: Factor) -> dict[str, torch
     """A change under the names that kohya's and LyCORIS' programs gave its tensors."""
     if isinstance(factor, Difference):
         return {f"{name}.{'diff_b' if target == target.bias else 'diff'}": factor.values}
+    if isinstance(factor, Rotated) and factor.halves is not None and factor.lengths is None:
+        return {f"{name}.oft_blocks": factor.halves, f"{name}.alpha": torch.tensor(0.0)}  # without a bound
     if isinstance(factor, Relative):
         raise ValueError(
             f"Change that depends on its weight: got {factor.title} of {shorten(target.name)}, expected a LoRA, LoHa, "

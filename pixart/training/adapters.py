@@ -6,7 +6,7 @@ Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353; rsLoRA, arXiv 2312.03732
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..layers import Mlp
+from ..lora import Factor, LowRank, Target
 from ..quoting import list_names, shorten
 from ..transformer import PixArt
 from .draws import Chances
@@ -92,7 +93,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, down, up, layer, scale, parts, activated):
-        rows = _activate(x, activated).reshape(-1, x.shape[-1])  # (M, in)
+        rows = activate(x, activated).reshape(-1, x.shape[-1])  # (M, in)
         out = F.linear(rows, stored_weight(layer, x.dtype), layer.bias)
         reduced = rows @ down.T  # (M, parts * rank)
         for columns, low, factor in _parts(parts, out, reduced, up):
@@ -120,11 +121,12 @@ class _AdaptedLinear(torch.autograd.Function):
             x_gradient = x_gradient.addmm_(inner, down).view_as(x)
             if ctx.activated:
                 x_gradient = torch.ops.aten.gelu_backward(x_gradient, x, approximate="tanh")
-        down_gradient = inner.T @ _activate(x, ctx.activated).reshape(-1, x.shape[-1])
+        down_gradient = inner.T @ activate(x, ctx.activated).reshape(-1, x.shape[-1])
         return x_gradient, down_gradient, up_gradient.mul_(ctx.scale), None, None, None, None
 
 
-def _activate(x, activated):
+def activate(x: Tensor, activated: bool) -> Tensor:
+    """x, or its GELU where that is asked for."""
     return F.gelu(x, approximate="tanh") if activated else x
 
 
@@ -222,11 +224,11 @@ class AdaptedLinear(nn.Module):
     def forward(self, x):
         """(..., in) -> (..., out)."""
         if not self.enabled:
-            return self.base(_activate(x, self.activated))
+            return self.base(activate(x, self.activated))
         if self.dora_scale is None and not (self.dropout and self.training):
             down, up = self.factors(x.dtype)
             return _AdaptedLinear.apply(x, down, up, self.base, self.scale, self.parts, self.activated)
-        return self._adapt(_activate(x, self.activated))
+        return self._adapt(activate(x, self.activated))
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """lora_down and lora_up in a dtype: those that are cast for the forward pass, if they are."""
@@ -272,6 +274,17 @@ class AdaptedLinear(nn.Module):
         pairs = zip(self.lora_up.chunk(self.parts), self.lora_down.chunk(self.parts), strict=True)
         return self.scale * torch.cat([up.flatten(1) @ down.flatten(1) for up, down in pairs])
 
+    def changes(self, name: str, given: Mapping[str, Tensor]) -> dict[Target, Factor]:
+        """The change of each part of the weight of the layer `name`, out of the adapter's tensors by their names."""
+        lengths = given.get("dora_scale")
+        shares = zip(given["lora_down"].chunk(self.parts), given["lora_up"].chunk(self.parts), strict=True)
+        factors = {}
+        for part, (down, up) in enumerate(shares):
+            magnitude = None if lengths is None else lengths.chunk(self.parts)[part]
+            target = Target(f"{name}.weight", part, self.parts)
+            factors[target] = LowRank(down=down, up=up, alpha=self.scale * self.rank, magnitude=magnitude)
+        return factors
+
 
 class AdaptedConv(AdaptedLinear):
     """A frozen convolution and its adapter: one with the same kernel to `rank` channels, and one of a pixel from them.
@@ -304,15 +317,22 @@ class AdaptedMlp(nn.Module):
         return self.fc2(self.fc1(x))
 
 
-def add_adapters(model: PixArt, settings: TrainingSettings) -> dict[str, AdaptedLinear]:
+def add_adapters(
+    model: PixArt,
+    settings: TrainingSettings,
+    linear: type[AdaptedLinear] = AdaptedLinear,
+    convolution: type[AdaptedLinear] | None = AdaptedConv,
+) -> dict[str, AdaptedLinear]:
     """Put an adapter on every linear layer whose name in the original layout matches; returns them by name.
 
-    A custom pattern may match the patch embedding's convolution, too, `x_embedder.proj`.
+    linear, convolution: of which class. A custom pattern may match the patch embedding's convolution, too,
+    `x_embedder.proj`, unless there is none for it.
     The model is frozen already. Raises ValueError when no layer matches.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     named = dict(model.named_modules())
-    kinds = (nn.Linear, Fp8Linear, nn.Conv2d) if settings.targets == "custom" else (nn.Linear, Fp8Linear)
+    takes_conv = settings.targets == "custom" and convolution is not None
+    kinds = (nn.Linear, Fp8Linear, nn.Conv2d) if takes_conv else (nn.Linear, Fp8Linear)
     known = [name for name, module in named.items() if isinstance(module, kinds) and not _is_grouped(module)]
     chosen = [name for name in known if re.fullmatch(settings.pattern, name)]
     if not chosen:
@@ -323,7 +343,7 @@ def add_adapters(model: PixArt, settings: TrainingSettings) -> dict[str, Adapted
     adapters: dict[str, AdaptedLinear] = {}
     for number, name in enumerate(chosen):
         parent, _, attribute = name.rpartition(".")
-        kind = AdaptedConv if isinstance(named[name], nn.Conv2d) else AdaptedLinear
+        kind = convolution if isinstance(named[name], nn.Conv2d) else linear
         adapter = kind(named[name], settings, PACKED.get(attribute, 1), generator, number)
         setattr(named[parent], attribute, adapter)
         adapters[name] = adapter
@@ -331,7 +351,7 @@ def add_adapters(model: PixArt, settings: TrainingSettings) -> dict[str, Adapted
         if isinstance(module, Mlp) and isinstance(module.fc2, AdaptedLinear):
             parent, _, attribute = name.rpartition(".")
             setattr(named[parent], attribute, AdaptedMlp(module))
-    casts = Casts(list(adapters.values()))
+    casts = Casts([adapter for adapter in adapters.values() if hasattr(adapter, "lora_down")])
     for adapter in casts.adapters:
         adapter.casts = casts
     model.register_forward_pre_hook(casts.begin)

@@ -24,8 +24,7 @@ from ..files.documents import load_json
 from ..files.locks import locked
 from ..files.names import fault_of
 from ..files.space import describe_room
-from ..lora import LoRA, Target, save_lora
-from ..lora.kinds import LowRank
+from ..lora import Factor, LoRA, Target, save_lora
 from ..quoting import plain, shorten
 from ..transformer import PixArt
 from ..weights.controlnets import save_controlnet
@@ -322,23 +321,13 @@ def check_name(name: str) -> None:
 SETTINGS_KEY = "pixart_training"  # in a file's header
 
 
-def lora_factors(objective: Objective, weights: Mapping[str, Tensor]) -> dict[Target, LowRank]:
+def lora_factors(objective: Objective, weights: Mapping[str, Tensor]) -> dict[Target, Factor]:
     """The adapters' changes by the rows that they change; q, k and v apart."""
     factors = {}
     for name, module in objective.model.named_modules():
         if isinstance(module, AdaptedLinear):
-            given = {key: weights.get(f"model.{name}.{key}") for key in ("lora_down", "lora_up", "dora_scale")}
-            factors |= _factors_of(name, module, **given)
-    return factors
-
-
-def _factors_of(name, module, lora_down, lora_up, dora_scale):
-    factors = {}
-    for part in range(module.parts):
-        down, up = lora_down.chunk(module.parts)[part], lora_up.chunk(module.parts)[part]
-        magnitude = None if dora_scale is None else dora_scale.chunk(module.parts)[part]
-        target = Target(f"{name}.weight", part, module.parts)
-        factors[target] = LowRank(down=down, up=up, alpha=module.scale * module.rank, magnitude=magnitude)
+            own = [key for key, _ in module.named_parameters(recurse=False)]
+            factors |= module.changes(name, {key: weights[f"model.{name}.{key}"] for key in own})
     return factors
 
 

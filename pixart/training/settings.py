@@ -23,6 +23,7 @@ DISTILLED = ("lcm", "lcm_lora")
 MATCHED = ("dmd", "dmd_lora")
 NEEDS_NULL = (*DISTILLED, *MATCHED)  # their teachers are guided
 FAKES = ("lora", "full")
+ADAPTERS = ("lora", "loha", "lokr", "oft")
 LOSSES = ("mse", "huber")
 PRIOR_TARGETS = ("picture", "model")
 WEIGHTINGS = ("none", "min_snr", "velocity")
@@ -55,6 +56,8 @@ class TrainingSettings:
     checkpointing: of CHECKPOINTING: whether the backward pass computes each block again, or what is cheap in it, for
     less memory; True and False are "on" and "off". ema_decay: 0 is off.
     targets: of TARGETS; target_pattern: regular expression over layer names for "custom". alpha 0 means rank.
+    adapter: of ADAPTERS, in place of a LoRA's; rank is the largest side of OFT's blocks. lokr_factor: the largest side
+    of LoKr's small matrix.
     loss: of LOSSES; huber_c: where it turns linear. train_variance: also the bound of the learned variance.
     control_blocks: of a ControlNet, at most one fewer than the model has.
     weighting: of WEIGHTINGS, of a timestep's loss; timestep_weights: [timestep, factor] points, linear in between.
@@ -94,6 +97,8 @@ class TrainingSettings:
     ema_decay: float = 0.0
     targets: str = "attention"
     target_pattern: str = ""
+    adapter: str = "lora"
+    lokr_factor: int = 0
     rank: int = 16
     alpha: float = 0.0
     dropout: float = 0.0
@@ -175,6 +180,7 @@ _RANGES = {
     "clip_norm": (0, 1e6, "a norm, 0 for off"),
     "ema_decay": (0, 0.999999, "a decay, 0 for off"),
     "rank": (1, 1024, "a LoRA rank"),
+    "lokr_factor": (0, 1024, "a largest side of the small matrix, 0 for about the root of the layer's"),
     "lora_plus": (0.01, 1000, "a factor, usually from 1 to 16"),
     "alpha": (0, 65536, "a LoRA alpha, 0 for the rank"),
     "dropout": (0, 0.95, "a share"),
@@ -208,6 +214,7 @@ _RANGES = {
 _CHOICES = {
     "kind": KINDS,
     "optimizer": OPTIMIZERS,
+    "adapter": ADAPTERS,
     "schedule": SCHEDULES,
     "dtype": DTYPES,
     "base_dtype": BASE_DTYPES,
@@ -299,6 +306,8 @@ def _check_together(settings):
                 "Target pattern is missing: got none with targets 'custom', expected a regular expression over layer "
                 "names such as 'blocks\\.\\d+\\.attn\\.qkv'. Enter one, or choose another preset."
             )
+    if settings.adapter != "lora":
+        _check_other_adapter(settings)
     if settings.optimizer == "schedulefree" and (settings.schedule != "constant" or settings.ema_decay):
         raise ValueError(
             f"Schedule-free optimiser with a schedule: got schedule {shorten(settings.schedule)} and ema_decay "
@@ -326,6 +335,19 @@ def _check_together(settings):
         raise ValueError(
             f"LCM steps do not divide the schedule: got {settings.lcm_steps}, expected a divisor of {TRAIN_STEPS} "
             f"such as 50. Set it to 50."
+        )
+
+
+def _check_other_adapter(settings):
+    usual = {"dora": False, "rslora": False, "lora_plus": 1.0}
+    if settings.adapter == "oft":  # a rotation has no scale, and its input no part of its own
+        usual |= {"alpha": 0.0, "dropout": 0.0}
+    wrong = [f"{name} {getattr(settings, name)}" for name, value in usual.items() if getattr(settings, name) != value]
+    wrong += [] if settings.is_adapter else [f"kind {settings.kind}"]
+    if wrong:
+        raise ValueError(
+            f"Adapter of another kind: got {shorten(settings.adapter)} with {list_names(wrong)}, expected a kind that "
+            f"trains a LoRA, without what LoRA alone has. Choose adapter 'lora', or leave these as they are by default."
         )
 
 

@@ -27,6 +27,11 @@ def settings_of_start(lora: LoRA, settings: TrainingSettings) -> tuple[TrainingS
             f"Nothing to begin with: got the LoRA of start_from with kind {shorten(settings.kind)}, expected a kind "
             f"that trains a LoRA. Merge it into the model first, or train a LoRA."
         )
+    if settings.adapter != "lora":
+        raise ValueError(
+            f"Nothing to begin with: got the LoRA of start_from with adapter {shorten(settings.adapter)}, expected "
+            f"adapter 'lora'. Merge it into the model first, or train a LoRA."
+        )
     factors = _require_plain(lora)
     rank = max(factor.rank for factor in factors.values())
     scale = Counter(factor.scale for factor in factors.values()).most_common(1)[0][0]
