@@ -17,68 +17,9 @@ from ..layers import Mlp
 from ..lora import Factor, LowRank, Target
 from ..quoting import list_names, shorten
 from ..transformer import PixArt
+from .adapting.base import PackedLinear, stored_weight
 from .draws import Chances
 from .settings import TrainingSettings
-
-_FP8 = torch.float8_e4m3fn
-_FP8_LIMIT = torch.finfo(_FP8).max
-_SMALLEST_SCALE = 1e-12  # of a row of zeros
-
-
-def stored_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """A linear layer's weight for maths in `dtype`: (out, in); an 8-bit one is unpacked, any other is as it is."""
-    return layer.unpack(dtype) if isinstance(layer, Fp8Linear) else layer.weight
-
-
-class Fp8Linear(nn.Module):
-    """A frozen linear layer in 8 bits, with one scale for each output channel; computes in the input's dtype."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(1, keepdim=True) / _FP8_LIMIT).clamp(min=_SMALLEST_SCALE)  # (out, 1)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("weight", (weight / scale).to(_FP8))
-        self.register_buffer("scale", scale)
-        self.bias = linear.bias
-
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`: (out, in)."""
-        return self.weight.to(dtype) * self.scale.to(dtype)
-
-    def forward(self, x):
-        """(..., in) -> (..., out)."""
-        out = _Fp8Product.apply(x, self)
-        return out if self.bias is None else out + self.bias
-
-
-class _Fp8Product(torch.autograd.Function):
-    """x W', which unpacks W once more in the backward pass rather than to keep the copy."""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return x @ layer.unpack(x.dtype).T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return gradient @ ctx.layer.unpack(gradient.dtype), None
-
-
-def freeze(model: nn.Module, dtype: torch.dtype, base_dtype: str = "same") -> nn.Module:
-    """Freeze a model in place and cast it to `dtype`; "fp8" packs the linear layers of its blocks.
-
-    The layers around the blocks are 4 % of the weights and every token passes them: they stay in `dtype`.
-    """
-    model.requires_grad_(False).to(dtype)
-    if base_dtype == "fp8":
-        for parent in [module for block in model.blocks for module in block.modules()]:
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, Fp8Linear(child))
-    return model
-
 
 # Packed projections get one adapter for each part, as the separate layers of other layouts have.
 PACKED = {"qkv": 3, "kv_linear": 2}
@@ -199,7 +140,7 @@ def casts_of(module: nn.Module) -> Casts | None:
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and its adapter, whose weights are fp32 whatever the maths is in.
 
-    base: Linear or Fp8Linear. parts: of a packed projection, 1 of any other.
+    base: Linear or PackedLinear. parts: of a packed projection, 1 of any other.
     lora_down: (parts * rank, in). lora_up: (out, rank). dora_scale: (out, 1) lengths of the weight's rows, or None.
     enabled: False computes the frozen layer alone. activated: the input goes through GELU first. number: of the layer
     in its model. chances: what decides the dropout of a forward pass; without it PyTorch draws.
@@ -208,7 +149,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module, settings: TrainingSettings, parts: int, generator=None, number: int = 0):
         super().__init__()
         rank, root = settings.rank, math.sqrt(settings.rank)
-        device, (channels, *inner) = base.weight.device, base.weight.shape
+        device, (channels, *inner) = base.weight.device, getattr(base, "shape", base.weight.shape)
         self.base, self.parts, self.rank = base, parts, rank
         self.scale = settings.adapter_alpha / (root if settings.rslora else rank)
         self.dropout, self.number, self.chances = settings.dropout, number, None
@@ -243,7 +184,7 @@ class AdaptedLinear(nn.Module):
         added = self.scale * self._change(self._drop(x) if drops else x)
         if self.dora_scale is None:
             return self.base(x) + added
-        shape = [-1, *[1] * (self.base.weight.ndim - 2)]  # behind a convolution's channels are rows and columns
+        shape = [-1, *[1] * (self.lora_down.ndim - 2)]  # behind a convolution's channels are rows and columns
         factor, bias = self._dora_factor().to(x.dtype).view(shape), self.base.bias
         if bias is None:
             return factor * (self.base(x) + added)
@@ -332,7 +273,7 @@ def add_adapters(
     generator = torch.Generator().manual_seed(settings.seed)
     named = dict(model.named_modules())
     takes_conv = settings.targets == "custom" and convolution is not None
-    kinds = (nn.Linear, Fp8Linear, nn.Conv2d) if takes_conv else (nn.Linear, Fp8Linear)
+    kinds = (nn.Linear, PackedLinear, nn.Conv2d) if takes_conv else (nn.Linear, PackedLinear)
     known = [name for name, module in named.items() if isinstance(module, kinds) and not _is_grouped(module)]
     chosen = [name for name in known if re.fullmatch(settings.pattern, name)]
     if not chosen:

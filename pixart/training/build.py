@@ -9,7 +9,7 @@ from ..controlnet import PixArtControlNet
 from ..quoting import shorten
 from ..transformer import PixArt
 from ..weights.saving import DTYPES
-from .adapters import freeze
+from .adapting.base import freeze
 from .adapting.kinds import add_adapters
 from .objectives import (
     AdapterDistillation,

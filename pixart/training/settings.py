@@ -31,7 +31,7 @@ TIMESTEPS = ("uniform", "log_normal")
 OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "lion", "adafactor", "schedulefree")
 SCHEDULES = ("constant", "cosine", "linear")
 DTYPES = tuple(saving.DTYPES)
-BASE_DTYPES = ("same", "fp8")
+BASE_DTYPES = ("same", "fp8", "int8", "nf4")
 CHECKPOINTING = ("off", "selective", "on")
 # Which linear layers an adapter sits on, as patterns of their names in the original layout.
 TARGETS = {
@@ -51,7 +51,8 @@ class TrainingSettings:
     learning_rate: Prodigy's is a factor, usually 1. lora_plus: factor of the learning rate of a LoRA's second matrix.
     clip_norm: largest norm of the gradients, 0 is off.
     schedule: of SCHEDULES, after `warmup_steps` of linear warm-up; floor: its last factor.
-    dtype: of the maths; what is trained is always kept in fp32. base_dtype: "fp8" keeps frozen layers in 8 bits.
+    dtype: of the maths; what is trained is always kept in fp32. base_dtype: "fp8" or "int8" keeps frozen
+    layers in 8 bits, "nf4" in 4.
     save_dtype: of the file that is written at the end.
     checkpointing: of CHECKPOINTING: whether the backward pass computes each block again, or what is cheap in it, for
     less memory; True and False are "on" and "off". ema_decay: 0 is off.

@@ -10,11 +10,10 @@ from pixart_pack.pixart.lora import merge, read_lora, save_lora
 from pixart_pack.pixart.training.adapters import (
     AdaptedConv,
     AdaptedLinear,
-    Fp8Linear,
     adapters_disabled,
     add_adapters,
-    freeze,
 )
+from pixart_pack.pixart.training.adapting.base import BASES, Fp8Linear, Nf4Linear, freeze
 from pixart_pack.pixart.training.build import make_objective
 from pixart_pack.pixart.training.draws import Chances, draw_batch
 from pixart_pack.pixart.training.run import lora_factors, save_result
@@ -306,12 +305,62 @@ def test_a_base_in_8_bits_is_near_the_full_one_and_takes_adapters():
     assert torch.cosine_similarity(given, expected, dim=0) > 0.98
 
 
-def test_8_bits_without_an_adapter_have_the_right_gradient():
+@pytest.mark.parametrize("name", BASES)
+def test_few_bits_without_an_adapter_have_the_right_gradient(name):
     torch.manual_seed(1)
-    layer = Fp8Linear(nn.Linear(6, 5))
-    plain = nn.functional.linear
+    linear = nn.Linear(6, 21)
+    layer = BASES[name](linear)
+    largest = {"fp8": 0.04, "int8": 0.005, "nf4": 0.16}[name]  # half a step, of the row's or the block's largest
+    assert (layer.unpack(torch.float32) - linear.weight).abs().max() <= largest * linear.weight.abs().max()
     x = torch.randn(3, 6, requires_grad=True)
     layer(x).square().sum().backward()
     mine, x.grad = x.grad, None
-    plain(x, layer.unpack(torch.float32), layer.bias).square().sum().backward()
+    nn.functional.linear(x, layer.unpack(torch.float32), layer.bias).square().sum().backward()
     torch.testing.assert_close(mine, x.grad)
+
+
+@pytest.mark.parametrize("base_dtype", ["int8", "nf4"])
+@pytest.mark.parametrize("adapter", ["lora", "oft"])
+def test_adapters_train_on_a_base_in_few_bits(base_dtype, adapter):
+    settings = tiny_settings(base_dtype=base_dtype, adapter=adapter, targets="blocks")
+    objective = make_objective(tiny_model(), settings)
+    exact = make_objective(tiny_model(), tiny_settings(adapter=adapter, targets="blocks"))
+    batch, draws = one_batch(settings)
+    losses = [each(batch, draws).total for each in (objective, exact)]
+    torch.testing.assert_close(*losses, rtol=0.05, atol=0)  # 16 values for a weight in three blocks
+    losses[0].backward()
+    assert all(parameter.grad is not None for parameter in objective.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.slow
+def test_gradients_on_nf4_equal_those_of_qlora():
+    """PEFT's LoRA on bitsandbytes' layer: the same packed numbers, and the same gradients."""
+    peft, bnb = pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 40)  # of whole blocks in a row: bitsandbytes on the CPU unpacks others by other scales
+    ours = AdaptedLinear(Nf4Linear(linear).requires_grad_(False), tiny_settings(rank=4, alpha=6.0), 1)
+    nn.init.normal_(ours.lora_up, std=0.1)
+    packed, state = bnb.functional.quantize_4bit(linear.weight.data, blocksize=64, quant_type="nf4")
+    assert torch.equal(packed.flatten(), ours.base.weight) and torch.equal(state.absmax, ours.base.scale)
+    expected = bnb.functional.dequantize_4bit(packed, state)
+    assert torch.equal(ours.base.unpack(torch.float32), expected)
+    quantised = bnb.nn.Linear4bit(128, 40, compute_dtype=torch.float32, compress_statistics=False, quant_type="nf4")
+    quantised.weight = bnb.nn.Params4bit(
+        linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", blocksize=64
+    )
+    quantised.bias = linear.bias
+    other = nn.Sequential(quantised).to("cpu")
+    other = peft.get_peft_model(other, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"]))
+    layer = other.base_model.model[0]
+    layer.lora_A["default"].weight.data.copy_(ours.lora_down)
+    layer.lora_B["default"].weight.data.copy_(ours.lora_up)
+    found = []
+    for model, factors in (
+        (ours, (ours.lora_down, ours.lora_up)),
+        (other, (layer.lora_A["default"].weight, layer.lora_B["default"].weight)),
+    ):
+        x = torch.randn(5, 128, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        out = model(x)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), (x, *factors))))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)  # float32, sums in another order
