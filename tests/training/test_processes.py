@@ -11,8 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pixart_pack.pixart.commands.train import run_config
+from pixart_pack.pixart.data.buckets import BucketSampler
 from pixart_pack.pixart.data.cache import DatasetEncoder, EncodeSettings
+from pixart_pack.pixart.data.features import open_features
+from pixart_pack.pixart.data.records import check_records
 from pixart_pack.pixart.data.sources import read_dataset
+from pixart_pack.pixart.data.variety.captions import CaptionVariety
+from pixart_pack.pixart.data.variety.records import Variety, vary
+from pixart_pack.pixart.data.variety.views import ViewVariety
 from pixart_pack.pixart.lora import read_lora
 from pixart_pack.pixart.training.processes import _check_sharded
 from pixart_pack.pixart.training.report import read_log
@@ -47,6 +53,13 @@ def encode_image(pixels):
     return torch.cat([means, means.sum(1, keepdim=True)], 1), None
 
 
+def encode(records, folder, settings):
+    encoder = DatasetEncoder(records, folder, settings, "text", "image")
+    encoder.encode_captions(encode_text)
+    encoder.encode_pictures(encode_image)
+    encoder.features()
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A model and an encoded dataset on disk."""
@@ -64,10 +77,11 @@ def place(tmp_path_factory):
         replace(each, is_prior=number % 4 == 1, control=each.picture)
         for number, each in enumerate(read_dataset(pictures))
     ]
-    encoder = DatasetEncoder(records, folder / "features", EncodeSettings(base_px=64), "text", "image")
-    encoder.encode_captions(encode_text)
-    encoder.encode_pictures(encode_image)
-    encoder.features()
+    encode(records, folder / "features", EncodeSettings(base_px=64))
+    tags = CaptionVariety(shuffle=True, variants=3, separator=" ", suffix="big")
+    variety = Variety(tags, ViewVariety(2, zoom=1.5, flip=0.5, colour=0.5), repeats=1.5, weight=0.7)
+    masked = [replace(each, mask=each.picture, control=None, is_prior=False) for each in records[:6]]
+    encode(vary(check_records(masked), variety).records, folder / "sizes", EncodeSettings(64, more_px=(96, 128)))
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -78,7 +92,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def configuration(place, name, model="model.safetensors", **fields):
+def configuration(place, name, model="model.safetensors", features="features", **fields):
     """Write a configuration, which the test's place gets, with validation pictures; returns its file."""
     usual = {"steps": STEPS, "batch_size": 4, "checkpoint_every": 2, "ema_decay": 0.9, "accumulation": 2,
              "dropout": 0.1}  # fmt: skip
@@ -87,7 +101,7 @@ def configuration(place, name, model="model.safetensors", **fields):
     settings = tiny_settings(**{**usual, "sample_every": 2, "sample_steps": 2, **fields})
     more = {"output": "runs", "name": name, "validation": "prompts.safetensors", "vae": str(VAE)}
     file = place / f"{name}.yaml"
-    write_config(file, RunConfig(model, "features", settings, **more))
+    write_config(file, RunConfig(model, features, settings, **more))
     return file
 
 
@@ -156,6 +170,13 @@ def assert_equal(folder, whole):
 PLAIN = {"sample_every": 0}  # to decode a picture, each process imports diffusers: ten times what it trains for
 CUT = {"checkpoint_every": 0, "sample_every": 0}
 NARROW = {"kind": "lora", "dtype": "bf16", "base_dtype": "fp8", "targets": "all-linear", "checkpointing": True}
+# What two processes train in the same launch: pictures of three sizes with variants, masks and repeats; distribution
+# matching, whose two networks are trained by one step.
+FURTHER = {
+    "sizes": {**PLAIN, "features": "sizes", "steps": 16, "prior_target": "picture"},
+    "dmd_lora": {**PLAIN, "kind": "dmd_lora"},
+    "dmd": {**PLAIN, "kind": "dmd", "dmd_fake": "full", "steps": 2},
+}
 SHARED = ("lcm", "lcm_lora", "controlnet")  # a teacher, an average, copied blocks
 
 
@@ -189,6 +210,11 @@ def several(place):
         for kind in {"ddp": ["lora"], "torchrun": ["full"], "fsdp": ["lora", "full"]}[launcher]:
             more = PLAIN if launcher == "torchrun" else {}
             files[kind] = configuration(place, f"{launcher}_{kind}", kind=kind, batch_size=2, **more)
+        if launcher == "ddp":
+            files |= {
+                name: configuration(place, f"ddp_{name}", **FURTHER[name], batch_size=size)
+                for name, size in (("sizes", 2), ("dmd_lora", 1), ("dmd", 1))
+            }
         if launcher == "fsdp":
             for kind in SHARED:
                 files[f"{kind} begins"] = configuration(place, f"begun_{kind}", kind=kind, batch_size=2, steps=2)
@@ -213,6 +239,21 @@ def test_two_processes_train_as_one_does(place, alone, several, launcher, kind):
     assert printed[kind].count(SHARDED) == (launcher == "fsdp")
     if kind == "lora":
         assert not read_lora(folder / f"{folder.name}.safetensors").unmatched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FURTHER)
+def test_two_processes_train_several_sizes_and_match_distributions_as_one_does(place, alone, several, name):
+    _, printed = several("ddp")
+    folder, fields = folder_of(place, f"ddp_{name}"), FURTHER[name]
+    one = {} if name == "sizes" else {"batch_size": 2}
+    assert_like_one(folder, alone(name, **{**fields, **one}))
+    assert "has all weights (DDP)" in printed[name] and len(losses(folder)) == fields.get("steps", STEPS)
+    if name == "sizes":
+        features = open_features(place / "sizes")
+        sampler = BucketSampler(features.bins, 4, repeats=features.repeats)
+        seen = {features.bins[next(sampler)[0]] for _ in range(2 * 16)}  # of all forward passes
+        assert len(seen) == len({*features.bins}) == 6 and "other size than the model's" in printed[name]
 
 
 @pytest.mark.slow
