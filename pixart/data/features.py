@@ -213,20 +213,21 @@ class CachedFeatures:
 
     def _example(self, caption: int, view: int) -> Example:
         """What is in a row, but for the caption in another one."""
-        columns, picture = self.index.columns, self.index.place("picture", view)
+        columns, value = self.index.columns, self.index.value
+        picture = self.index.place("picture", view)
         hint = self.index.place("hint", view)
         mask = self.index.place(MASK, view) if MASK in columns else None
         return Example(
             latent=self.shards.tensor(*picture, "mean"),
-            deviation=self.shards.tensor(*picture, "deviation") if columns["has_deviation"][view] else None,
+            deviation=self.shards.tensor(*picture, "deviation") if value("has_deviation", view) else None,
             caption=self.shards.tensor(*self.index.place("caption", caption), "caption"),
-            size_px=tuple(columns["size_px"][view].tolist()),
-            aspect_ratio=float(columns["aspect_ratio"][view]),
+            size_px=tuple(value("size_px", view).tolist()),
+            aspect_ratio=float(value("aspect_ratio", view)),
             hint=None if hint is None else self.shards.tensor(*hint, "mean"),
-            is_prior=bool(self.index.is_prior[view]),
+            is_prior=bool(value("is_prior", view)),
             text=self.index.text("text", caption),
             mask=None if mask is None else self.shards.tensor(*mask, MASK),
-            weight=float(columns["weight"][view]) if "weight" in columns else 1.0,
+            weight=float(value("weight", view)) if "weight" in columns else 1.0,
         )
 
 

@@ -111,8 +111,9 @@ def test_a_list_takes_no_memory_of_its_own(tmp_path):
     write_index(tmp_path / "a.index", _columns(rows))
     index = open_index(tmp_path / "a.index")
     assert (tmp_path / "a.index").stat().st_size < 130 * rows
+    columns = [column for column in index.columns.values() if len(column) == rows]
+    addresses = [column.__array_interface__["data"][0] for column in columns]
     lines = Path("/proc/self/maps").read_text().splitlines() if Path("/proc/self/maps").exists() else None
-    addresses = [column.__array_interface__["data"][0] for name, column in index.columns.items() if len(column) == rows]
     if lines is not None:
         mapped = [line.split()[0].split("-") for line in lines if line.endswith("a.index")]
         assert all(any(int(low, 16) <= at < int(high, 16) for low, high in mapped) for at in addresses)

@@ -1,8 +1,8 @@
 """The list of an encoded dataset as columns of numbers in one file, mapped into memory and shared between processes.
 
-The file is a safetensors file: a header, then one tensor a column. It is read by the safetensors package, which maps
-it, so that a process holds nothing of it but the pages that it looks at. Names and captions lie behind each other in
-one column of bytes, with a column of where each ends.
+The file is a safetensors file: a header, then one tensor a column (see columns.ColumnFile), so that a process holds
+nothing of it but what it looks at. Names and captions lie behind each other in one column of bytes, with a column of
+where each ends.
 """
 
 import functools
@@ -12,14 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ...config import LATENT_DOWNSCALE
 from ...files.atomic import write_atomically
 from ...files.inside import is_plain_name
-from ...files.regular import open_regular
 from ..buckets import Bins, id_type
 from ..identity import Digest
+from .columns import TYPES, ColumnFile
 from .rows import FURTHER, GROUP, KEY_BYTES, MASK, PARTS, RECORD, TEXTS, Rows
 from .shards import ShardFolder
 
@@ -28,8 +27,7 @@ VARIED_VERSION = 2  # of lists with what the first version would not see
 MANIFEST, INDEX_SUFFIX = "features.json", ".index"
 _ROWS_AT_ONCE = 2**16
 _MARKS = ("aspect_ratio", "is_prior")
-_TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64, "F64": np.float64}
-_NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
+_NAMES = {np.dtype(kind): name for name, kind in TYPES.items()}
 # column: (its type, its shape behind the rows); the last ones are not by rows
 _ROWS = {
     **{part: (np.uint8, (KEY_BYTES,)) for part in PARTS},
@@ -61,10 +59,10 @@ class Index:
     """
 
     def __init__(self, columns: Mapping[str, np.ndarray], path: Path | None = None):
-        self.columns, self.path = dict(columns), path
-        _check(self.columns)
+        self.columns, self.path = columns if path else dict(columns), path
+        _check(self)
         self.bins = Bins(columns["sizes"], columns["bin"])
-        self.is_prior = columns["is_prior"].view(bool)
+        self.is_prior = self.columns["is_prior"].view(bool)
         self.parts = (*PARTS, MASK) if MASK in columns else PARTS
         self.shards = bytes(columns["shard_names"]).decode().split("\n") if len(columns["shard_names"]) else []
         wrong = [name for name in self.shards if not is_plain_name(name)]
@@ -92,20 +90,33 @@ class Index:
     def __reduce__(self):
         return (open_index, (self.path,)) if self.path else (Index, (self.columns,))
 
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Some rows of a column, without the others."""
+        is_file = isinstance(self.columns, ColumnFile)
+        return self.columns.read(name, first, last) if is_file else self.columns[name][first:last]
+
+    def value(self, name: str, row: int):
+        """What a column has in a row."""
+        return self.rows(name, row, row + 1)[0]
+
+    def extent(self, name: str) -> tuple[int, int]:
+        """(least, greatest) of a column."""
+        blocks = [self.rows(name, each.start, each.stop) for each in _blocks(len(self.columns[name]))]
+        return min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
+
     def text(self, which: str, row: int) -> str:
         """The `name` or the `text` of a row."""
         return self.raw_text(which, row).decode("utf-8", "replace")
 
     def raw_text(self, which: str, row: int) -> bytes:
         """The same in UTF-8."""
-        ends = self.columns[f"{which}_end"]
-        start = int(ends[row - 1]) if row else 0
-        return self.columns[f"{which}_bytes"][start : int(ends[row])].tobytes()
+        ends = self.rows(f"{which}_end", max(row - 1, 0), row + 1)
+        return self.rows(f"{which}_bytes", int(ends[0]) if row else 0, int(ends[-1])).tobytes()
 
     def place(self, part: str, row: int) -> tuple[str, str] | None:
         """(shard, key) of a part of a row; None for a hint that there is not."""
-        shard = int(self.columns[f"{part}_shard"][row])
-        return None if shard < 0 else (self.shards[shard], self.columns[part][row].tobytes().hex())
+        shard = int(self.value(f"{part}_shard", row))
+        return None if shard < 0 else (self.shards[shard], self.value(part, row).tobytes().hex())
 
     def lost(self, folder: Path) -> np.ndarray:
         """(S,) bool: which of the shards are not in the folder as they were when this was written."""
@@ -171,7 +182,8 @@ def _blocks(count: int) -> Iterator[slice]:
     return (slice(start, min(start + _ROWS_AT_ONCE, count)) for start in range(0, count, _ROWS_AT_ONCE))
 
 
-def _check(columns: Mapping[str, np.ndarray]) -> None:
+def _check(index: Index) -> None:
+    columns = index.columns
     count = len(columns["bin"])
     if columns["bin"].dtype not in (np.uint16, np.uint32):
         raise ValueError("bins of another type")
@@ -180,7 +192,7 @@ def _check(columns: Mapping[str, np.ndarray]) -> None:
         wrong_length = name in _ROWS and len(column) != count
         if column.dtype != kind or column.shape[1:] != shape or wrong_length:
             raise ValueError(f"a column {name} of another form")
-    if not count or int(columns["bin"].max()) >= len(columns["sizes"]):
+    if not count or index.extent("bin")[1] >= len(columns["sizes"]):
         raise ValueError("no rows, or bins that there are not")
     for name, (kind, shape) in _FURTHER.items():
         if name in columns and (columns[name].dtype != kind or columns[name].shape != (count, *shape)):
@@ -193,8 +205,8 @@ def _check(columns: Mapping[str, np.ndarray]) -> None:
         raise ValueError("no empty caption")
     for part in (*PARTS, "null", *([MASK] if MASK in columns else [])):
         least = -1 if part in ("hint", MASK) else 0
-        shards = columns[f"{part}_shard"]
-        if int(shards.min()) < least or int(shards.max()) >= len(columns["shard_bytes"]):
+        low, high = index.extent(f"{part}_shard")
+        if low < least or high >= len(columns["shard_bytes"]):
             raise ValueError(f"shards of {part} that there are not")
 
 
@@ -273,11 +285,7 @@ def write_index(path: Path, columns: Mapping[str, np.ndarray | Iterable[np.ndarr
 
 def open_index(path: Path) -> Index:
     """The index in a file. Raises FileNotFoundError, and ValueError for another content."""
-    open_regular(path).close()
     try:
-        with safe_open(path, framework="pt") as file:
-            more = [name for name in _FURTHER if name in file.keys()]  # noqa: SIM118
-            columns = {name: file.get_tensor(name).numpy() for name in ("bin", *_ROWS, *_OTHERS, *more)}
-        return Index(columns, path)
-    except (SafetensorError, RuntimeError, TypeError, UnicodeDecodeError) as error:
+        return Index(ColumnFile(path), path)
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"no list in columns ({error})") from error
