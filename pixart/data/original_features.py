@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile
 
@@ -22,9 +21,10 @@ from ..files.atomic import write_atomically
 from ..files.documents import parse_json
 from ..files.regular import TABLE_BYTES, open_regular, read_text
 from ..quoting import shorten
-from .buckets import training_bins
+from .buckets import Bins, training_bins
 from .examples import Example, FeatureSet, check_plain
 from .identity import digest
+from .storage.originals import ListedEntries, OriginalEntry, open_entries, source_of, write_entries
 
 CAPTION_FOLDERS = ("caption_feature_wmask", "caption_features", "caption_features_new")
 # By preference; {px} is the trained size. "fatures" is the original's own spelling.
@@ -36,31 +36,24 @@ LATENT_FOLDERS = (
     "img_vae_feature/train_vae_{px}/noflip",
 )
 _END_BYTES = 1024
+LIST, LISTED_FROM = "pixart_features", 1000  # the list that spares later starts, of sets of so many pictures
 _LISTS = ("partition_filter/data_info.json", "partition/data_info.json", "data_info.json")
-
-
-@dataclass(frozen=True)
-class OriginalEntry:
-    """The two files of a picture and what the list says of it. size_px: (height, width)."""
-
-    caption: Path
-    latent: Path
-    size_px: tuple[int, int]
-    aspect_ratio: float
-    text: str = ""
 
 
 class OriginalFeatures:
     """A FeatureSet over such files. null_caption: T5 states (L, D) of the empty caption, which the layout has not."""
 
     def __init__(self, entries: Sequence[OriginalEntry], null_caption: torch.Tensor | None = None):
-        self.entries, self.null_caption = list(entries), null_caption
-        self.bins = [_latent_size(entry.latent) for entry in self.entries]
-        self.is_prior = [False] * len(self.bins)
+        self.entries, self.null_caption = entries, null_caption
+        is_listed = isinstance(entries, ListedEntries)
+        self.bins = entries.bins if is_listed else [_latent_size(entry.latent) for entry in entries]
+        self.is_prior = np.zeros(len(self.bins), bool)
 
     @property
     def identity(self) -> str:
         """Of some of the files' bytes, among them the checksums that an .npz has at its end, and of the list."""
+        if isinstance(self.entries, ListedEntries):
+            return self.entries.identity
         parts = (part for entry in self.entries for part in (_some_of(entry.caption), _some_of(entry.latent)))
         sizes = (f"{tuple(entry.size_px)} {entry.aspect_ratio}" for entry in self.entries)
         return digest(*parts, *sizes)
@@ -162,6 +155,10 @@ def find_original_features(root: str | Path, base_px: int | None = None) -> Orig
         )
     latents, found_px = _find_latents(root, base_px)
     listed = next((root / name for name in _LISTS if (root / name).is_file()), None)
+    path, folders = root / f"{LIST}_{found_px}.json", (captions, latents)
+    source = source_of(folders, listed)
+    if (known := open_entries(path, folders, source)) is not None:
+        return OriginalFeatures(known)
     rows = _read_list(listed) if listed else _rows_by_name(latents)
     several = "multiscale" in latents.as_posix() or latents.name.endswith("_ms_new")
     entries = [entry for row in rows if (entry := _make_entry(row, captions, latents, found_px, several))]
@@ -170,7 +167,16 @@ def find_original_features(root: str | Path, base_px: int | None = None) -> Orig
             f"Features not found: got none of {len(rows)} listed pictures in {shorten(str(captions), 300)} and "
             f"{shorten(str(latents), 300)}, expected an .npz and an .npy for each. Extract the features again."
         )
-    return OriginalFeatures(entries)
+    features = OriginalFeatures(entries)
+    if len(entries) >= LISTED_FROM:
+        names = {folder: len(folder.parts) for folder in folders}
+
+        def name_of(file: Path) -> str:
+            folder = captions if file.suffix == ".npz" else latents
+            return Path(*file.parts[names[folder] :]).as_posix()
+
+        write_entries(path, entries, Bins.of(features.bins), features.identity, source, name_of)
+    return features
 
 
 def _find_latents(root: Path, base_px: int | None) -> tuple[Path, int]:

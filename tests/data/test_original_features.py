@@ -2,11 +2,13 @@
 
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
+from pixart_pack.pixart.data import original_features
 from pixart_pack.pixart.data.examples import Example, ListFeatures
 from pixart_pack.pixart.data.features import open_features
 from pixart_pack.pixart.data.original_features import find_original_features, write_original_features
@@ -194,3 +196,40 @@ def test_a_pipe_in_place_of_features_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(latent)
     with pytest.raises((ValueError, FileNotFoundError), match="a pipe|none of"):
         open_features(tmp_path)
+
+
+def test_a_second_start_opens_none_of_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(original_features, "LISTED_FROM", 3)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    examples = [
+        Example(random(4, *size), random(5, 7), (48, 80), 0.6, text=text)
+        for size, text in (((6, 10), "ünï"), ((8, 8), ""), ((6, 10), "three"))
+    ]
+    write_original_features(ListFeatures(examples), tmp_path, 64)
+    first = open_features(tmp_path)
+    opened = []
+    for name in ("read_shape", "open_regular"):
+        plain = getattr(original_features, name)
+        monkeypatch.setattr(original_features, name, lambda path, plain=plain: opened.append(path) or plain(path))
+    second = open_features(tmp_path)
+    assert not opened and second.identity == first.identity and list(second.bins) == first.bins and len(second) == 3
+    for index, copied in enumerate(pickle.loads(pickle.dumps(second)).entries):
+        assert copied == first.entries[index]
+        one, other = first[index], second[index]
+        assert torch.equal(one.latent, other.latent) and torch.equal(one.caption, other.caption)
+        assert (one.text, one.size_px, one.aspect_ratio) == (other.text, other.size_px, other.aspect_ratio)
+    latent = first.entries[1].latent
+    np.save(latent, np.zeros((8, 8, 8), np.float32))
+    os.utime(latent, ns=(1, 1))
+    with pytest.raises(ValueError, match="Feature files have changed: got another 000001.npy"):
+        second[1]
+    latent.with_name("more.npy").write_bytes(latent.read_bytes())  # the folder is another one now
+    assert open_features(tmp_path).identity != second.identity and opened
+    listed = tmp_path / "pixart_features_64.json"
+    for broken in ("{}", "[]", json.dumps({**json.loads(listed.read_text()), "index": "../x"})):
+        listed.write_text(broken)
+        assert len(open_features(tmp_path)) == 3
