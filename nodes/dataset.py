@@ -4,14 +4,19 @@ from comfy_api.latest import io, ui
 
 from ..pixart.data.records import POLICIES
 from ..pixart.data.sources import AUTO, KINDS, Columns
+from ..pixart.data.variety.captions import CaptionVariety
+from ..pixart.data.variety.masks import MASKS, NONE
+from ..pixart.data.variety.records import Variety, join, vary
+from ..pixart.data.variety.views import CENTRE, FOCI, ViewVariety
 from ..pixart.encoders.captioner import DESCRIBE, DESCRIBE_CAPTION, CaptionSettings
 from .host.schema import choice_input, node_input, schema, seed_input
 from .host.text.captions import show_text
 from .host.training.captioning import PRECISIONS, caption_images, list_captioners
-from .host.training.dataset import dataset_of_images, fingerprint_dataset, load_dataset
+from .host.training.dataset import Source, dataset_of_images, fingerprint_dataset, load_dataset
 from .host.types import REPORT_TIP, DatasetType
 
 CATEGORY = "PixArt/training"
+NAMES = ("plain", "10_cat shows pictures 10 times")  # of folders
 
 
 def _text_input(name: str, tooltip: str, **fields):
@@ -43,6 +48,31 @@ def _check_inputs() -> list:
             tooltip="For DreamBooth: these are pictures of the whole class, which the model is to keep.",
         ),
         node_input(DatasetType, "add_to", optional=True, tooltip="Another dataset that these pictures are added to."),
+    ]
+
+
+def _mask_inputs() -> list:
+    return [
+        choice_input(
+            "folder_names",
+            NAMES,
+            advanced=True,
+            tooltip="10_cat shows pictures 10 times: folders' names say how often their pictures are shown in an "
+            "epoch, and what they show where a picture has no caption, as kohya's trainers read them.",
+        ),
+        choice_input(
+            "masks",
+            MASKS,
+            advanced=True,
+            tooltip="What of the pictures is learned. alpha: what is opaque in them. files: what is white in pictures "
+            "of the same name with -masklabel behind it.",
+        ),
+        _text_input(
+            "mask_folder",
+            "Masks under the names of the pictures: what is white in them is learned. In the input folder, or an "
+            "absolute path.",
+            advanced=True,
+        ),
     ]
 
 
@@ -94,6 +124,7 @@ class TrainingDataset(io.ComfyNode):
                     advanced=True,
                 ),
                 *_check_inputs(),
+                *_mask_inputs(),
             ],
             outputs=_dataset_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -101,12 +132,13 @@ class TrainingDataset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(
-        cls, path="", kind=AUTO, picture_column="", caption_column="", control_column="", control_folder="", **_
-    ):
+    def fingerprint_inputs(cls, path="", kind=AUTO, masks=NONE, folder_names=NAMES[0], **rest):
         # What is connected comes as None: then the node before this one reports changes.
-        columns = Columns(*((name or "").strip() for name in (picture_column, caption_column, control_column)))
-        return fingerprint_dataset(path or "", kind or AUTO, columns, control_folder or "")
+        columns = Columns(*((rest.get(f"{name}_column") or "").strip() for name in ("picture", "caption", "control")))
+        folders = ((rest.get(f"{name}_folder") or "") for name in ("control", "mask"))
+        control, mask = folders
+        is_named = folder_names == NAMES[1]
+        return fingerprint_dataset(Source(path or "", kind or AUTO, columns, control, is_named, masks or NONE, mask))
 
     @classmethod
     def execute(
@@ -122,10 +154,14 @@ class TrainingDataset(io.ComfyNode):
         problems=POLICIES[0],
         is_prior=False,
         add_to=None,
+        folder_names=NAMES[0],
+        masks=NONE,
+        mask_folder="",
     ):
         columns = Columns(*(name.strip() for name in (picture_column, caption_column, control_column)))
         checks = {"smallest_px": smallest, "policy": problems, "fallback_caption": caption, "is_prior": is_prior}
-        dataset = load_dataset(path, kind, columns, control_folder, **checks)
+        source = Source(path, kind, columns, control_folder, folder_names == NAMES[1], masks, mask_folder)
+        dataset = load_dataset(source, **checks)
         return _dataset_output(cls.hidden, dataset, add_to)
 
 
@@ -133,6 +169,160 @@ def _dataset_output(hidden, dataset, add_to):
     dataset = dataset if add_to is None else add_to + dataset
     show_text(hidden, dataset.report)
     return io.NodeOutput(dataset, dataset.report, ui=ui.PreviewText(dataset.report))
+
+
+class VaryDataset(io.ComfyNode):
+    """Say how often pictures are shown, and make variants of their captions and of themselves."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixArtVaryDataset",
+            display_name="PixArt Vary Dataset",
+            category=CATEGORY,
+            description="How often pictures are shown, and in which variants: several captions, shuffled tags, trigger "
+            "words, other crops and colours. Each variant is encoded once; a training draws one in each step.",
+            search_aliases=[
+                "repeats",
+                "shuffle tags",
+                "caption dropout",
+                "augmentation",
+                "trigger word",
+                "dataset mix",
+            ],
+            inputs=[
+                node_input(DatasetType, "dataset", tooltip="From PixArt Dataset."),
+                *_share_inputs(),
+                *_word_inputs(),
+                *_view_inputs(),
+            ],
+            outputs=_dataset_outputs(),
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        dataset,
+        repeats=1.0,
+        weight=1.0,
+        add_to=None,
+        share=0.0,
+        each_line=False,
+        trigger="",
+        prefix="",
+        suffix="",
+        shuffle_tags=False,
+        drop_tags=0.0,
+        keep_tags=0,
+        separator=",",
+        caption_variants=4,
+        views=1,
+        focus=CENTRE,
+        zoom=1.0,
+        mirror=0.0,
+        colour=0.0,
+    ):
+        words = CaptionVariety(
+            each_line, caption_variants, shuffle_tags, drop_tags, keep_tags, separator, trigger, prefix, suffix
+        )
+        seen = ViewVariety(views, focus.strip(), zoom, mirror, colour)
+        dataset = vary(dataset, Variety(words if words.changes else None, seen, repeats, weight))
+        dataset = dataset if add_to is None else join(add_to, dataset, share)
+        return _dataset_output(cls.hidden, dataset, None)
+
+
+def _number(name: str, default: float, low: float, high: float, tooltip: str, step: float = 0.05, **fields):
+    limits = {"default": default, "min": low, "max": high, "step": step}
+    return node_input(io.Float, name, **limits, optional=True, tooltip=tooltip, **fields)
+
+
+def _share_inputs() -> list:
+    return [
+        _number("repeats", 1.0, 0.01, 1000.0, "How often each is shown in an epoch. 0.5: half of them, by turns.", 0.5),
+        _number("weight", 1.0, 0.01, 100.0, "Factor of their loss.", advanced=True),
+        node_input(DatasetType, "add_to", optional=True, tooltip="Another dataset that these pictures are added to."),
+        _number(
+            "share",
+            0.0,
+            0.0,
+            1000.0,
+            "How many of these an epoch shows for one of the pictures that they are added to. 0: each as often as its "
+            "repeats say.",
+            0.1,
+        ),
+    ]
+
+
+def _word_inputs() -> list:
+    return [
+        node_input(
+            io.Boolean,
+            "each_line",
+            default=False,
+            optional=True,
+            tooltip="Each line of a text, and each entry of a table's list, is a caption of its own.",
+        ),
+        _text_input("trigger", "Words at the beginning of every caption that does not have them."),
+        _text_input("prefix", "Text before every caption.", advanced=True),
+        _text_input("suffix", "Text behind every caption.", advanced=True),
+        node_input(
+            io.Boolean,
+            "shuffle_tags",
+            default=False,
+            optional=True,
+            tooltip="Tags in another order in each variant of a caption.",
+        ),
+        _number("drop_tags", 0.0, 0.0, 0.95, "Share of the tags that each variant leaves out."),
+        node_input(
+            io.Int,
+            "keep_tags",
+            default=0,
+            min=0,
+            max=100,
+            optional=True,
+            tooltip="So many tags at the beginning stay where they are.",
+        ),
+        node_input(
+            io.String, "separator", default=",", optional=True, advanced=True, tooltip="What stands between tags."
+        ),
+        node_input(
+            io.Int,
+            "caption_variants",
+            default=4,
+            min=1,
+            max=100,
+            optional=True,
+            tooltip="Variants of each caption where tags are shuffled or left out. Each takes T5's time and 8 KB a "
+            "token on disk.",
+        ),
+    ]
+
+
+def _view_inputs() -> list:
+    return [
+        node_input(
+            io.Int,
+            "views",
+            default=1,
+            min=1,
+            max=100,
+            optional=True,
+            tooltip="Variants of each picture, the first as it is. Each takes the VAE's time and a latent's room.",
+        ),
+        node_input(
+            io.String,
+            "focus",
+            default=CENTRE,
+            optional=True,
+            advanced=True,
+            tooltip=f"Where pictures are cut: {', '.join(FOCI)}, or two numbers from 0 to 1 such as 0.5, 0.3.",
+        ),
+        _number("zoom", 1.0, 1.0, 10.0, "Other views are at most so many times nearer.", advanced=True),
+        _number("mirror", 0.0, 0.0, 1.0, "Share of the other views that is mirrored.", advanced=True),
+        _number("colour", 0.0, 0.0, 1.0, "How far other views differ in their colours.", advanced=True),
+    ]
 
 
 class DatasetFromImages(io.ComfyNode):
@@ -277,4 +467,4 @@ class CaptionImages(io.ComfyNode):
         return io.NodeOutput(texts)
 
 
-NODES: list[type[io.ComfyNode]] = [TrainingDataset, DatasetFromImages, CaptionImages]
+NODES: list[type[io.ComfyNode]] = [TrainingDataset, DatasetFromImages, CaptionImages, VaryDataset]

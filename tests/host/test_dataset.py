@@ -3,6 +3,7 @@
 import importlib
 import shutil
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,6 +87,30 @@ def test_a_folder_becomes_features(run_node, encoders, folder):
     assert collate([features[0], features[1]]).latent.shape == (2, 4, 16, 16)
     loaded, _ = run_node("PixArtLoadFeatures", path="pixart_cache/dataset")
     assert torch.equal(loaded[2].latent, features[2].latent)
+
+
+def test_variants_masks_and_shares(run_node, encoders, folder):
+    """One set with masks beside its pictures and two views, another of the same pictures with its share."""
+    named = folder.parent / "5_thing"
+    named.mkdir()
+    for number in range(2):
+        Image.open(folder / f"{number}.png").resize((96, 96)).save(named / f"{number}.jpg")
+    Image.new("L", (96, 96), 255).save(named / "1-masklabel.png")
+    try:
+        few, report = run_node("PixArtDataset", path=named.name, kind="folder", masks="files",
+                               folder_names="10_cat shows pictures 10 times")  # fmt: skip
+        assert report == "2 pictures, 1 with a mask"
+        many, _ = run_node("PixArtDataset", path=folder.name, kind="auto")
+        words = {"trigger": "sks", "views": 2, "mirror": 1.0, "add_to": many, "share": 2.0}
+        dataset, report = run_node("PixArtVaryDataset", dataset=few, **words)
+        assert "captions: 2 are encoded, 1 a picture, such as 'sks, thing'" in report and "shares: 1 to 2" in report
+        features, _ = run_node("PixArtEncodeDataset", dataset=dataset, **encoders, **settings(name="varied"))
+    finally:
+        shutil.rmtree(named)
+    assert features.repeats.tolist() == [5 / 3, 5 / 3, 5 / 3, 5, 5]  # the least is what the few have by their names
+    assert features[4].text == "sks, thing" and features[4].mask.min() == 1 and features[3].mask is None
+    views = [features.draw(3, Random(number)).latent for number in range(8)]
+    assert any((view - views[0].flip(-1)).abs().max() < 0.02 for view in views)
 
 
 def test_nothing_is_encoded_twice_and_what_changed_is(run_node, encoders, folder, monkeypatch):

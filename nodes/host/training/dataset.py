@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import folder_paths
@@ -14,7 +14,9 @@ from ....pixart.data.examples import Example, FeatureSet, ListFeatures
 from ....pixart.data.features import open_features
 from ....pixart.data.pictures import FilePicture, RowPicture, TensorPicture
 from ....pixart.data.records import Dataset, Record, check_records
-from ....pixart.data.sources import Columns, read_dataset, walk_files
+from ....pixart.data.sources import AUTO, Columns, read_dataset, walk_files
+from ....pixart.data.storage.table import RecordTable
+from ....pixart.data.variety.masks import NONE
 from ....pixart.resolution import nearest_ratio
 from ..denoiser.latent import CHANNELS
 from ..folders import find_typed, hide_paths, is_inner, open_paths
@@ -24,47 +26,67 @@ from ..server.users import own_output
 _RATIO_TABLE_PX = 1024  # every table has the same ratios
 
 
-def load_dataset(path: str, kind: str, columns: Columns, control_folder: str = "", **checks) -> Dataset:
+@dataclass(frozen=True)
+class Source:
+    """A dataset as it is typed: where and what it is, and what else of it is read (see sources.read_dataset)."""
+
+    path: str
+    kind: str = AUTO
+    columns: Columns = Columns()
+    control_folder: str = ""
+    named_repeats: bool = False
+    masks: str = NONE
+    mask_folder: str = ""
+
+
+def load_dataset(source: Source, **checks) -> Dataset:
     """Read and check the dataset at a typed path. checks: options of records.check_records."""
-    records = _read(path, kind, columns, control_folder)
+    records = _read(source)
     dataset = check_records(records, progress=show_progress(len(records)), **checks)
     return replace(dataset, report=hide_paths(dataset.report))
 
 
-def _read(path: str, kind: str, columns: Columns, control_folder: str) -> list[Record]:
+def _read(source: Source) -> RecordTable:
     root = folder_paths.get_input_directory()
-    found = find_typed(path, root, "Dataset")
-    control = find_typed(control_folder, root, "Control folder").path if control_folder.strip() else None
-    options = {"confined": found.is_confined, "shows_cells": found.is_known}
-    records = read_dataset(found.path, kind, columns, control_folder=control, **options)
+    found = find_typed(source.path, root, "Dataset")
+    beside = {"control_folder": source.control_folder, "mask_folder": source.mask_folder}
+    whats = {"control_folder": "Control folder", "mask_folder": "Mask folder"}
+    options = {name: find_typed(typed, root, whats[name]).path for name, typed in beside.items() if typed.strip()}
+    options |= {"confined": found.is_confined, "shows_cells": found.is_known}
+    options |= {"named_repeats": source.named_repeats, "masks": source.masks}
+    records = read_dataset(found.path, source.kind, source.columns, **options)
     is_open = open_paths()
-    return [record if all(map(is_open, _files_of(record))) else _closed(record) for record in records]
+    return RecordTable(record if all(map(is_open, _files_of(record))) else _closed(record) for record in records)
 
 
 def _files_of(record: Record) -> list[Path]:
-    pictures = (record.picture, record.control)
+    pictures = (record.picture, record.control, record.mask)
     return [picture.path for picture in pictures if isinstance(picture, FilePicture)]
 
 
 def _closed(record: Record) -> Record:
     """A record without its files, since a link leads to them that prompts may not follow."""
-    return replace(record, picture=None, control=None, problem="a link leads out of the folders open to prompts")
+    return replace(
+        record, picture=None, control=None, mask=None, problem="a link leads out of the folders open to prompts"
+    )
 
 
-def fingerprint_dataset(path: str, kind: str, columns: Columns, control_folder: str = "") -> str:
+def fingerprint_dataset(source: Source) -> str:
     """A hash of what load_dataset would read: captions, and the names, sizes and times of files.
 
     A dataset that is not there or cannot be read counts for nothing.
     """
     try:
-        records = _read(path, kind, columns, control_folder)
+        records = _read(source)
     except (OSError, ValueError, ImportError):
         return ""
     files = [file for record in records for file in _files_of(record)]
     if any(isinstance(record.picture, RowPicture) for record in records):
-        found = find_typed(path, folder_paths.get_input_directory(), "Dataset").path
+        found = find_typed(source.path, folder_paths.get_input_directory(), "Dataset").path
         files += walk_files(found) if found.is_dir() else [found]
-    return _hash_files(files, repr([(record.name, record.caption, record.problem) for record in records]))
+    return _hash_files(
+        files, repr([(each.name, each.caption, each.others, each.repeats, each.problem) for each in records])
+    )
 
 
 def fingerprint_features(path: str) -> str:
