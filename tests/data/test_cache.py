@@ -94,6 +94,26 @@ def test_every_picture_is_encoded_once_into_its_bin(tmp_path):
     assert elsewhere.identity == again.identity == features.identity
 
 
+def test_a_list_grows_and_shrinks_under_a_training_that_has_it_open(tmp_path):
+    folder, cache = make_folder(tmp_path / "set"), tmp_path / "cache"
+    before, _ = encode(folder, cache)
+    make_folder(folder, 8)
+    grown, encoders = encode(folder, cache)
+    assert encoders.pictures == 3 and len(encoders.texts) == 3 and len(grown) == 8
+    for number in (0, 3):
+        (folder / f"{number}.png").unlink()
+    fewer, encoders = encode(folder, cache)
+    assert not encoders.pictures and not encoders.texts and len(fewer) == len(open_features(cache)) == 6
+    assert [fewer.name_of(index) for index in range(6)] == [f"{number}.png" for number in (1, 2, 4, 5, 6, 7)]
+    assert len(list(cache.glob("*.index"))) == 1
+    for features, names in ((before, range(5)), (grown, range(8))):  # whose lists are gone
+        assert [features[index].text for index in range(len(features))] == [f"picture {number}" for number in names]
+        assert features.index.identify() == features.identity
+    assert (
+        torch.equal(before[3].latent, grown[3].latent) and len({before.identity, grown.identity, fewer.identity}) == 3
+    )
+
+
 def test_what_changes_is_encoded_again_and_nothing_else(tmp_path):
     folder, cache = make_folder(tmp_path / "set"), tmp_path / "cache"
     first, _ = encode(folder, cache)

@@ -5,6 +5,7 @@ process's memory.
 """
 
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ class ColumnFile(Mapping[str, np.ndarray]):
 
     def __init__(self, path: Path):
         self.path = path
-        self._file, self._lock = open_regular(path), Lock()
+        self._file, self._lock, self._map = open_regular(path), Lock(), None
         size = self._file.seek(0, os.SEEK_END)
         length = int.from_bytes(self._read(0, 8), "little")
         if length > min(_HEADER_BYTES, size):
@@ -49,7 +50,9 @@ class ColumnFile(Mapping[str, np.ndarray]):
         kind, shape, (start, _) = self._forms[name]
         if not math.prod(shape):
             return np.zeros(shape, kind)
-        return np.memmap(self.path, kind, "r", self._start + start, shape)
+        if self._map is None:  # of the file as it was opened, whatever has its name by now
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(self._map, kind, math.prod(shape), self._start + start).reshape(shape)
 
     def read(self, name: str, first: int, last: int) -> np.ndarray:
         """The rows from the first to before the last."""
