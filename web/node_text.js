@@ -10,7 +10,7 @@ const LINE_PX = 16, LETTER_PX = 6.2, MARGINS_PX = [52, 22]; // as the editor dra
 
 const outermost = () => app.rootGraph ?? app.graph; // numbers inside a subgraph are others'
 const WITH_BAR = [
-    "PixArtTrainLoRA", "PixArtTrain", "PixArtDistillLCM", "PixArtTrainControlNet", "PixArtEncodeDataset",
+    "PixArtTrainLoRA", "PixArtTrain", "PixArtDistillLCM", "PixArtDistillDMD", "PixArtTrainControlNet", "PixArtEncodeDataset",
     "PixArtCaptionImages",
 ];
 const STYLE = `[data-pixart-bar] .lg-node-widgets { flex: none !important; }

@@ -29,7 +29,8 @@ SHOWN_PX = {
     **dict.fromkeys(("PixArtResolution", "PixArtScheduler"), CHART_PX),
     "PixArtEncodeDataset": TEXT_PX + PREVIEW_PX,
     **dict.fromkeys(
-        ("PixArtTrainLoRA", "PixArtTrain", "PixArtDistillLCM", "PixArtTrainControlNet"), TEXT_PX + CURVE_PX
+        ("PixArtTrainLoRA", "PixArtTrain", "PixArtDistillLCM", "PixArtDistillDMD", "PixArtTrainControlNet"),
+        TEXT_PX + CURVE_PX,
     ),
 }
 
@@ -124,19 +125,21 @@ def input_at(node: Node, name: str) -> Point:
     return x, y + slots_of(node) * SLOT_PX + (shown.index(name) + 0.5) * CLASSIC[0]
 
 
-def lead_wires(nodes: list[Node], links: list[list]) -> tuple[list[dict], list[dict]]:
+def lead_wires(
+    nodes: list[Node], links: list[list], ends: dict[tuple[int, int], Point] | None = None
+) -> tuple[list[dict], list[dict]]:
     """The reroutes that keep wires from running under nodes, and which reroute each link comes from last, as saved.
 
-    links: as saved in a workflow.
+    links: as saved in a workflow. ends: where wires begin that come from no node, by number and slot.
     """
     by_number = {node.number: node for node in nodes}
     router = Router({number: box_of(node) for number, node in by_number.items()})
     reroutes, extensions = [], []
     for number, origin, slot, target, socket, _ in links:
         name = by_number[target].sockets()[socket].name
-        ends = output_at(by_number[origin], slot), input_at(by_number[target], name)
+        start = output_at(by_number[origin], slot) if origin in by_number else ends[origin, slot]
         last = None
-        for point in router.lead(*ends, origin, target):
+        for point in router.lead(start, input_at(by_number[target], name), origin, target):
             parent = {} if last is None else {"parentId": last}
             last = len(reroutes) + 1
             reroutes.append({"id": last, **parent, "pos": [round(each) for each in point], "linkIds": [number]})

@@ -9,6 +9,9 @@ class Released(str):
         name.url, name.directory = url, directory
         return name
 
+    def __getnewargs__(self) -> tuple[str, str]:
+        return self.url, self.directory
+
     def entry(self) -> dict:
         """What the editor's dialog of missing models shows."""
         return {"name": str(self), "url": self.url, "directory": self.directory}

@@ -63,8 +63,12 @@ class Subgraph(Workflow):
             links.append([len(links) + 1, result.node.number, result.slot, number, slot, kind])
             saved = next(node for node in nodes if node["id"] == result.node.number)["outputs"][result.slot]
             saved["links"] = [*(saved["links"] or ()), len(links)]
-        inside = [link for link in links if FROM_OUTSIDE != link[1] and TO_OUTSIDE != link[3]]
-        reroutes, extensions = lead_wires(self.nodes, inside)
+        left = -EDGE_PX - COLUMN_GAP_PX
+        starts = {
+            (FROM_OUTSIDE, slot): (left + EDGE_PX, GROUP_TITLE_PX + (slot + 1) * SLOT_PX)
+            for slot in range(len(self.described))
+        }
+        reroutes, extensions = lead_wires(self.nodes, [link for link in links if link[3] != TO_OUTSIDE], starts)
         parents = {each["id"]: {"parentId": each["parentId"]} for each in extensions}
         names = "id", "origin_id", "origin_slot", "target_id", "target_slot", "type"
         return {
@@ -79,7 +83,7 @@ class Subgraph(Workflow):
             "revision": 0,
             "config": {},
             "name": self.title,
-            "inputNode": {"id": FROM_OUTSIDE, "bounding": self._edge(-EDGE_PX - COLUMN_GAP_PX, len(self.described))},
+            "inputNode": {"id": FROM_OUTSIDE, "bounding": self._edge(left, len(self.described))},
             "outputNode": {"id": TO_OUTSIDE, "bounding": self._edge(right + COLUMN_GAP_PX, len(self.results))},
             "inputs": self._ends("in", [(name, kind[0]) for name, kind in self.described.items()], links, 1),
             "outputs": self._ends("out", list(zip(self.results, self.info()["output"], strict=True)), links, 3),

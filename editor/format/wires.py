@@ -92,7 +92,7 @@ class Router:
         """The reroutes of a wire from an output of a node to an input of another; none where the direct way is free."""
         others = [box for number, box in self.boxes.items() if number not in (origin, target)]
         # It may touch the sides of its own nodes, where it begins and ends.
-        own = [_narrow(self.boxes[number]) for number in {origin, target}]
+        own = [_narrow(self.boxes[number]) for number in {origin, target} if number in self.boxes]
         boxes = others + own
         if hidden_px([start, end], boxes) <= HARMLESS_PX:
             return []

@@ -7,7 +7,7 @@ from ..format.node import Node, Output
 from ..format.subgraph import Subgraph
 from . import files
 from .blocks import Loaded, describe, load_models, picture_size, sample, sample_preset
-from .pictures import CACTUS, LIGHTHOUSE, TEAPOT
+from .pictures import CACTUS, PAINTED, TEAPOT
 
 PICTURES_CATEGORY, TRAINING_CATEGORY = "PixArt", "PixArt/training"
 
@@ -93,7 +93,7 @@ def image_to_image(workflow: Workflow) -> Subgraph:
     )
     picture = inside.input("image", "IMAGE")
     loaded = _models(inside, files.SIGMA_1024, files.SIGMA_VAE)
-    prompts = _prompts(inside, loaded, LIGHTHOUSE)
+    prompts = _prompts(inside, loaded, PAINTED)
     inside.group("Your picture", "picture")
     base = inside.input("base", "PixArtFitImage", "base", "1024")
     fitted = inside.node("PixArtFitImage", image=picture, mode="into the nearest bin", base=base)

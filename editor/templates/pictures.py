@@ -19,6 +19,7 @@ LONG_CAPTION = (
     "snow-covered roofs climb the hill, smoke rising from their chimneys, and above them stands a small church with a "
     "copper spire. The sky is pale pink near the horizon and deep blue above. Wide-angle photograph, crisp detail"
 )
+PAINTED = "The same scene as an oil painting in warm colours, thick brush strokes, evening light"
 FOUR_PROMPTS = "\n".join((CACTUS, LIGHTHOUSE, TEAPOT, BOAT))
 
 WEIGHTED = "A (tiny:1.2) cactus with a (happy face:1.3) in the Sahara desert, (photograph:0.8)"
@@ -161,7 +162,7 @@ def image_to_image(workflow: Workflow) -> None:
         "nearly nothing."
     )
     loaded = load(workflow, note, files.SIGMA_1024, files.SIGMA_VAE)
-    prompts = describe(workflow, loaded, LIGHTHOUSE)
+    prompts = describe(workflow, loaded, PAINTED)
     workflow.group("Your picture", "picture")
     picture = workflow.node("LoadImage", image="example.png")
     fitted = workflow.node("PixArtFitImage", image=picture, mode="into the nearest bin", base="1024")

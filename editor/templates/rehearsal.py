@@ -18,6 +18,7 @@ CAPTIONS = {
     "background",
     pictures.KITE: "a large red triangle in the center on a gray background",
     pictures.TEAPOT: "a large red circle in the center on a brown background",
+    pictures.PAINTED: "a large red circle in the center on a pink background",  # of the picture that goes in
     pictures.LONG_CAPTION: "a small yellow circle in the top right and a small red cross in the bottom right and a "
     "small yellow triangle in the bottom left on a brown background",
     pictures.FOUR_PROMPTS: "a large green square on the right on a black background\n"

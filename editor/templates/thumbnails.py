@@ -12,6 +12,7 @@ from .rehearsal import halve_bins, input_picture, rehearse
 
 THUMBNAIL_PX, INSET_PX, INSET_GAP_PX = 400, 110, 8
 LABEL_PX, LETTER_PX = 44, 22
+CARD_LETTERS, CARD_LETTER_PX = 42, 16  # so that a path stands on one line
 BEFORE_PX, AFTER_PX, FRAME_PX = 190, 250, 4
 # What the picture alone does not tell.
 LABELS = {
@@ -20,6 +21,7 @@ LABELS = {
     "image_to_image_app": "app",
     "styles_app": "app",
     "lora_training_app": "app",
+    "any_aspect_ratio": "1:4 to 4:1",
     "hires_fix": "two passes",
     "negative_prompts": "(word:1.3), negative",
     "lcm_4_steps": "4 steps",
@@ -119,8 +121,10 @@ def inset(picture: Image.Image, previews: list[Image.Image]) -> None:
 def card(text: str) -> Image.Image:
     """A text on a square card, for a workflow without pictures."""
     sheet = Image.new("RGB", (THUMBNAIL_PX, THUMBNAIL_PX), "#223")
-    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, 30) or [""]]
-    ImageDraw.Draw(sheet).multiline_text((24, 28), "\n".join(lines[:12]), "#dde", ImageFont.load_default(21), spacing=9)
+    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, CARD_LETTERS) or [""]]
+    ImageDraw.Draw(sheet).multiline_text(
+        (24, 28), "\n".join(lines[:14]), "#dde", ImageFont.load_default(CARD_LETTER_PX), spacing=9
+    )
     return sheet
 
 

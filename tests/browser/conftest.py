@@ -23,7 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in filter(drives_the_editor, items):
         item.add_marker("browser")
         item.add_marker("slow")
-    items.sort(key=drives_the_editor)
+    items.sort(key=lambda item: (drives_the_editor(item), _renderer_of(item) != CLASSIC))
+
+
+def _renderer_of(item: pytest.Item) -> str:
+    """By which tests are sorted, so that the renderer is changed once."""
+    call = getattr(item, "callspec", None)
+    return call.params.get("renderer", CLASSIC) if call else CLASSIC
 
 
 def leave_out(reason: str) -> None:
@@ -32,7 +38,13 @@ def leave_out(reason: str) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Say aloud that the editor was not tested: among thousands of dots a skip goes unnoticed."""
+    """Say how long a user waits; and aloud that the editor was not tested, which goes unnoticed among dots."""
+    for report in terminalreporter.stats.get("passed", ()):
+        times = dict(report.user_properties)
+        if report.when == "call" and "first_picture_s" in times:
+            terminalreporter.write_line(
+                f"the editor opened in {times['opened_s']} s, the first picture came after {times['first_picture_s']} s"
+            )
     skipped = [report for report in terminalreporter.stats.get("skipped", ()) if "tests/browser" in report.nodeid]
     if skipped:
         reason = skipped[0].longrepr[2] if isinstance(skipped[0].longrepr, tuple) else skipped[0].longrepr

@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,31 @@ PICTURE_PX = """type => {
     const shown = LiteGraph.vueNodesMode ? elements() : node.imgs;
     return Math.max(0, ...(shown ?? []).map(image => image.naturalWidth));
 }"""
+# By node: left, top, right, bottom in the graph, as it is drawn.
+BOXES = """() => Object.fromEntries(app.graph.nodes.map(node => {
+    const drawn = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`);
+    const {scale, offset} = app.canvas.ds;
+    const [x, y] = node.pos, title = LiteGraph.NODE_TITLE_HEIGHT;
+    if (!drawn) return [node.id, [x, y - title, x + node.size[0], y + node.size[1]]];
+    const box = drawn.getBoundingClientRect(), canvas = app.canvas.canvas.getBoundingClientRect();
+    const place = (px, axis) => (px - [canvas.left, canvas.top][axis]) / scale - offset[axis];
+    const buttons = [...drawn.querySelectorAll('button')];  // one for advanced inputs hangs below
+    const foot = Math.max(box.bottom, ...buttons.map(each => each.getBoundingClientRect().bottom));
+    return [node.id, [place(box.left, 0), place(box.top, 1), place(box.right, 0), place(foot, 1)]];
+}))"""
+GROUPS = (
+    "() => app.graph.groups.map(group => [...group.pos, group.pos[0] + group.size[0], group.pos[1] + group.size[1]])"
+)
+# Whether view and nodes stand as they did a moment ago.
+AT_REST = """() => {
+    const drawn = [...document.querySelectorAll('[data-node-id]')];
+    if (LiteGraph.vueNodesMode && drawn.length < app.graph.nodes.length) return false;
+    const boxes = drawn.map(each => each.getBoundingClientRect()).map(box => [box.x, box.y, box.width, box.height]);
+    const now = JSON.stringify([app.canvas.ds.scale, [...app.canvas.ds.offset], boxes]);
+    const isAtRest = window.lastSeen === now;
+    window.lastSeen = now;
+    return isAtRest;
+}"""
 SEARCHED = "items => items.map(item => item.innerText.split('\\n')[0])"
 PLACE_OF_TITLE = """number => {
     const node = app.graph.getNodeById(number), {scale, offset} = app.canvas.ds;
@@ -77,6 +103,10 @@ PLACE_OF_TITLE = """number => {
 
 def shipped_workflow(name: str) -> dict:
     return json.loads((WORKFLOWS / f"{TITLES[name]}.json").read_text(encoding="utf-8"))
+
+
+def overlap(one: list, other: list) -> bool:
+    return one[0] < other[2] - 1 and other[0] < one[2] - 1 and one[1] < other[3] - 1 and other[1] < one[3] - 1
 
 
 class Editor:
@@ -216,6 +246,18 @@ class Editor:
             self.set_setting("Comfy.VueNodes.Enabled", renderer == NODES_2)
             self.page.wait_for_function("is => LiteGraph.vueNodesMode === is", arg=renderer == NODES_2)
             self.renderer = renderer
+
+    def wait_for_rest(self) -> None:
+        """Wait until the view has moved to the workflow, and in Nodes 2.0 all nodes are drawn and have their sizes."""
+        self.page.wait_for_function(AT_REST, polling=100)
+
+    def check_places(self) -> None:
+        """Assert that nodes lie apart as they are drawn, and each within one group."""
+        boxes, groups = self.page.evaluate(BOXES), self.page.evaluate(GROUPS)
+        assert [pair for pair in combinations(boxes, 2) if overlap(boxes[pair[0]], boxes[pair[1]])] == []
+        for node, box in boxes.items():
+            holding = [g for g in groups if g[0] <= box[0] and g[1] <= box[1] and box[2] <= g[2] and box[3] <= g[3]]
+            assert len(holding) == 1, (node, box)
 
     def wait_for_picture(self, node_type: str) -> None:
         """Wait until a node shows a picture. The classic renderer loads none of a node that is out of sight."""

@@ -10,11 +10,10 @@ import pytest
 from pixart_pack.editor.format.api import to_api
 from pixart_pack.editor.templates.collection import TITLES
 from pixart_pack.editor.templates.rehearsal import rehearse
-from pixart_pack.tests.browser.editor import in_both, shipped_workflow
+from pixart_pack.tests.browser.editor import CLASSIC, in_both, shipped_workflow
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
-NAMES = list(TITLES)
 FIRST_PICTURE_S = 30  # on two cores that others leave alone
 HAS_THUMBNAILS = (
     "[...document.querySelectorAll(\"[data-testid^='template-workflow-'] img\")]"
@@ -85,29 +84,9 @@ def test_the_template_browser_shows_every_workflow_with_its_picture(editor):
     assert editor.export() == chosen
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_template_opens_whole(editor, name):
-    editor.open_template(name)
-    shipped, opened = shipped_workflow(name), editor.export()
-    editor.shoot(f"template_{name}")
-    assert opened["unknown"] == []
-    twin = read(ROOT / "workflows" / "api" / f"{name}.json")
-    for node in (*twin.values(), *opened["output"].values()):
-        del node["_meta"]  # the titles of ComfyUI's own nodes, which change with its version
-    assert opened["output"] == twin
-    saved = {node["id"]: node for node in opened["workflow"]["nodes"]}
-    for node in shipped["nodes"]:
-        for field in ("type", "pos", "size", "title", "color", "properties"):
-            assert saved[node["id"]].get(field) == node.get(field), (node["type"], field)
-        assert (saved[node["id"]].get("widgets_values") or []) == node["widgets_values"]
-    assert opened["workflow"]["links"] == shipped["links"]
-    for node in opened["asked"]:  # a node that asks for more room would grow over the next one
-        assert node["needs"][0] <= node["has"][0] + 1 and node["needs"][1] <= node["has"][1] + 1, node
-
-
-# Of the classic renderer alone: Nodes 2.0 makes a node taller for the picture that it shows.
+@in_both
 @pytest.mark.parametrize("name", ["any_aspect_ratio", "lora_training", "compare_settings"])
-def test_what_nodes_show_stays_in_their_places(editor, name):
+def test_what_nodes_show_stays_in_their_places(editor, name, renderer):
     editor.load(shipped_workflow(name))
     # Nodes that are out of sight load no pictures.
     editor.page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
@@ -117,10 +96,12 @@ def test_what_nodes_show_stays_in_their_places(editor, name):
     editor.wait_for_picture("SaveImage")
     if name == "any_aspect_ratio":
         editor.wait_for_picture("PixArtResolution")
+    editor.wait_for_rest()
+    editor.shoot(f"ran_{name}_{renderer}")
+    editor.check_places()
     shipped = {node["id"]: node for node in shipped_workflow(name)["nodes"]}
-    for node in editor.export()["workflow"]["nodes"]:
+    for node in editor.export()["workflow"]["nodes"] if renderer == CLASSIC else ():
         assert node["size"][1] <= shipped[node["id"]]["size"][1] + 1, node["type"]
-    editor.shoot(f"ran_{name}")
 
 
 @in_both

@@ -2,6 +2,8 @@
 
 import pytest
 
+from pixart_pack.tests.browser.editor import in_both
+
 pytestmark = pytest.mark.slow
 
 CAPTION = "a large red circle in the center on a white background"
@@ -33,9 +35,12 @@ NODES = {
 }
 MODES = {12: 2, 13: 4}  # muted, bypassed
 WIDGETS = {"width", "height"}  # inputs that were widgets before they were linked
+# A text box is the widget's own element, or in Nodes 2.0 one of the node's.
 UNSEEN = """() => app.graph.nodes.filter(node => {
     const least = node.computeSize(), boxes = (node.widgets ?? []).filter(widget => widget.element);
-    const isThere = box => document.contains(box.element) && box.element.getBoundingClientRect().height > 0;
+    const drawn = document.querySelector(`[data-node-id="${node.id}"] textarea`);
+    const elementOf = box => LiteGraph.vueNodesMode ? drawn : document.contains(box.element) && box.element;
+    const isThere = box => elementOf(box) && elementOf(box).getBoundingClientRect().height > 0;
     return !boxes.every(isThere) || node.size[0] + 1 < least[0] || node.size[1] + 1 < least[1];
 }).map(node => node.type)"""
 
@@ -66,7 +71,7 @@ def old_workflow() -> dict:
     return {**ends, "nodes": nodes, "links": links, "groups": [], "config": {}, "extra": {}, "version": 0.4}
 
 
-# Of the classic renderer alone, which leaves text boxes out: Nodes 2.0 draws its own for each widget.
+@in_both
 def test_an_old_graph_is_replaced_and_makes_a_picture(editor):
     editor.load(old_workflow())
     assert len(editor.export()["unknown"]) == 9

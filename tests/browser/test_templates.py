@@ -1,33 +1,19 @@
 """The workflows as they open: what is seen of them, in both renderers; the blueprints and the apps, in use."""
 
 import json
-from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 from pixart_pack.editor.templates.collection import TITLES
 from pixart_pack.editor.templates.files import DEMO_MODEL, DEMO_T5, DEMO_VAE
+from pixart_pack.tests.browser.editor import GROUPS, NODES_2, in_both, shipped_workflow
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 LEAST_ZOOM = 0.6  # the classic renderer hides what nodes say at less than 0.57
 SMALLEST_WINDOW = {"width": 1440, "height": 900}
 APPS = [name for name in TITLES if name.endswith("_app")]
-NODES_2 = "Comfy.VueNodes.Enabled"
-# By node: left, top, right, bottom in the graph, as it is drawn.
-BOXES = """() => Object.fromEntries(app.graph.nodes.map(node => {
-    const drawn = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`);
-    const {scale, offset} = app.canvas.ds;
-    const [x, y] = node.pos, title = LiteGraph.NODE_TITLE_HEIGHT;
-    if (!drawn) return [node.id, [x, y - title, x + node.size[0], y + node.size[1]]];
-    const box = drawn.getBoundingClientRect(), canvas = app.canvas.canvas.getBoundingClientRect();
-    const place = (px, axis) => (px - [canvas.left, canvas.top][axis]) / scale - offset[axis];
-    return [node.id, [place(box.left, 0), place(box.top, 1), place(box.right, 0), place(box.bottom, 1)]];
-}))"""
-GROUPS = (
-    "() => app.graph.groups.map(group => [...group.pos, group.pos[0] + group.size[0], group.pos[1] + group.size[1]])"
-)
 # The wires that lie under a node: a rectangle within the node meets what was drawn of the wire. Of its own nodes a wire
 # may touch the sides.
 HIDDEN_WIRES = """() => {
@@ -52,6 +38,14 @@ HIDDEN_WIRES = """() => {
     }
     return found;
 }"""
+# In Nodes 2.0: fields that reach out of their node, or whose text does not fit its box.
+OUTSIDE = """() => [...document.querySelectorAll('[data-node-id]')].flatMap(node => {
+    const box = node.getBoundingClientRect();
+    return [...node.querySelectorAll('.lg-node-widgets :is(input, textarea, button, img)')].filter(part => {
+        const own = part.getBoundingClientRect();
+        return own.height && (own.left < box.left - 1 || own.right > box.right + 1 || own.bottom > box.bottom + 1);
+    }).map(part => [node.dataset.nodeId, part.className]);
+})"""
 SET = """values => { for (const widget of app.graph.nodes[0].widgets)
     if (widget.name in values) widget.value = values[widget.name]; }"""
 SAVE = """() => {
@@ -60,9 +54,17 @@ SAVE = """() => {
     app.graph.add(save);
     app.graph.nodes[0].connect(0, save, 0);
 }"""
-HAS_PICTURE = "app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0"
 SHOWN_IN_APP = """() => [...document.querySelectorAll('[data-testid=linear-center-panel] img')].some(
     image => image.src.includes('/view?') && image.naturalWidth > 0)"""
+ENCODER = "app.graph.nodes.find(node => node.type === 'PixArtTextEncode')"
+SHOWN = f"""() => {{ const node = {ENCODER};
+    return node.widgets.filter(widget => node.isWidgetVisible(widget)).map(widget => widget.name); }}"""
+# By the words of its element: a text box stands without its name.
+SHOWN_IN_NODES_2 = f"""() => {{ const node = {ENCODER};
+    const element = document.querySelector(`[data-node-id="${{node.id}}"]`), words = element.innerText.split(/\\n+/);
+    return [...words, ...(element.querySelector('textarea') ? ['text'] : [])]; }}"""
+UNFOLD = f"""() => {{ const node = {ENCODER};
+    if (node.toggleAdvanced) node.toggleAdvanced(); else node.showAdvanced = true; }}"""
 CHANGE_INSIDE = """() => { app.canvas.subgraph.nodes.find(node => node.type === 'KSampler')
     .widgets.find(widget => widget.name === 'sampler_name').value = 'euler'; }"""
 SMALL = {"checkpoint": DEMO_MODEL, "vae": DEMO_VAE, "text_encoder": DEMO_T5, "width": 64, "height": 64, "steps": 2}
@@ -76,57 +78,57 @@ def small_window(editor):
     editor.page.set_viewport_size(before)
 
 
-@pytest.fixture
-def nodes_2(small_window):
-    small_window.set_setting(NODES_2, True)
-    yield small_window
-    small_window.set_setting(NODES_2, False)
+def check_whole(editor, name: str, renderer: str) -> None:
+    """What opened is what the files say, for the editor and for the API."""
+    shipped, opened = shipped_workflow(name), editor.export()
+    assert opened["unknown"] == []
+    twin = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for node in (*twin.values(), *opened["output"].values()):
+        del node["_meta"]  # the titles of ComfyUI's own nodes, which change with its version
+    assert opened["output"] == twin
+    saved = {node["id"]: node for node in opened["workflow"]["nodes"]}
+    measured = () if renderer == NODES_2 else ("size",)  # Nodes 2.0 measures its elements
+    for node in shipped["nodes"]:
+        for field in ("type", "pos", "title", "color", "properties", *measured):
+            assert saved[node["id"]].get(field) == node.get(field), (node["type"], field)
+        assert (saved[node["id"]].get("widgets_values") or []) == node["widgets_values"]
+    assert opened["workflow"]["links"] == shipped["links"]
+    for node in opened["asked"]:  # a node that asks for more room would grow over the next one
+        assert node["needs"][0] <= node["has"][0] + 1 and node["needs"][1] <= node["has"][1] + 1, node
 
 
-def overlap(one: list, other: list) -> bool:
-    return one[0] < other[2] - 1 and other[0] < one[2] - 1 and one[1] < other[3] - 1 and other[1] < one[3] - 1
-
-
-def check_places(editor) -> None:
-    """Nodes lie apart, and each within one group."""
-    boxes, groups = editor.page.evaluate(BOXES), editor.page.evaluate(GROUPS)
-    assert [pair for pair in combinations(boxes, 2) if overlap(boxes[pair[0]], boxes[pair[1]])] == []
-    for node, box in boxes.items():
-        holding = [g for g in groups if g[0] <= box[0] and g[1] <= box[1] and box[2] <= g[2] and box[3] <= g[3]]
-        assert len(holding) == 1, (node, box)
-
-
+@in_both
 @pytest.mark.parametrize("name", [name for name in TITLES if name not in APPS])
-def test_a_template_can_be_read_as_it_opens(small_window, name):
+def test_a_template_opens_whole_and_can_be_read(small_window, name, renderer):
     small_window.open_template(name)
     small_window.page.wait_for_function("least => app.canvas.ds.scale >= least", arg=LEAST_ZOOM, timeout=5000)
-    check_places(small_window)
+    small_window.wait_for_rest()
+    small_window.shoot(f"template_{name}_{renderer}")
+    check_whole(small_window, name, renderer)
+    small_window.check_places()
     assert small_window.page.evaluate(HIDDEN_WIRES) == []
+    if renderer == NODES_2:
+        assert small_window.page.evaluate(OUTSIDE) == []
 
 
-@pytest.mark.parametrize("name", ["demo", "controlnet_hed", "styles", "lora_training"])
-def test_it_keeps_its_places_in_nodes_2(nodes_2, name):
-    nodes_2.open_template(name)
-    nodes_2.page.wait_for_function("document.querySelectorAll('[data-node-id]').length >= app.graph.nodes.length")
-    nodes_2.page.wait_for_timeout(500)  # until the nodes have their heights
-    nodes_2.shoot(f"nodes_2_{name}")
-    check_places(nodes_2)
-
-
-def test_advanced_inputs_are_folded_until_asked_for(small_window):
+@in_both
+def test_advanced_inputs_are_folded_until_asked_for(small_window, renderer):
+    shown = SHOWN_IN_NODES_2 if renderer == NODES_2 else SHOWN
     small_window.open_template("demo")
-    shown = """() => { const node = app.graph.nodes.find(node => node.type === 'PixArtTextEncode');
-        return node.widgets.filter(widget => node.isWidgetVisible(widget)).map(widget => widget.name); }"""
+    small_window.wait_for_rest()
     folded = small_window.page.evaluate(shown)
     assert "text" in folded and "clean_caption" in folded and "aspect_ratio" not in folded
-    small_window.page.evaluate("app.graph.nodes.find(node => node.type === 'PixArtTextEncode').toggleAdvanced()")
+    small_window.page.evaluate(UNFOLD)
+    small_window.wait_for_rest()
     assert "aspect_ratio" in small_window.page.evaluate(shown)
     small_window.open_template("batch_of_prompts")
+    small_window.wait_for_rest()
     assert "batch_lines" in small_window.page.evaluate(shown)  # set, so it is seen
 
 
+@in_both
 @pytest.mark.parametrize("title", sorted(path.stem for path in (ROOT / "subgraphs").glob("*.json")))
-def test_a_blueprint_is_found_and_inserted(small_window, title):
+def test_a_blueprint_is_found_and_inserted(small_window, title, renderer):
     small_window.insert_blueprint(title)
     exported = small_window.export()
     shipped = json.loads((ROOT / "subgraphs" / f"{title}.json").read_text(encoding="utf-8"))
@@ -135,21 +137,23 @@ def test_a_blueprint_is_found_and_inserted(small_window, title):
     assert exported["unknown"] == []
     assert len(exported["output"]) == len(shipped["definitions"]["subgraphs"][0]["nodes"])
     assert small_window.page.evaluate(GROUPS) == []
-    small_window.shoot(f"blueprint_{title}")
+    small_window.wait_for_rest()
+    small_window.shoot(f"blueprint_{title}_{renderer}")
     small_window.page.evaluate("app.canvas.openSubgraph(app.graph.nodes[0].subgraph, app.graph.nodes[0])")
     small_window.page.wait_for_function("app.canvas.subgraph")
     small_window.page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    small_window.page.wait_for_timeout(500)
-    small_window.shoot(f"blueprint_inside_{title}")
+    small_window.wait_for_rest()
+    small_window.shoot(f"blueprint_inside_{title}_{renderer}")
 
 
+@in_both
 def test_a_blueprint_runs_and_can_be_edited(small_window):
     small_window.insert_blueprint("PixArt text to image")
     small_window.page.evaluate(SET, SMALL)
     small_window.page.evaluate(SAVE)
     end, report = small_window.run()
     assert end == "execution_success", report
-    small_window.page.wait_for_function(HAS_PICTURE)
+    small_window.wait_for_picture("SaveImage")
     small_window.page.evaluate("app.canvas.openSubgraph(app.graph.nodes[0].subgraph, app.graph.nodes[0])")
     small_window.page.evaluate(CHANGE_INSIDE)
     small_window.page.evaluate("app.canvas.setGraph(app.graph)")

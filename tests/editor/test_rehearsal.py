@@ -1,12 +1,13 @@
 """How the workflows run with the demo model: its words and sizes in place of the big models'."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from pixart_pack.editor.templates.files import DEMO_MODEL, ENTRIES
+from pixart_pack.editor.templates.files import DEMO_MODEL, ENTRIES, LCM_1024, stand_in
 from pixart_pack.editor.templates.rehearsal import CAPTIONS, LESSONS, halve_bins, rehearse
 from pixart_pack.editor.templates.thumbnails import INSET_GAP_PX, INSET_PX, card, change, inset, label, tile
 
@@ -65,3 +66,10 @@ def test_a_thumbnail_shows_what_goes_in_and_what_comes_out_and_says_what_is_spec
     )
     said = label(both, "four steps")
     assert said.size == (400, 400) and len({said.getpixel((x, 380)) for x in range(100, 300)}) > 2
+
+
+def test_an_official_file_has_the_name_that_it_is_downloaded_with():
+    for name, entries in ENTRIES.items():
+        assert all(entry["url"].endswith(f"/{name}") and entry["name"] == name for entry in entries)
+    copied = copy.deepcopy({"checkpoint": LCM_1024})["checkpoint"]
+    assert copied.entry() == LCM_1024.entry() and stand_in(copied) == DEMO_MODEL

@@ -264,21 +264,31 @@ def shards(host):
             torch.save(part, folder / f"pytorch_model-0000{number}-of-00002.bin")
 
 
+# By the words of the table in docs/from-other-tools.md.
+SHAPES = {
+    "as SwarmUI sends it: nodes numbered by their tasks, KSamplerAdvanced, T5 on the CPU, a size condition": swarm,
+    "PixArtDPMSampler with a size from PixArtResolutionSelect, `_meta` on one node alone": reference,
+    "required inputs alone, the optional ones absent": short,
+    "T5 as one file on the GPU": with_t5(T5, "file", "gpu"),
+    "T5 in shards with `path_type: folder`, by Windows' path of one": with_t5(
+        "T5v1.1\\pytorch_model-00001-of-00002.bin"
+    ),
+    "the same by Linux' path of another shard": with_t5("T5v1.1/pytorch_model-00002-of-00002.bin"),
+    "T5's shards loose in `models/t5/`": with_t5("pytorch_model-00002-of-00002.bin"),
+}
+
+
 @pytest.mark.parametrize(
-    "make",
-    [
-        swarm,
-        reference,
-        short,
-        with_t5(T5, "file", "gpu"),
-        with_t5("T5v1.1\\pytorch_model-00001-of-00002.bin"),
-        with_t5("T5v1.1/pytorch_model-00002-of-00002.bin"),
-        with_t5("pytorch_model-00002-of-00002.bin"),
-    ],
-    ids=["swarm", "reference", "short", "gpu", "windows", "linux", "root"],
+    "make", SHAPES.values(), ids=["swarm", "reference", "short", "gpu", "windows", "linux", "root"]
 )
 def test_prompts_as_programs_send_them(host, shards, make):
     assert host.run(make(host))[0].size == (64, 64)
+
+
+def test_the_pages_table_names_each_shape_that_is_run():
+    page = (Path(__file__).parents[2] / "docs" / "from-other-tools.md").read_text(encoding="utf-8")
+    table = page.partition("| prompt over the API |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert [row.strip("| ").rpartition(" | ")[0] for row in table] == list(SHAPES)
 
 
 def test_every_ratio_is_a_size(host):
