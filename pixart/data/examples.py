@@ -174,6 +174,12 @@ def draw_example(features: "FeatureSet", index: int, rng: Random) -> Example:
     return features[index] if draw is None else draw(index, rng)
 
 
+def variants_of(features: "FeatureSet", index: int) -> tuple[list[Example], list[Example]]:
+    """(one example for each caption of a picture, one for each of its views); of plain ones the same twice."""
+    found = getattr(features, "variants_of", None)
+    return ([features[index]],) * 2 if found is None else found(index)
+
+
 def check_plain(features: "FeatureSet", what: str) -> None:
     """Raises ValueError for features with variants, masks, repeats or weights, which a form of files cannot hold."""
     varying = getattr(features, "varying", ())

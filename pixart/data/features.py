@@ -195,11 +195,17 @@ class CachedFeatures:
 
     def variants(self, index: int) -> tuple[list[int], list[int]]:
         """The rows of a picture's different captions, and of its different views."""
-        rows = self._rows(index)
-        return tuple(
-            list({self.index.place(part, row): row for row in reversed(rows)}.values())[::-1]
-            for part in ("caption", "picture")
-        )
+        captions: dict = {}
+        views: dict = {}
+        for row in self._rows(index):
+            captions.setdefault(self.index.place("caption", row), row)
+            views.setdefault(self.index.place("picture", row), row)
+        return list(captions.values()), list(views.values())
+
+    def variants_of(self, index: int) -> tuple[list[Example], list[Example]]:
+        """(one example for each caption of a picture, one for each of its views)."""
+        captions, views = self.variants(index)
+        return [self._example(row, views[0]) for row in captions], [self._example(captions[0], row) for row in views]
 
     def draw(self, index: int, rng: Random) -> Example:
         """A picture in one of its views, with one of its captions."""

@@ -217,9 +217,11 @@ def _judge(record: Record, error: str | None, size_px, smallest_px: int, twin: R
 def describe(kept: Sequence[Record], findings: Sequence[Finding]) -> str:
     """The table: how many are used, how many have which problem, and each of them by name."""
     names = {finding.name for finding in findings if finding.fatal}
-    controls = sum(record.control is not None for record in kept)
-    masks = sum(record.mask is not None for record in kept)
-    prior = sum(record.is_prior for record in kept)
+    controls = masks = prior = 0
+    for record in kept:
+        controls += record.control is not None
+        masks += record.mask is not None
+        prior += record.is_prior
     lines = [
         f"{len(kept)} pictures"
         + (f", {controls} with a control picture" if controls else "")

@@ -239,7 +239,7 @@ def test_a_training_on_a_stream_that_is_cut_goes_on_bit_by_bit(written, server, 
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 2}, {"index": "../x"}, {"index_digest": "00" * 20}, {"identity": None, "null_caption": "zz"}]
+    "change", [{"version": 3}, {"index": "../x"}, {"index_digest": "00" * 20}, {"identity": None, "null_caption": "zz"}]
 )
 def test_another_content_is_refused(written, tmp_path, change):
     for path in written[1].iterdir():

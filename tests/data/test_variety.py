@@ -1,5 +1,6 @@
 """Several captions and views of one picture, masks, and how often each is shown."""
 
+import json
 from dataclasses import replace
 from random import Random
 
@@ -13,6 +14,7 @@ from pixart_pack.pixart.commands.encode import parse
 from pixart_pack.pixart.commands.variety import source_options, with_variety
 from pixart_pack.pixart.data.cache import DatasetEncoder, EncodeSettings
 from pixart_pack.pixart.data.features import open_features
+from pixart_pack.pixart.data.original_features import write_original_features
 from pixart_pack.pixart.data.pictures import TensorPicture
 from pixart_pack.pixart.data.records import Record, check_records
 from pixart_pack.pixart.data.sources import read_dataset
@@ -152,8 +154,27 @@ def test_a_picture_is_drawn_in_one_of_its_views_with_one_of_its_captions(tmp_pat
     plain = encode(check_records(records_of()).records, tmp_path / "plain")
     assert torch.equal(plain.draw(0, Random(3)).latent, plain[0].latent) and features.identity != plain.identity
     assert torch.equal(plain[2].latent, features[2].latent)
-    with pytest.raises(ValueError, match="Stream cannot hold"):
-        write_stream(features, tmp_path / "stream")
+    with pytest.raises(ValueError, match="Original layout cannot hold this dataset: got pictures with group, repeats"):
+        write_original_features(features, tmp_path / "original", 64)
+
+
+def test_a_stream_holds_all_variants(tmp_path):
+    dataset = vary(check_records(records_of(mask=True)), replace(VARIETY, repeats=2.5, weight=0.5))
+    features = encode((*dataset.records[:2], replace(dataset.records[2], mask=None, repeats=1.0)), tmp_path / "cache")
+    write_stream(features, tmp_path / "stream")
+    stream = open_features(tmp_path / "stream")
+    assert json.loads((tmp_path / "stream" / "stream.json").read_text())["version"] == 2
+    for index in range(3):
+        own = int(stream.name_of(index))
+        assert stream.repeats[index] == features.repeats[own] == (1.0 if own == 2 else 2.5)
+        for number in range(8):
+            one, other = stream.draw(index, Random(number)), features.draw(own, Random(number))
+            assert (one.text, one.weight, one.size_px) == (other.text, other.weight, other.size_px)
+            assert torch.equal(one.latent, other.latent) and torch.equal(one.caption, other.caption)
+            assert (one.mask is None) == (own == 2) and (own == 2 or torch.equal(one.mask, other.mask))
+        assert torch.equal(stream[index].latent, features[own].latent) and stream[index].text == features[own].text
+    again = open_features(write_stream(stream, tmp_path / "again").parent)
+    assert sorted(len(each[0]) for each in map(again.variants_of, range(3))) == [3, 3, 3]
 
 
 def test_each_size_and_mirror_has_variants_of_its_own(tmp_path):

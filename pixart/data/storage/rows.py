@@ -36,7 +36,11 @@ class Rows:
         """Add a row of plain values. Keys are hexadecimal, or None for a hint or mask that there is not."""
         for part, keys in self._keys.items():
             key = row[part] if part in PARTS else row.get(part)
+            if key is None and not keys:
+                continue  # until the first one that there is
+            keys += bytes((len(self) - len(self._has[part])) * KEY_BYTES)
             keys += bytes(KEY_BYTES) if key is None else _key_bytes(key)
+            self._has[part].extend([False] * (len(self) - len(self._has[part])))
             self._has[part].append(key is not None)
         for text in TEXTS:
             self._bytes[text] += row[text].encode("utf-8", "replace")
@@ -52,11 +56,13 @@ class Rows:
 
     def keys(self, part: str) -> np.ndarray:
         """(N, 20) uint8."""
+        if not self._keys[part]:
+            return np.zeros((len(self), KEY_BYTES), np.uint8)
         return np.frombuffer(bytes(self._keys[part]), np.uint8).reshape(-1, KEY_BYTES)
 
     def has(self, part: str) -> np.ndarray:
         """(N,) bool: which rows have a key of this part."""
-        return np.array(self._has[part], bool)
+        return np.array(self._has[part], bool) if self._keys[part] else np.zeros(len(self), bool)
 
     def text(self, which: str, row: int) -> str:
         """The `name` or the `text` of a row."""

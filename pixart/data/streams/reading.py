@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from random import Random
 from tarfile import BLOCKSIZE
 
 import numpy as np
@@ -18,7 +19,7 @@ from ...quoting import shorten
 from ..buckets import Bins
 from ..examples import Example
 from .places import Ahead, Cache, Folder, digest_of, fetch_small, is_address
-from .writing import STREAM, VERSION
+from .writing import STREAM, VARIED_VERSION, VERSION, part_of
 
 CACHE, CACHE_GB = "PIXART_STREAM_CACHE", "PIXART_STREAM_CACHE_GB"  # of the environment: the folder, and its bound
 _USUAL_GB = 4.0
@@ -35,6 +36,7 @@ _COLUMNS = {
     "shard_digests": np.uint8,
     "shard_names": np.uint8,
 }
+_MORE = ("repeats",)
 
 
 class StreamFeatures:
@@ -47,6 +49,7 @@ class StreamFeatures:
     def __init__(self, place: Folder | Cache, head: dict, columns: dict[str, np.ndarray]):
         self.place, self._columns, self.identity = place, columns, str(head["identity"])
         self.bins, self.is_prior = Bins(columns["sizes"], columns["bin"]), columns["is_prior"].view(bool)
+        self.repeats = columns.get("repeats", ())
         null = head["null_caption"]
         self.null_caption = None if null is None else load(bytes.fromhex(null))["caption"]
         names = columns["shard_names"].tobytes().decode().split("\n")
@@ -70,17 +73,22 @@ class StreamFeatures:
         return len(self.bins)
 
     def __getitem__(self, index: int) -> Example:
+        """A picture in its first variant."""
+        return _example(*self._read(index), 0, 0)
+
+    def variants_of(self, index: int) -> tuple[list[Example], list[Example]]:
+        """See examples.variants_of."""
         told, tensors = self._read(index)
-        return Example(
-            latent=tensors["mean"],
-            deviation=tensors.get("deviation"),
-            caption=tensors["caption"],
-            size_px=tuple(told["size_px"]),
-            aspect_ratio=told["aspect_ratio"],
-            hint=tensors.get("hint"),
-            is_prior=bool(told["is_prior"]),
-            text=told["text"],
+        captions, views = _counts(told)
+        return (
+            [_example(told, tensors, number, 0) for number in range(captions)],
+            [_example(told, tensors, 0, number) for number in range(views)],
         )
+
+    def draw(self, index: int, rng: Random) -> Example:
+        """A picture in one of its views, with one of its captions."""
+        told, tensors = self._read(index)
+        return _example(told, tensors, *map(rng.randrange, _counts(told)))
 
     def _read(self, index: int) -> tuple[dict, dict[str, torch.Tensor]]:
         columns, shard = self._columns, self._shards[self._columns["shard"][index]]
@@ -101,6 +109,27 @@ class StreamFeatures:
                 ) from error
 
 
+def _counts(told: dict) -> tuple[int, int]:
+    """(captions, views) of a picture."""
+    return len(told.get("texts", (None,))), told.get("views", 1)
+
+
+def _example(told: dict, tensors: dict[str, torch.Tensor], caption: int, view: int) -> Example:
+    found = {part: tensors.get(part_of(part, view)) for part in ("mean", "deviation", "hint", "mask")}
+    return Example(
+        latent=found["mean"],
+        deviation=found["deviation"],
+        caption=tensors[part_of("caption", caption)],
+        size_px=tuple(told["size_px"]),
+        aspect_ratio=told["aspect_ratio"],
+        hint=found["hint"],
+        is_prior=bool(told["is_prior"]),
+        text=told["texts"][caption] if "texts" in told else told["text"],
+        mask=found["mask"],
+        weight=told.get("weight", 1.0),
+    )
+
+
 def _fit(columns: dict[str, np.ndarray]) -> bool:
     count = len(columns["bin"])
     by_row = ("shard", "offset", "text_bytes", "tensor_bytes", "is_prior")
@@ -108,6 +137,7 @@ def _fit(columns: dict[str, np.ndarray]) -> bool:
         count > 0
         and all(len(columns[name]) == count for name in by_row)
         and all(columns[name].dtype == kind for name, kind in _COLUMNS.items())
+        and all(columns[name].dtype == np.float64 and len(columns[name]) == count for name in _MORE if name in columns)
         and 0 <= int(columns["shard"].min())
         and int(columns["shard"].max()) < len(columns["shard_bytes"])
         and int(columns["bin"].max()) < len(columns["sizes"])
@@ -164,11 +194,12 @@ def _usual_bytes() -> int:
 
 
 def _open(place: Folder | Cache, head: dict) -> StreamFeatures:
-    if head["version"] != VERSION or not is_plain_name(head["index"]):
+    if head["version"] not in (VERSION, VARIED_VERSION) or not is_plain_name(head["index"]):
         raise ValueError("another version")
     path = place.file(head["index"], head["index_bytes"], bytes.fromhex(head["index_digest"]))
     if digest_of(path).hex() != head["index_digest"]:
         raise ValueError("a damaged list")
     with safe_open(path, framework="pt") as file:
-        columns = {name: file.get_tensor(name).numpy() for name in ("bin", *_COLUMNS)}
+        more = [name for name in _MORE if name in file.keys()]  # noqa: SIM118
+        columns = {name: file.get_tensor(name).numpy() for name in ("bin", *_COLUMNS, *more)}
     return StreamFeatures(place, head, columns)

@@ -8,7 +8,7 @@ import torch
 
 from ...quoting import shorten
 from ..buckets import Bins
-from ..examples import Example, FeatureSet, draw_example
+from ..examples import Example, FeatureSet, draw_example, variants_of
 from ..identity import digest
 from .shares import repeats_of_shares
 
@@ -67,6 +67,10 @@ class JoinedFeatures:
     def __getitem__(self, index: int) -> Example:
         features, inner = self._place(index)
         return features[inner]
+
+    def variants_of(self, index: int) -> tuple[list[Example], list[Example]]:
+        """See examples.variants_of."""
+        return variants_of(*self._place(index))
 
     def draw(self, index: int, rng: Random) -> Example:
         """A picture in one of its variants."""
