@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import itertools
 import os
 import re
 import shlex
@@ -197,7 +198,9 @@ MODES = {
     "novram": ["--novram"],
     "dynamic": ["--enable-dynamic-vram"],
 }
-GPU_S = 480  # of all parts together
+GPU_S = 480  # of all parts together; --budget-s says otherwise
+CORRECTNESS_SHARE = 0.4  # of that time at most
+LEAST_S = 45  # below this no further ComfyUI is started
 MODES_ON_CPU = {"cpu": ["--cpu"], "cpu_again": ["--cpu"]}
 
 
@@ -208,22 +211,39 @@ def gpu(options: argparse.Namespace) -> int:
     variables = python_path(environment)
     if "-h" in options.rest or "--help" in options.rest:
         return foreground(program, env=variables)
-    began = time.monotonic()
+    ends = time.monotonic() + budget(options.rest)
     on_cpu = "cpu" in options.rest or "--cpu" in device_flags(environment.python)
-    codes = [foreground([*program, "--parts", "correctness"], env=variables)]
+
+    def part(*arguments: str, share: float = 1.0) -> int:
+        left_s = max((ends - time.monotonic()) * share, 0)
+        return foreground([*program, *arguments, "--budget-s", f"{left_s:.0f}"], env=variables)
+
+    codes = [part("--parts", "correctness", share=CORRECTNESS_SHARE)]
     base = prepare_base(environment.base(), environment.own_host)
     for mode, own_flags in (MODES_ON_CPU if on_cpu else MODES).items():
+        if ends - time.monotonic() < LEAST_S:
+            say(f"host {mode}: no time was left; run it again to go on")
+            continue
         flags = [*own_flags, "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK]
         try:
             with Server(environment.python, environment.host, base, flags=flags) as server:
                 server.start()
-                codes.append(foreground([*program, "--mode", mode, "--url", server.url], env=variables))
+                codes.append(part("--mode", mode, "--url", server.url))
         except DevError as error:
             say(f"host {mode}: failed: {error}")
             codes.append(1)
-    left_s = max(GPU_S - (time.monotonic() - began), 60)
-    codes.append(foreground([*program, "--parts", "speed", "--budget-s", f"{left_s:.0f}"], env=variables))
+    codes.append(part("--parts", "speed"))
     return max(codes)
+
+
+def budget(arguments: list[str]) -> float:
+    """Seconds for all parts of `gpu`: what --budget-s says, or GPU_S."""
+    given = [value for flag, value in itertools.pairwise(arguments) if flag == "--budget-s"]
+    given += [each.partition("=")[2] for each in arguments if each.startswith("--budget-s=")]
+    try:
+        return float(given[-1]) if given else GPU_S
+    except ValueError:
+        raise DevError(f"Not a number of seconds: got --budget-s {given[-1]}, expected one such as 480.") from None
 
 
 def make_parser() -> argparse.ArgumentParser:

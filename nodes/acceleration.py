@@ -258,7 +258,7 @@ class Compile(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, mode=MODES[0], sizes=SIZES[0]):
-        compiled, trouble = compile_model(model, mode, sizes)
+        compiled, trouble = compile_model(model, mode, sizes, functools.partial(show_text, cls.hidden))
         show_text(cls.hidden, trouble)
         return io.NodeOutput(compiled, ui=ui.PreviewText(trouble) if trouble else None)
 

@@ -42,16 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def choose_parts(options: argparse.Namespace):
     if options.mode:
-        run = functools.partial(pictures.compare, options.url, options.mode, options.out / "gpu_pictures")
-        yield Part(f"host {options.mode}", lambda left_s: run())
+        folder = options.out / "gpu_pictures"
+        yield Part(f"host {options.mode}", functools.partial(pictures.compare, options.url, options.mode, folder))
         return
     if "correctness" in options.parts:
-        yield Part("correctness", lambda left_s: correctness.check_all(options.device, options.small))
+        for name, find in correctness.list_checks(options.device, options.small).items():
+            yield Part(f"{correctness.PART} {name}", lambda left_s, find=find: find(), least_s=10)
     if "speed" in options.parts:
         for each in speed.RUNS:
-            if each.small or not options.small:
-                run = functools.partial(speed.measure, each, options.device, options.small, options.out)
-                yield Part(f"speed {each.name}", run, least_s=20)
+            run = functools.partial(speed.measure, each, options.device, options.small, options.out)
+            yield Part(f"speed {each.name}", run, least_s=20)
 
 
 def describe_code() -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -69,7 +70,10 @@ class Results:
 
 
 def run_parts(parts: Sequence[Part], results: Results, budget_s: float) -> list[str]:
-    """Run the parts that the results lack. Returns the names of those for which no time was left."""
+    """Run the parts that the results lack. Returns the names of those for which no time was left.
+
+    A part that is not done in the time that is left ends with TimeoutError or TimeoutExpired, and counts among them.
+    """
     ends, left_out = time.monotonic() + budget_s, []
     for part in parts:
         left_s = ends - time.monotonic()
@@ -81,6 +85,9 @@ def run_parts(parts: Sequence[Part], results: Results, budget_s: float) -> list[
             began = time.monotonic()
             try:
                 findings = part.run(left_s)
+            except (TimeoutError, subprocess.TimeoutExpired):
+                left_out.append(part.name)
+                continue
             except Exception as error:
                 logger.debug("%s", traceback.format_exc())
                 findings = [Finding(part.name, "all", error=f"{type(error).__name__}: {error}".splitlines()[0][:300])]

@@ -36,16 +36,17 @@ class CompiledBlocks:
     Whatever sizes, batches and captions come, there are at most three graphs of one kind of block: of the first shapes
     as they are, then of any shapes, for one row and for several.
     Weights come in as tensors: other ones, such as a LoRA's, need no other graph.
-    on_failure: called with an error of the compiler; afterwards blocks run uncompiled. None raises it.
+    on_failure: called with an error of the compiler; afterwards blocks run uncompiled, and `trouble` is what it
+    returned. None raises it.
     """
 
-    def __init__(self, *, on_failure: Callable[[Exception], None] | None = None, **settings):
+    def __init__(self, *, on_failure: Callable[[Exception], str] | None = None, **settings):
         self.dynamic = settings.get("dynamic")
         self.settings = settings | {"dynamic": None if self.dynamic else self.dynamic}
         if settings.get("options"):
             options = {name: value for name, value in settings["options"].items() if name != "guard_filter_fn"}
             self.settings["options"] = options or None
-        self.on_failure, self.failed = on_failure, False
+        self.on_failure, self.failed, self.trouble = on_failure, False, ""
         self._first: dict[tuple, tuple] = {}
         self._compiled: dict[tuple, Callable] = {}
 
@@ -83,8 +84,7 @@ class CompiledBlocks:
         except torch._dynamo.exc.TorchDynamoException as error:
             if self.on_failure is None:
                 raise
-            self.failed = True
-            self.on_failure(error)
+            self.failed, self.trouble = True, self.on_failure(error)
         return block(x, inputs._replace(run=None), keys_values[:, : inputs.caption.shape[1]], rows)
 
     def _kind(self, block, x, inputs):

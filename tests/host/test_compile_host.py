@@ -247,12 +247,20 @@ def test_a_block_that_cannot_be_compiled_runs_all_the_same(comfy, patcher, compi
     def broken(*_):
         raise RuntimeError("no kernel for this")
 
-    settings = {"backend": broken, "on_failure": compilation.explain_failure}
-    model, blocks = patcher.clone(), compilation.blocks_for(settings)
-    model.model_options["transformer_options"][compilation.COMPILED] = blocks
+    said, settings = [], {"backend": broken, "on_failure": compilation.explain_failure}
+    monkeypatch.setattr(compilation, "try_compiler", lambda _: "")
+    blocks = compilation.blocks_for(settings)
     assert compilation.blocks_for(settings) is blocks
-    assert torch.equal(sample(comfy, model, **PROMPTS), sample(comfy, patcher, **PROMPTS))
+    monkeypatch.setattr(compilation, "blocks_for", lambda _: blocks)
+    model, trouble = compilation.compile_model(patcher, say=said.append)
+    monkeypatch.undo()
+    assert trouble == ""
+    expected = sample(comfy, patcher, **PROMPTS)
+    assert torch.equal(sample(comfy, model, **PROMPTS), expected)
     assert blocks.failed and compilation.blocks_for(settings) is not blocks
+    assert torch.equal(sample(comfy, model, **PROMPTS), expected)
+    assert len(said) == 2 and said[0] == said[1] and "no kernel for this" in said[0]
+    assert said[0].startswith("PixArt runs uncompiled")
 
 
 @pytest.mark.slow

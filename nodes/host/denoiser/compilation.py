@@ -1,11 +1,15 @@
 """PixArt under torch.compile: its blocks are compiled, and what decides between them is not."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
+
+import comfy.patcher_extension
 
 from ....pixart.acceleration.compilation import CompiledBlocks, explain_failure, try_compiler
 from ..text.captions import pixart_config
 
+OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 COMPILED = "pixart_compiled"  # transformer option: the CompiledBlocks of a MODEL
 HOST_SETTINGS = "torch_compile_kwargs"  # model option: what the host's own node gives torch.compile
 KEPT = 8  # settings whose compiled blocks are kept
@@ -15,11 +19,14 @@ LEARN, ANY, EACH = SIZES = ("learn what changes", "any size at once", "each size
 DYNAMIC = {LEARN: None, ANY: True, EACH: False}
 
 
-def compile_model(model, mode: str = DEFAULT, sizes: str = LEARN) -> tuple[Any, str]:
+def compile_model(
+    model, mode: str = DEFAULT, sizes: str = LEARN, say: Callable[[str], None] | None = None
+) -> tuple[Any, str]:
     """A clone of the MODEL whose blocks run compiled, and "": or the MODEL, and why its blocks cannot be compiled.
 
     mode: of MODES. sizes: of SIZES. Weights that the host moves in during a step stay where they are for this clone, as
-    with its own node. Where a block turns out not to be one for the compiler, it runs uncompiled, and the log says so.
+    with its own node. Where a block turns out not to be one for the compiler, it runs uncompiled: the log says so, and
+    say is called with it at the end of every such picture.
     Raises ValueError for another model.
     """
     pixart_config(model)
@@ -30,7 +37,18 @@ def compile_model(model, mode: str = DEFAULT, sizes: str = LEARN) -> tuple[Any, 
     patched = model.clone(**({"disable_dynamic": True} if dynamic is not None and dynamic() else {}))
     blocks = blocks_for({"mode": TORCH_MODES[mode], "dynamic": DYNAMIC[sizes], "on_failure": explain_failure})
     patched.model_options["transformer_options"][COMPILED] = blocks
+    patched.remove_wrappers_with_key(OUTER_SAMPLE, COMPILED)
+    if say is not None:
+        patched.add_wrapper_with_key(OUTER_SAMPLE, COMPILED, functools.partial(_sample_and_tell, blocks, say))
     return patched, ""
+
+
+def _sample_and_tell(blocks: CompiledBlocks, say, executor, *args, **kwargs):
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        if blocks.trouble:
+            say(blocks.trouble)
 
 
 def compiled_blocks(net, patcher, options: dict) -> CompiledBlocks | None:
