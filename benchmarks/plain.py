@@ -11,6 +11,7 @@ import json
 import logging
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -158,28 +159,41 @@ def main(arguments=None):
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--alone", action="store_true", help="without diffusers, even where it is installed")
     parser.add_argument("--check", action="store_true", help="first hold what the device computes to the CPU's float32")
+    parser.add_argument("--budget-s", type=float, default=480, help="seconds in all (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = cases.parse_run(parser, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options.ends = time.monotonic() + options.budget_s
     if options.check:
-        check(options.device)
+        check(options)
     with torch.inference_mode():
         results = [result for dtype in options.dtypes for result in measure(dtype, options)]
     if options.out:
         told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        del told["ends"]
         told["device"] = cases.name_device(options.device)
         options.out.write_text(json.dumps({"options": told, "cases": results}, indent=1) + "\n", encoding="utf-8")
 
 
-def check(device):
+def has_time(options, label) -> bool:
+    """Whether there is time for something more; says it where there is none."""
+    if time.monotonic() < options.ends:
+        return True
+    logger.info("%s: no time was left", label)
+    return False
+
+
+def check(options):
     """Log each finding of the checks against the CPU. Raises RuntimeError when one is not right."""
     correctness, parts = (
         importlib.import_module(f"{_NAME}.benchmarks.gpu.{name}") for name in ("correctness", "parts")
     )
-    findings = correctness.check_all(device, is_small=False)
-    for each in findings:
-        logger.info("%s", parts.describe(each))
-    if wrong := [each.name for each in findings if not each.is_right]:
+    wrong = []
+    for name, find in correctness.list_checks(options.device, is_small=False).items():
+        for each in find() if has_time(options, name) else ():
+            logger.info("%s", parts.describe(each))
+            wrong += [] if each.is_right else [each.name]
+    if wrong:
         raise RuntimeError(f"The device computes otherwise than the CPU: got {', '.join(wrong)}. See the lines above.")
 
 
@@ -202,7 +216,8 @@ def measure(dtype, options):
     if options.lcm_steps:
         races[f"{options.lcm_steps} steps of LCM, {where}"] = track.distilled(chosen[0], options.lcm_steps)
     for label, race in races.items():
-        yield run_race(label, race, best, options)
+        if has_time(options, label):
+            yield run_race(label, race, best, options)
 
 
 def run_race(label, race, best, options) -> dict:

@@ -91,11 +91,6 @@ def list_checks(device: str, is_small: bool) -> dict[str, Callable[[], list[Find
     }
 
 
-def check_all(device: str, is_small: bool) -> list[Finding]:
-    """What all groups find."""
-    return [finding for find in list_checks(device, is_small).values() for finding in find()]
-
-
 def _models(device: str, wide: dict) -> list[Finding]:
     found = []
     for variant, batch, height, width in (("alpha-1024", 2, 33, 20), ("sigma-512", 3, 16, 16), ("sigma-256", 1, 1, 7)):

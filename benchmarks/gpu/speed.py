@@ -71,7 +71,8 @@ def measure(run: Run, device: str, is_small: bool, out: Path, left_s: float) -> 
             findings.append(Finding(PART, f"{way}, beside the weights", last["peak_bytes"][way] / 2**20, unit="MiB"))
     if run.name == "loop":
         (*_, last) = json.loads((out / "loop.json").read_text(encoding="utf-8"))["runs"]
+        case = f"{last['case']['steps']} guided steps of {last['case']['variant']}"
         for rival, ratio in last["ratios"].items():
             goal = None if is_small else GOALS.get(rival)
-            findings.append(Finding(PART, f"20 guided steps at 1024 px, over {rival}", ratio["ratio"], goal))
+            findings.append(Finding(PART, f"{case}, over {rival}", ratio["ratio"], goal))
     return findings

@@ -11,7 +11,7 @@ from pixart_pack.demo.train import VAE_FILE
 from pixart_pack.pixart.weights.controlnets import ControlNetCheckpoint
 from pixart_pack.tests.host.test_controlnet_host import control_weights
 from pixart_pack.tests.host.test_model import CONFIG, caption, sample
-from pixart_pack.tests.tiny_pixart import make_weights
+from pixart_pack.tests.tiny_pixart import make_weights, tiny_config
 
 FLOAT_NOISE = {"atol": 2e-3, "rtol": 1e-4}  # float32 noise of the net, multiplied by sigma 157 and guidance 4.5
 PROMPTS = {"positive": caption(12, 1, keep=9), "negative": caption(3, 2)}
@@ -90,6 +90,7 @@ def test_dials_decide_as_uncompiled(comfy, patcher, acceleration, compile_as_hos
         {"threshold": 0.0},
         {"threshold": 1e9, "interval": (0.0, 0.5)},
         {"mode": "input, forecast", "every": 2},
+        {"mode": "first blocks, forecast", "every": 3},
     ):
         model, found = dials(acceleration, patcher, **settings), []
         with caplog.at_level(logging.INFO):
@@ -195,6 +196,19 @@ def test_controlnets_steer_as_uncompiled(comfy, pack, patcher, compile_as_host):
         found = sample(comfy, compile_as_host(patcher, count), **given)
         torch.testing.assert_close(found, expected, **FLOAT_NOISE)
     assert count.frame_count <= 2  # a control's layers cast their weights, the base's need not
+
+
+def test_a_reference_is_read_as_uncompiled(comfy, host_model, compile_as_host):
+    """In the steps that read it blocks run uncompiled; the others go on by the graphs."""
+    steering = importlib.import_module("pixart_pack.nodes.host.steering.reference")
+    vae = importlib.import_module("pixart_pack.nodes.host.loading").read_vae(VAE_FILE)
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(3))
+    config = tiny_config(base_size=4)  # to whose 64 px the reference is fitted
+    patcher = host_model.make_patcher(make_weights(config), config, dtype=torch.float32)
+    model, count = steering.add_reference(patcher, image, vae, 1.0, 0.0, 0.6), counter()
+    found = sample(comfy, compile_as_host(model, count), **PROMPTS, steps=4)
+    torch.testing.assert_close(found, sample(comfy, model, **PROMPTS, steps=4), **FLOAT_NOISE)
+    assert count.frame_count == 1 and not torch.allclose(found, sample(comfy, patcher, **PROMPTS, steps=4), atol=0.1)
 
 
 @pytest.mark.slow
