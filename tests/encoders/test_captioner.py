@@ -56,10 +56,10 @@ def run(dataset, model, *arguments):
     return main([str(each) for each in ("caption", dataset, *usual, *arguments)])
 
 
-def start(dataset, model, *arguments, launcher=processes.ALONE):
-    """The command in a process of its own."""
+def start(dataset, model, *arguments, each=({},)):
+    """The command in processes of its own."""
     usual = ["--model", model, "--temperature", 0, "--device", "cpu", "--dtype", "fp32", "--batch-size", 1]
-    return processes.start("pixart", "caption", dataset, *usual, *arguments, launcher=launcher)
+    return processes.Forked("pixart", "caption", dataset, *usual, *arguments, each=each)
 
 
 def captions_of(path, kind="auto"):
@@ -242,7 +242,7 @@ def test_an_interrupted_process_goes_on_and_captions_nothing_twice(tmp_path, fol
     count = written(pictures, output)
     assert 0 < count < len(names) and not (output and output.exists())
     if output:
-        process = start(pictures, folder, *more, launcher=processes.accelerate())
+        process = start(pictures, folder, *more, each=processes.ranks(processes.accelerate()))
         said = processes.finish(process)[1]
         assert process.returncode == 0, said
     else:

@@ -1,11 +1,7 @@
 """The command that encodes datasets outside ComfyUI, on the demo's T5 and autoencoder."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -19,6 +15,7 @@ from pixart_pack.pixart.commands import encode, train
 from pixart_pack.pixart.data.examples import collate
 from pixart_pack.pixart.data.features import open_features
 from pixart_pack.pixart.data.pictures import FilePicture, read_picture
+from pixart_pack.tests import processes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = ROOT / "demo" / "models"
@@ -149,19 +146,10 @@ def test_prompts_are_sampled_while_it_trains(arguments, tmp_path, comfyui):
     assert strip.size == (3 * 128, 3 * 16 + 2 * (128 + 16))
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pixart.commands import encode
-encode.main(encode.parse().parse_args(sys.argv[2:]))
-"""
-
-
 def test_two_processes_share_the_work(arguments, tmp_path):
     """As torchrun and accelerate launch start them."""
-    start = partial(subprocess.Popen, [sys.executable, "-c", SCRIPT, str(ROOT), *arguments], stderr=subprocess.PIPE)
-    processes = [start(env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, text=True) for rank in range(2)]
-    logs = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], logs
+    process = processes.Forked("pixart", "encode", *arguments, each=processes.ranks())
+    _, errors = processes.finish(process)
+    assert process.returncode == 0, errors
     assert len(open_features(tmp_path / "cache")) == 5
-    assert any("5 pictures are encoded" in text for text in logs)
+    assert "5 pictures are encoded" in errors

@@ -29,11 +29,6 @@ def run(prompts, output, *arguments):
     return run_command(evaluate.main, evaluate.parse(), command)
 
 
-def start(*arguments):
-    """The command in a process of its own."""
-    return processes.start("pixart", "evaluate", *arguments)
-
-
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.txt"
@@ -47,7 +42,7 @@ def pictures_of(output):
 
 def test_an_interrupted_process_goes_on_where_it_was(prompts, tmp_path):
     options, output = [*LOCAL, "--size", "64x64", "--steps", "20", "--per-prompt", "4"], tmp_path / "out"
-    process = start(prompts, "--output", output, *options)
+    process = processes.Forked("pixart", "evaluate", prompts, "--output", output, *options)
     processes.wait_until(lambda: list(output.glob("samples/*.png")), process)
     processes.interrupt(process)
     _, error = processes.finish(process)

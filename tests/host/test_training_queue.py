@@ -216,7 +216,7 @@ def test_a_training_is_exported_and_runs_on_the_command_line(host, folder):
     config = read_config(file)
     assert config.model.endswith(MODEL) and config.settings.targets == "blocks" and config.settings.seed == 3
     assert config.features.endswith("features.json") and config.validation.endswith(".prompts.safetensors")
-    process = processes.start("pixart", "train", file, "--device", "cpu")
+    process = processes.Forked("pixart", "train", file, "--device", "cpu")
     _, errors = processes.finish(process)
     assert process.returncode == 0, errors
     run = file.parent / f"{folder.name}_001"

@@ -105,10 +105,16 @@ def configuration(place, name, model="model.safetensors", features="features", *
     return file
 
 
-def begin(launcher, *files):
-    """Start the trainings of these files, one after another in the same processes."""
+def begin(launcher, *files, really=False):
+    """Start the trainings of these files, one after another in the same processes.
+
+    really: by the launcher itself, in new processes; otherwise forked, with the variables that it gives to each.
+    """
     device = ["--device", "cpu"] if launcher == "one" else []
-    return processes.start("pixart", "train", *files, *device, launcher=LAUNCHERS[launcher])
+    if really:
+        return processes.start("pixart", "train", *files, *device, launcher=LAUNCHERS[launcher])
+    each = [{}] if launcher == "one" else processes.ranks(LAUNCHERS[launcher])
+    return processes.Forked("pixart", "train", *files, *device, each=each)
 
 
 def launch(launcher, *files):
@@ -167,7 +173,7 @@ def assert_equal(folder, whole):
     assert all(torch.equal(given[name], expected[name]) for name in expected)
 
 
-PLAIN = {"sample_every": 0}  # to decode a picture, each process imports diffusers: ten times what it trains for
+PLAIN = {"sample_every": 0}
 CUT = {"checkpoint_every": 0, "sample_every": 0}
 NARROW = {"kind": "lora", "dtype": "bf16", "base_dtype": "fp8", "targets": "all-linear", "checkpointing": True}
 # What two processes train in the same launch: pictures of three sizes with variants, masks and repeats; distribution
@@ -183,7 +189,8 @@ SHARED = ("lcm", "lcm_lora", "controlnet")  # a teacher, an average, copied bloc
 def cut(place, launcher):
     """Interrupt a training by Ctrl-C or, in one process, SIGTERM; returns the steps at which it shall end."""
     name, batch_size = f"cut_{launcher}", 4 if launcher == "one" else 2
-    process = begin(launcher, configuration(place, name, steps=100_000, batch_size=batch_size, **CUT))
+    file = configuration(place, name, steps=100_000, batch_size=batch_size, **CUT)
+    process = begin(launcher, file, really=launcher == "fsdp")
     folder = folder_of(place, name)
     processes.wait_until(lambda: len(read_log(folder / "log.jsonl")) > 2, process)
     process.send_signal(signal.SIGTERM) if launcher == "one" else processes.interrupt(process)
@@ -200,7 +207,7 @@ def cut(place, launcher):
 def several(place):
     """A function: launcher -> (the steps of its interrupted training, what was printed by name).
 
-    All trainings of a launcher go in one launch, which takes longer than they do.
+    All trainings of a launcher go in one launch: a new process takes longer than they do.
     """
 
     @cache
@@ -208,8 +215,7 @@ def several(place):
         steps = cut(place, launcher) if launcher in ("ddp", "fsdp") else None
         files = {f"cut_{launcher}": place / f"cut_{launcher}.yaml"} if steps else {}
         for kind in {"ddp": ["lora"], "torchrun": ["full"], "fsdp": ["lora", "full"]}[launcher]:
-            more = PLAIN if launcher == "torchrun" else {}
-            files[kind] = configuration(place, f"{launcher}_{kind}", kind=kind, batch_size=2, **more)
+            files[kind] = configuration(place, f"{launcher}_{kind}", kind=kind, batch_size=2)
         if launcher == "ddp":
             files |= {
                 name: configuration(place, f"ddp_{name}", **FURTHER[name], batch_size=size)
@@ -221,7 +227,9 @@ def several(place):
             files["narrow"] = configuration(place, "fsdp_narrow", **NARROW, batch_size=2)
         printed = dict(zip(files, launch(launcher, *files.values()), strict=True))
         if launcher == "fsdp":
-            goes_on = [configuration(place, f"begun_{kind}", kind=kind, batch_size=2, **PLAIN) for kind in SHARED]
+            goes_on = [
+                configuration(place, f"begun_{kind}", kind=kind, batch_size=2, sample_every=0) for kind in SHARED
+            ]
             printed |= zip(SHARED, launch(launcher, *goes_on), strict=True)
         return steps, printed
 
@@ -234,7 +242,7 @@ def test_two_processes_train_as_one_does(place, alone, several, launcher, kind):
     _, printed = several(launcher)
     folder = folder_of(place, f"{launcher}_{kind}")
     assert len(losses(folder)) == STEPS
-    assert len(list(folder.glob("samples/*.png"))) == (0 if launcher == "torchrun" else 3)
+    assert len(list(folder.glob("samples/*.png"))) == 3
     assert_like_one(folder, alone(kind, kind=kind))
     assert printed[kind].count(SHARDED) == (launcher == "fsdp")
     if kind == "lora":
