@@ -14,7 +14,7 @@ from .browser import runs_browser_tests
 from .process import ROOT, end_tree, say
 
 TIERS = {  # the options of `test`
-    "quick": "unit tests only: no ComfyUI, no browser, nothing that takes more than a second",
+    "quick": "unit tests only: no ComfyUI, no browser, no diffusers, nothing that takes more than a second",
     "host": "what runs in a real ComfyUI (tests/host)",
     "browser": "what drives ComfyUI's editor (tests/browser)",
     "cpus": "the tests that compute, as on other processors: once for each of five settings",
@@ -88,18 +88,18 @@ def plan(tier: str | None, rest: Sequence[str]) -> list[Run]:
     if tier == "cpus":
         chosen = () if paths else COMPUTING
         # No workers: to start them costs as much as they save here, and two threads each are too many for two cores.
-        return [Run(title(each), (*quick, *chosen), {"OMP_NUM_THREADS": "1", **each}) for each in SETTINGS]
+        arguments = (*UNIT, *marked("peer or quick", rest), *chosen)
+        return [Run(title(each), arguments, {"OMP_NUM_THREADS": "1", **each}) for each in SETTINGS]
     if tier is not None:
         folder = () if paths else (f"tests/{tier}",)
         run = Run(tier, (*rest, *folder), editor=tier == "browser")
         return [run if run.editor else with_workers(run, rest, "loadfile")]
     if paths or any(argument in WHOLE for argument in rest):
         return [Run("", rest, editor=runs_browser_tests(rest))]
-    others = with_workers(
-        Run("the rest", (*IN_ORDER, *marked("not quick", rest), *folders_in_order())), rest, "loadfile"
-    )
+    arguments = (*IN_ORDER, *marked("not quick", rest), *folders_in_order())
     alone = any(argument in TERMINAL or argument[:2] == "-n" or argument.startswith(STOPPING) for argument in rest)
     editor = Run("browser", (*marked("not quick", rest), "tests/browser"), editor=True, beside=not alone)
+    others = with_workers(Run("the rest", arguments), rest, "loadfile", beside=editor.beside)
     return [with_workers(Run("quick", quick), rest), others, editor]
 
 
@@ -138,16 +138,18 @@ def marked(marks: str, rest: Sequence[str]) -> tuple[str, ...]:
     return ("-m", f"({marks}) and ({asked})" if asked else marks, *kept)
 
 
-def with_workers(run: Run, rest: Sequence[str], distribution: str = "worksteal") -> Run:
+def with_workers(run: Run, rest: Sequence[str], distribution: str = "worksteal", beside: bool = False) -> Run:
     """Spread a run over the processor's cores, unless the arguments want otherwise. Its threads share them too.
 
     distribution: of pytest-xdist; "loadfile" keeps the tests of a file together, which share what takes long to start.
-    Those wait for servers and other programs, a quarter of the time for nothing at all: one worker more fills it.
+    Those wait for servers and other programs, a quarter of the time for nothing at all: one worker more fills it, or
+    another run that goes on beside this one.
     """
     if any(argument in TERMINAL or argument[:2] == "-n" for argument in rest):
         return run
     cores = usable_cores()
-    workers = max(1, min(MOST_WORKERS, cores + (distribution == "loadfile" and cores > 1)))
+    more = distribution == "loadfile" and cores > 1 and not beside
+    workers = max(1, min(MOST_WORKERS, cores + more))
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
     arguments = ("-n", str(workers), "--dist", distribution, *run.arguments)
     return replace(run, arguments=arguments, variables={"OMP_NUM_THREADS": threads, **run.variables})

@@ -12,8 +12,8 @@ ALLOWED = "tests/allowed_skips.txt"  # from pytest's root folder
 COUNTS_VARIABLE = "PIXART_TEST_COUNTS"  # names the file for what the run came to
 TIERS = ("tests/host/", "tests/browser/")  # whole folders that are not quick
 LIMIT_S = 5  # a quick test takes a second at most on a quiet machine; one that took as long as this is named
-SLOW = "pytest.mark.slow"  # as a file writes it
-ALL_SLOW = f"\npytestmark = {SLOW}"
+SLOW, PEER = "pytest.mark.slow", "pytest.mark.peer"  # as a file writes them
+WHOLE = tuple(f"\npytestmark = {mark}" for mark in (SLOW, PEER))  # of all its tests
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -23,19 +23,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     text = read(collection_path)
     if asked.startswith("quick"):
-        return True if ALL_SLOW in text else None
+        return True if any(mark in text for mark in WHOLE) else None
     tier = collection_path.relative_to(config.rootpath).as_posix().startswith(TIERS)
-    return True if not tier and SLOW not in text else None
+    return True if not tier and SLOW not in text and PEER not in text else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        slow = item.get_closest_marker("slow") is not None
-        if slow and SLOW not in read(item.path):
-            raise pytest.UsageError(
-                f"Slow by a mark of another file: {item.nodeid}. Write {SLOW} in the test's own file"
-            )
-        if not slow and not item.nodeid.startswith(TIERS):
+        marked = [mark for mark in (SLOW, PEER) if item.get_closest_marker(mark.rpartition(".")[2])]
+        if missing := [mark for mark in marked if mark not in read(item.path)]:
+            raise pytest.UsageError(f"Marked by another file: {item.nodeid}. Write {missing[0]} in the test's own file")
+        if not marked and not item.nodeid.startswith(TIERS):
             item.add_marker("quick")
 
 

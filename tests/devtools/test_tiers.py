@@ -20,7 +20,8 @@ def two_cores(monkeypatch):
 
 
 WORKERS = ("-n", "2", "--dist", "worksteal")
-BY_FILE = ("-n", "3", "--dist", "loadfile")
+BY_FILE = ("-n", "3", "--dist", "loadfile")  # one more than there are cores
+BESIDE = ("-n", "2", "--dist", "loadfile")
 
 
 def marks_of(run: Run) -> str:
@@ -54,11 +55,12 @@ def test_everything_is_what_is_quick_and_what_is_not():
     quick, rest, editor = tiers.plan(None, ["-k", "demo", "-m", "host or slow"])
     assert marks_of(quick) == "(quick) and (host or slow)"
     assert marks_of(rest) == marks_of(editor) == "(not quick) and (host or slow)"
-    assert quick.arguments[:4] == WORKERS and rest.arguments[:4] == BY_FILE and "-n" not in editor.arguments
+    assert quick.arguments[:4] == WORKERS and rest.arguments[:4] == BESIDE and "-n" not in editor.arguments
     assert "tests/browser" not in rest.arguments and editor.arguments[-1] == "tests/browser"
     assert (quick.editor, rest.editor, editor.editor) == (False, False, True)
     assert (quick.beside, rest.beside, editor.beside) == (False, False, True)
-    assert not any(run.beside for run in tiers.plan(None, ["-x"]))
+    alone = tiers.plan(None, ["-x"])
+    assert not any(run.beside for run in alone) and alone[1].arguments[:4] == BY_FILE
     assert all("-k" in run.arguments for run in (quick, rest, editor))
 
 
@@ -86,6 +88,7 @@ def test_each_setting_of_a_processor_is_a_run():
     assert [run.name for run in runs] == [tiers.title(setting) for setting in tiers.SETTINGS]
     assert [run.variables["OMP_NUM_THREADS"] for run in runs] == ["1", "1", "1", "1", "2"]
     assert not any("--dist" in run.arguments for run in runs)
+    assert {marks_of(run) for run in runs} == {"peer or quick"}
     assert all((tiers.ROOT / path).exists() for path in tiers.COMPUTING)
     assert tiers.plan("cpus", ["tests/lora"])[0].arguments[-1] == "tests/lora"
 

@@ -9,6 +9,8 @@ from pixart_pack.pixart.encoders.autoencoder import load_autoencoder
 from pixart_pack.pixart.text import load_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.peer
 TINY = {
     "block_out_channels": [8, 8],
     "down_block_types": ["DownEncoderBlock2D"] * 2,

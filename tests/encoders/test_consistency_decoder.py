@@ -10,6 +10,8 @@ from pixart_pack.pixart.encoders.consistency_decoder import decode, load_consist
 from pixart_pack.tests.rounding import assert_equal_to_rounding
 from pixart_pack.tests.tiny_consistency import write_consistency_decoder
 
+pytestmark = pytest.mark.peer
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):

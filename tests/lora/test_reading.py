@@ -321,6 +321,7 @@ PEFT_CASES = {
 }
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("case", PEFT_CASES)
 def test_merges_as_peft_does(case, tmp_path):
     peft = pytest.importorskip("peft")

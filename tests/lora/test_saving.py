@@ -82,6 +82,7 @@ def test_reads_back_as_the_same_change(tmp_path, layout, factors):
         assert file.metadata()["caption"] == "ein größerer Kreis"
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("factors", [packed, shared])
 def test_peft_loads_it(tmp_path, factors, magnitude):

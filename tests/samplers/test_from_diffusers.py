@@ -18,6 +18,8 @@ from pixart_pack.samplers.conventions import Conventions
 from pixart_pack.samplers.from_diffusers import read_scheduler
 from pixart_pack.samplers.schedules import SCHEDULES, schedule_sigmas, timesteps_from_sigmas
 
+pytestmark = pytest.mark.peer
+
 PIXART = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 SPACINGS = [{"timestep_spacing": spacing} for spacing in ("linspace", "leading", "trailing")]
 CASES = [

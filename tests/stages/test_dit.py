@@ -104,6 +104,7 @@ def diffusers_dit():
     return model.eval().requires_grad_(False)
 
 
+@pytest.mark.peer
 @torch.no_grad()
 def test_folder_of_diffusers(tmp_path, diffusers_dit, drawn):
     diffusers_dit.save_pretrained(tmp_path / "DiT" / "transformer")

@@ -65,6 +65,7 @@ PEFT_CASES = {
 }
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("fields, count", PEFT_CASES.values(), ids=PEFT_CASES)
 def test_gradients_equal_those_of_peft(fields, count):
     """The same weights, batch and noise through diffusers' model with PEFT's adapters."""
@@ -161,6 +162,7 @@ def test_the_saved_file_merged_into_the_weights_is_the_trained_model(fields, tar
     torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-5)  # float32, sums in another order
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("fields", [{}, {"dora": True}, {"rslora": True, "alpha": 3.0}], ids=["lora", "dora", "rslora"])
 def test_the_saved_file_is_for_peft_and_diffusers_too(fields, tmp_path):
     peft, diffusers = pytest.importorskip("peft"), pytest.importorskip("diffusers")

@@ -53,6 +53,7 @@ def test_conversion_is_exact_both_ways(config):
     assert_same(control_to_original(bare), control)
 
 
+@pytest.mark.peer
 def test_diffusers_names_are_those_of_its_own_blocks():
     """The names of BasicTransformerBlock, out of which diffusers' ControlNet is made."""
     attention = pytest.importorskip("diffusers.models.attention")

@@ -13,6 +13,8 @@ from pixart_pack.pixart.checkpoint import detect_config, expected_shapes, explai
 from pixart_pack.pixart.weights.reading import read_checkpoint
 from pixart_pack.pixart.weights.saving import diffusers_config, save_checkpoint
 
+pytestmark = pytest.mark.peer
+
 TINY = {"depth": 1, "hidden_size": 24, "num_heads": 2, "caption_channels": 16}
 FILE = "diffusion_pytorch_model.safetensors"
 

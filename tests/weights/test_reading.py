@@ -594,36 +594,56 @@ def test_folder_of_something_else_is_told(tmp_path):
 
 MEASURE = """
 import sys
-sys.path.insert(0, {root!r})
+sys.path.insert(0, sys.argv[1])
 import torch
-from pixart import CONFIGS, PixArt, PixArtConfig
+from pixart import PixArt, PixArtConfig
 from pixart.weights.reading import read_checkpoint
 
 def memory(field):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
 
+def peak(path):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    baseline = memory("VmRSS")
+    checkpoint = read_checkpoint(path)
+    model = PixArt(checkpoint.config, device="meta")
+    model.load_state_dict(checkpoint.state_dict, assign=True)
+    del checkpoint
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert size > 3e8
+    for tensor in model.state_dict().values():
+        tensor.flatten().view(torch.uint8)[::1024].sum()  # every page is read
+    return (memory("VmHWM") - baseline) / size
+
 torch.set_num_threads(1)
 PixArt(PixArtConfig(depth=1, hidden_size=12, num_heads=1, caption_channels=4), device="meta")  # imports what it needs
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak starts anew
-baseline = memory("VmRSS")
-checkpoint = read_checkpoint({path!r})
-model = PixArt(checkpoint.config, device="meta")
-model.load_state_dict(checkpoint.state_dict, assign=True)
-del checkpoint
-size = sum(tensor.nbytes for tensor in model.state_dict().values())
-assert size > 3e8
-for tensor in model.state_dict().values():
-    tensor.flatten().view(torch.uint8)[::1024].sum()  # every page is read
-print((memory("VmHWM") - baseline) / size)
+for path in sys.stdin:
+    print(peak(path.strip()), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def peak():
+    """A function: a file -> the peak of memory of loading it over its weights, by one process for all."""
+    command, pipes = [sys.executable, "-c", MEASURE, str(ROOT)], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+
+        def measure(path):
+            process.stdin.write(f"{path}\n")
+            process.stdin.flush()
+            return float(process.stdout.readline())
+
+        yield measure
+        process.stdin.close()
+    assert process.returncode == 0
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 @pytest.mark.parametrize("form", ["pth", "legacy", "safetensors", "diffusers", "diffusers bin"])
-def test_loading_blocks_of_the_full_width_takes_little_more_than_the_weights(tmp_path, form):
+def test_loading_blocks_of_the_full_width_takes_little_more_than_the_weights(tmp_path, peak, form):
     config = dataclasses.replace(CONFIGS["sigma-1024"], depth=8)
     weights = {name: torch.full(shape, 0.5).half() for name, shape in expected_shapes(config).items()}
     if form.startswith("diffusers"):
@@ -635,10 +655,7 @@ def test_loading_blocks_of_the_full_width_takes_little_more_than_the_weights(tmp
         else:
             torch.save({"state_dict": weights}, path, _use_new_zipfile_serialization=form != "legacy")
         del weights
-        script = MEASURE.format(root=str(ROOT), path=str(path))
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        assert float(done.stdout) <= 1.15, f"peak of {float(done.stdout):.3f} times the weights"
+        assert peak(path) <= 1.15
     finally:
         path.unlink(missing_ok=True)
 
@@ -694,6 +711,7 @@ def test_saved_folder_reads_back(tmp_path, shard_bytes):
         save_checkpoint(tmp_path / "out", weights, CONFIG)
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("variant", ["alpha-256", "alpha-1024", "sigma-256", "sigma-2048"])
 def test_saved_folder_is_what_diffusers_reads(tmp_path, variant):
     diffusers = pytest.importorskip("diffusers")

@@ -16,6 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pixart_pack.pixart.checkpoint import to_original
 from pixart_pack.pixart.weights.reading import read_checkpoint
 
+pytestmark = pytest.mark.peer
+
 TINY = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
