@@ -2,7 +2,7 @@
 
 import json
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
@@ -19,7 +19,7 @@ from ..pixart.transformer import PixArt, initialize_weights
 from .autoencoder import VAE_SCALE, Autoencoder
 from .generate import DemoModel, generate
 from .loop import Resumable, Together, clip_gradients
-from .pool import FULL_BUCKETS, SMALL_BUCKETS, Bucket, Pool
+from .pool import FULL_BUCKETS, LATER_BUCKETS, SMALL_BUCKETS, Bucket, Pool
 from .scenes import caption, describe, random_scene
 from .scorer import add_scores, score
 from .text import END, PAD, T5_FIELDS, TrainedText, make_text_batch
@@ -34,15 +34,34 @@ CONFIG = PixArtConfig(
     pe_scale=1.0,
     vae_scale=VAE_SCALE,
 )
-SMALL_UNTIL = 0.35  # share of the run on small pictures
 NULL_SHARE = 0.1
 MAX_WEIGHT = 200.0
+MAX_PICTURE_WEIGHT = 6.0
 BOUND_WEIGHT = 0.003
 MAX_BOUND = 20.0  # bits; the first timesteps' likelihood has outliers
 LEARNING_RATES = {"matrices": 1.5e-3, "edges": 4e-4, "text": 1e-3, "body": 1.5e-3}
 WARM_UP_STEPS = 150
-HOLD, LATER_HOLD = 0.6, 0.3  # share of the run at the full learning rate, from nothing and from trained weights
-LATER_RATE = 0.6  # of the learning rates, from trained weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run shows the model, and how fast.
+
+    first, then: the buckets of the first share `small_until` of the run, at twice the batch, and of the rest.
+    hold: share of the run at the full learning rates, which are LEARNING_RATES times `rate`. middle: of the timesteps,
+    see `draw_timesteps`.
+    """
+
+    first: tuple[Bucket, ...] = SMALL_BUCKETS
+    then: tuple[Bucket, ...] = FULL_BUCKETS
+    small_until: float = 0.35
+    hold: float = 0.6
+    rate: float = 1.0
+    middle: float = 0.6
+
+
+FROM_NOTHING = Plan()
+FROM_WEIGHTS = Plan(LATER_BUCKETS, LATER_BUCKETS, small_until=0.0, hold=0.3, rate=0.6, middle=0.45)
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
@@ -81,11 +100,11 @@ def start_as_identity(model: PixArt) -> None:
         block.scale_shift_table[[2, 5]] = 1  # gates
 
 
-def draw_timesteps(count: int, generator: torch.Generator, steps: int) -> Tensor:
-    """Half uniform, half around the noise levels at which the layout is decided."""
+def draw_timesteps(count: int, generator: torch.Generator, steps: int, middle: float = 0.6) -> Tensor:
+    """Half uniform, half around `middle` of the steps: at 0.6 the layout is decided, at 0.45 the shapes."""
     uniform = torch.rand(count, generator=generator) * steps
-    middle = (0.6 + 0.16 * torch.randn(count, generator=generator)) * steps
-    timestep = torch.where(torch.rand(count, generator=generator) < 0.5, uniform, middle)
+    around = (middle + 0.16 * torch.randn(count, generator=generator)) * steps
+    timestep = torch.where(torch.rand(count, generator=generator) < 0.5, uniform, around)
     return timestep.long().clamp(0, steps - 1)
 
 
@@ -122,20 +141,15 @@ class DenoiserStage(Resumable):
         seed: int = 0,
         batch_size: int = 48,
         ema_decay: float = 0.995,
-        buckets: tuple[tuple[Bucket, ...], tuple[Bucket, ...]] = (SMALL_BUCKETS, FULL_BUCKETS),
-        small_until: float = SMALL_UNTIL,
-        rate: float = 1.0,
+        plan: Plan = FROM_NOTHING,
         half: bool = False,
         autoencoder: Autoencoder | None = None,
     ):
-        """small_until: share of the run on the first buckets. rate: times the learning rates.
-
-        half: compute in bfloat16. autoencoder: for `measure`.
-        """
+        """half: compute in bfloat16. autoencoder: for `measure`."""
         torch.manual_seed(seed)
         self.tokenizer, self.seed, self.batch_size = tokenizer, seed, batch_size
-        self.small_until, self.rate, self.half, self.autoencoder = small_until, rate, half, autoencoder
-        self.pools = [Pool(group, pool_folder, seed) for group in buckets]
+        self.plan, self.half, self.autoencoder = plan, half, autoencoder
+        self.pools = [Pool(group, pool_folder, seed) for group in dict.fromkeys((plan.first, plan.then))]
         self.diffusion = Diffusion()
         denoiser = PixArt(config, attention=attend_plainly if half else None)
         initialize_weights(denoiser)
@@ -160,11 +174,13 @@ class DenoiserStage(Resumable):
 
     def _losses(self, rng: Random, progress: float) -> tuple[Tensor, Tensor]:
         """Weighted losses of one batch: of the noise and of the variance."""
-        bucket, scenes, start = self.pools[progress >= self.small_until].draw(rng, self._batch(progress))
+        bucket, scenes, start = self.pools[-1 if progress >= self.plan.small_until else 0].draw(
+            rng, self._batch(progress)
+        )
         captions = [describe(scene, rng) for scene in scenes]
         text = make_text_batch(captions, self.tokenizer, rng, NULL_SHARE)
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        timestep = draw_timesteps(len(start), generator, len(self.diffusion.betas))
+        timestep = draw_timesteps(len(start), generator, len(self.diffusion.betas), self.plan.middle)
         noise = torch.randn(start.shape, generator=generator)
         noisy = self.diffusion.q_sample(start, timestep, noise)
         size = torch.tensor([[bucket.height_px, bucket.width_px]], dtype=torch.float32)
@@ -173,12 +189,20 @@ class DenoiserStage(Resumable):
             states = self.model["text"](text)
             prediction = self.model["denoiser"](noisy, timestep.float(), states, text.kept, size, ratio)
         losses = self.diffusion.training_losses(prediction.float(), start, noisy, timestep, noise)
-        # 1 / alpha_bar makes it the loss of the velocity, which weighs all noise levels alike.
-        weight = (1 / self.diffusion.alphas_cumprod[timestep]).clamp(max=MAX_WEIGHT).float()
-        return (weight * losses["mse"]).mean(), losses["vb"].clamp(max=MAX_BOUND).mean()
+        return (self._weights(timestep) * losses["mse"]).mean(), losses["vb"].clamp(max=MAX_BOUND).mean()
+
+    def _weights(self, timestep: Tensor) -> Tensor:
+        """Of the noise's losses: (B,) float32.
+
+        1 / alpha_bar makes it the loss of the velocity, which weighs all noise levels alike. Where there is hardly any
+        noise nobody can tell it from the picture, so the weight of the picture's own error is limited.
+        """
+        kept = self.diffusion.alphas_cumprod[timestep]
+        of_picture = (1 / (1 - kept)).clamp(max=MAX_PICTURE_WEIGHT)  # the velocity's loss over the picture's
+        return (of_picture * (1 - kept) / kept).clamp(max=MAX_WEIGHT).float()
 
     def _batch(self, progress: float) -> int:
-        return self.batch_size * 2 if progress < self.small_until else self.batch_size
+        return self.batch_size * 2 if progress < self.plan.small_until else self.batch_size
 
     def step(self, number: int, learning_rate_factor: float, progress: float) -> dict[str, float]:
         rng = Random(f"denoiser {self.seed} {number}")
@@ -186,7 +210,7 @@ class DenoiserStage(Resumable):
         self.optimizer.zero_grad()
         (noise_loss + BOUND_WEIGHT * bound).backward()
         norm = clip_gradients(self.parameters, 1.0)
-        factor = self.rate * learning_rate_factor * min(1.0, (number + 1) / WARM_UP_STEPS)
+        factor = self.plan.rate * learning_rate_factor * min(1.0, (number + 1) / WARM_UP_STEPS)
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
         self.optimizer.step()

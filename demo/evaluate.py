@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .autoencoder import Autoencoder
 from .decoder_stage import to_tensor
-from .generate import DemoModel, generate, load_autoencoder, load_denoiser, load_text_encoder
+from .generate import GUIDANCE, DemoModel, generate, load_autoencoder, load_denoiser, load_text_encoder
 from .scenes import Scene, caption, draw_scene, random_scene
 from .scorer import ATTRIBUTES, add_scores, count_confusions, score
 from .sharpness import measure_sharpness
@@ -110,7 +110,7 @@ def add_options(parser: argparse.ArgumentParser, count: int) -> None:
     """What every evaluation asks for. count: how many scenes, by default."""
     parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--sampler", default="dpm_solver")
     parser.add_argument("--size", default="128x128", help="height x width in pixels")
     parser.add_argument("--seed", type=int, default=0)

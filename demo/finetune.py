@@ -35,7 +35,7 @@ from ..pixart.training.settings import TrainingSettings
 from .autoencoder import VAE_SCALE, average_latents
 from .decoder_stage import to_tensor
 from .evaluate import contact_sheet, held_out_scenes, load_model
-from .generate import DemoModel, generate
+from .generate import GUIDANCE, DemoModel, generate
 from .scenes import POSITIONS, TRAINED_SHAPES, Item, Scene, caption, describe, draw_scene, random_scene
 from .scorer import ATTRIBUTES, add_scores, score
 from .text import encode_text, make_text_batch
@@ -105,7 +105,7 @@ class Sampling:
     """How pictures are made; see demo.generate."""
 
     steps: int = 20
-    guidance: float = 4.0
+    guidance: float = GUIDANCE
     sampler: str = "dpm_solver"
     schedule: str = "uniform"
 
@@ -313,9 +313,9 @@ def teach_lcm(model: DemoModel, settings: TrainingSettings, options: argparse.Na
         return measure(pictures[-1], tests)
 
     pictures: list[list[np.ndarray]] = []
-    rows = {"steps 20, guidance 4": look(Sampling())}
+    rows = {f"steps 20, guidance {GUIDANCE:g}": look(Sampling())}
     for few in FEW_STEPS:
-        rows[f"steps {few}, guidance 4"] = look(Sampling(few))
+        rows[f"steps {few}, guidance {GUIDANCE:g}"] = look(Sampling(few))
         rows[f"steps {few}, guidance 1"] = look(Sampling(few, 1.0))
     captions = [describe(scene, rng) for scene in scenes]
     taken_s = train(model, make_features(model, [draw_scene(s) for s in scenes], captions), settings, options.save)
@@ -349,7 +349,7 @@ def teach_dmd(model: DemoModel, settings: TrainingSettings, options: argparse.Na
     captions = [describe(scene, rng) for scene in scenes]
     one = Sampling(1, 1.0, "dmd", "dmd")
     pictures = [draw(model, tests, sampling) for sampling in (Sampling(), one)]
-    rows = {"steps 20, guidance 4": measure(pictures[0], tests), "steps 1": measure(pictures[1], tests)}
+    rows = {f"steps 20, guidance {GUIDANCE:g}": measure(pictures[0], tests), "steps 1": measure(pictures[1], tests)}
     began = time.perf_counter()
     pairs = make_pairs(model, scenes, captions, Sampling(PAIR_STEPS, settings.dmd_guidance))
     made_s = time.perf_counter() - began

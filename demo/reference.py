@@ -19,12 +19,12 @@ from .autoencoder import average_latents
 from .decoder_stage import to_tensor
 from .evaluate import contact_sheet, held_out_scenes, load_model
 from .finetune import SIDE_PX, encode_captions, make_table
-from .generate import DemoModel
+from .generate import GUIDANCE, DemoModel
 from .scenes import BACKGROUNDS, Scene, caption, draw_scene
 from .scorer import ATTRIBUTES, add_scores, score
 
 WAY = "way to the reference's background"  # of the distance that pictures without it have
-BATCH, STEPS, GUIDANCE = 20, 20, 4.0
+BATCH, STEPS = 20, 20
 USES = {
     "none": None,
     "strength 1": {},

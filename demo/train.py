@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 
 from .decoder_stage import DecoderStage, reconstruction_psnr
-from .denoiser_stage import HOLD, LATER_HOLD, LATER_RATE, DenoiserStage
+from .denoiser_stage import FROM_NOTHING, FROM_WEIGHTS, DenoiserStage
 from .generate import load_autoencoder, load_denoiser, load_text_encoder
 from .loop import fit
-from .pool import LATER_BUCKETS
 from .text import load_tokenizer
 
 FOLDER = Path(__file__).parent
@@ -49,19 +48,17 @@ def _parse() -> argparse.Namespace:
 
 def train_denoiser(options: argparse.Namespace) -> None:
     """The stage of the denoiser and the text encoder, from nothing or from the weights of a folder."""
-    trained, tokenizer = options.continue_from, load_tokenizer(options.tokenizer)
+    trained = options.continue_from
+    plan = FROM_WEIGHTS if trained else FROM_NOTHING
     how = {"seed": options.seed, "half": options.bf16, "batch_size": options.batch}
     if VAE_FILE.exists():
         how["autoencoder"] = load_autoencoder(VAE_FILE)
+    stage = DenoiserStage(load_tokenizer(options.tokenizer), options.work / "pool", plan=plan, **how)
     if trained:
-        how |= {"buckets": (LATER_BUCKETS, LATER_BUCKETS), "small_until": 0.0, "rate": LATER_RATE}
-    stage = DenoiserStage(tokenizer, options.work / "pool", **how)
-    if trained:
-        files = (trained / file.relative_to(MODELS) for file in (DENOISER_FILE, TEXT_FILE))
-        stage.start_from(load_denoiser(next(files)), load_text_encoder(next(files)))
+        denoiser_file, text_file = (trained / file.relative_to(MODELS) for file in (DENOISER_FILE, TEXT_FILE))
+        stage.start_from(load_denoiser(denoiser_file), load_text_encoder(text_file))
     folder = options.work / ("denoiser_continued" if trained else "denoiser")
-    hold = LATER_HOLD if trained else HOLD
-    fit(stage, folder, minutes=options.minutes, steps=options.steps, resume=options.resume, hold=hold)
+    fit(stage, folder, minutes=options.minutes, steps=options.steps, resume=options.resume, hold=plan.hold)
     stage.export(DENOISER_FILE, TEXT_FILE)
 
 

@@ -36,6 +36,7 @@ for _file in _ALL:
     ENTRIES.setdefault(str(_file), []).append(_file.entry())
 
 DEMO_MODEL, DEMO_T5, DEMO_VAE = "pixart_demo.safetensors", "pixart_demo_t5.safetensors", "pixart_demo_vae.safetensors"
+DEMO_GUIDANCE = 2.0  # at which its outlines are best
 DEMO_CONTROL = "pixart_demo_control.safetensors"
 
 # What stands in for a file of each folder; all the workflows run in the tests, and for their thumbnails, with these.

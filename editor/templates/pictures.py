@@ -77,7 +77,7 @@ PLAIN = {
         side_px=128,
         text=DEMO_CAPTION,
         t5=files.DEMO_T5,
-        settings={"cfg": 4.0},
+        settings={"cfg": files.DEMO_GUIDANCE},
     ),
     "text_to_image_1024": Plain(_first("PixArt-Sigma, 1024 px"), **SIGMA, text=CACTUS),
     "text_to_image_512": Plain(

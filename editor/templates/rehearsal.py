@@ -72,6 +72,8 @@ def rehearse(workflow: dict, steps: int | None = None, side_px: int = SIDE_PX) -
                 inputs[name] = CAPTIONS.get(value, files.stand_in(value))
             elif name == "steps" and isinstance(value, int):
                 inputs[name] = min(value, steps or value)
+            elif name == "cfg" and isinstance(value, float | int):
+                inputs[name] = min(value, files.DEMO_GUIDANCE)
         changes = {**SMALL.get(kind, {}), **_sizes(inputs, kind, side_px)}
         if kind in TRAINERS:
             changes |= {"sample_steps": FEW_STEPS}

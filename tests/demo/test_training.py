@@ -11,7 +11,14 @@ from safetensors import safe_open
 
 from pixart_pack.demo.autoencoder import Autoencoder, Encoder, average_latents, set_averaging_encoder
 from pixart_pack.demo.decoder_stage import DecoderStage, reconstruction_psnr
-from pixart_pack.demo.denoiser_stage import CONFIG, DenoiserStage, attend_plainly, draw_timesteps, start_as_identity
+from pixart_pack.demo.denoiser_stage import (
+    CONFIG,
+    DenoiserStage,
+    Plan,
+    attend_plainly,
+    draw_timesteps,
+    start_as_identity,
+)
 from pixart_pack.demo.generate import load_denoiser, load_text_encoder
 from pixart_pack.demo.loop import cosine_factor, fit
 from pixart_pack.demo.pool import Bucket, Pool, bucket_scenes
@@ -36,13 +43,11 @@ def words_tokenizer(captions):
 
 
 def denoiser_stage(folder):
-    return DenoiserStage(words_tokenizer, folder, config=TINY, batch_size=4, buckets=(SMALL, FULL))
+    return DenoiserStage(words_tokenizer, folder, config=TINY, batch_size=4, plan=Plan(SMALL, FULL))
 
 
 def half_denoiser_stage(folder):
-    return DenoiserStage(
-        words_tokenizer, folder, config=TINY, batch_size=4, buckets=(FULL, FULL), small_until=0.0, half=True
-    )
+    return DenoiserStage(words_tokenizer, folder, config=TINY, batch_size=4, plan=Plan(FULL, FULL, 0.0), half=True)
 
 
 def decoder_stage(folder):
