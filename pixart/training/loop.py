@@ -23,6 +23,7 @@ from ..data.examples import Batch, Example, FeatureSet, check_finite, collate, d
 from ..quoting import plain
 from .adapters import tell_chances
 from .draws import Chances, draw_batch, variant_chances
+from .memory.piecewise import Piecewise
 from .objectives import Objective
 from .optimizers import MovingAverage, as_result, make_optimizer, rate_factor, set_rate
 from .processes import SingleProcess, like, whole
@@ -129,6 +130,11 @@ class Trainer:
             objective, lambda: make_optimizer(settings, _trained(objective))
         )
         self.parameters = _trained(objective)
+        self.piecewise = None
+        if settings.gradient_release or settings.offload_optimizer:
+            self.piecewise = Piecewise(
+                self.optimizer, self.parameters.values(), settings.gradient_release, settings.offload_optimizer
+            )
         self.average = MovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay else None
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, settings.keep_last)
         self.report = Report(self.folder, settings, is_main=self.processes.rank == 0)
@@ -231,8 +237,9 @@ class Trainer:
 
         Several processes stop after the step, as they have to agree on it.
         """
-        settings, count = self.settings, self.settings.accumulation
+        count = self.settings.accumulation
         self.optimizer.zero_grad(set_to_none=True)
+        set_rate(self.optimizer, self.rate())
         sums = torch.zeros(3 + 2 * BINS, device=self.processes.device)
         for index in range(count):
             stops = self.events.should_stop()
@@ -244,10 +251,7 @@ class Trainer:
             sums[2] += float(stops)
             if loss.each is not None:
                 sums[3:] += by_timestep(loss.each.float(), timestep).flatten()
-        self.scaler.unscale_(self.optimizer)
-        limit = settings.clip_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = self._clip()
         # The step's only wait for the device: weights must not change before this is known to be sane.
         numbers = torch.cat([self.processes.mean(sums), norm.reshape(1).float()]).tolist()
         self.loss, self.error, self.is_stopping, self.norm = numbers[0], numbers[1], numbers[2] > 0, numbers[-1]
@@ -255,6 +259,15 @@ class Trainer:
         self._update()
         self.report.timesteps.add(numbers[3:-1])
         return True
+
+    def _clip(self) -> Tensor:
+        """The norm of the gradients before they are cut to the largest one, also of those that were let go of."""
+        if self.settings.gradient_release:
+            return self.piecewise.take_norm(self.processes.device)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.settings.clip_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _forward(self, number: int, is_last: bool):
         batch, draws = self._next_batch(number)
@@ -264,14 +277,26 @@ class Trainer:
         with self.processes.accumulating(self.prepared, is_last):
             with torch.autocast(self.processes.device.type, objective.dtype, enabled=objective.autocast):
                 loss = self.prepared(batch, draws)
+            if self.settings.gradient_release:
+                self._begin_release(loss)
             self.scaler.scale(loss.total / self.settings.accumulation).backward()
         return loss, draws.timestep
 
-    def _update(self):
-        set_rate(self.optimizer, self.rate())
+    def _begin_release(self, loss):
+        """Before a backward pass that changes the weights: its loss has to be a number."""
+        self.loss, self.error = loss.total.item(), loss.error.item()
+        self.norm = 0.0
+        if not math.isfinite(self.loss):
+            self._check_sane()
         self.is_whole = False
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+
+    def _update(self):
+        self.is_whole = False
+        if self.piecewise is None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif not self.piecewise.is_released:
+            self.piecewise.step()
         self.objective.finish_step()
         if self.average is not None:
             self.average.update()
@@ -434,6 +459,8 @@ class Trainer:
         self.optimizer.load_state_dict(state)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.settings.weight_decay
+        if self.piecewise is not None:
+            self.piecewise.put_away()
 
     def _state(self) -> dict:
         average = None if self.average is None else whole(self.average.state_dict())

@@ -60,6 +60,7 @@ class AcceleratedProcesses(SingleProcess):
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        _check_together(settings, self.world_size, self.is_sharded)
         if self.is_sharded:
             _check_sharded(settings, self.accelerator.is_fsdp2)
             # Accelerate's loading in one process knows no buffers; here every process has loaded the weights.
@@ -97,6 +98,15 @@ def _shard_on_cpu(state) -> None:
 
     if state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         state.fsdp_plugin, state.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
+
+
+def _check_together(settings: TrainingSettings, world_size: int, is_sharded: bool) -> None:
+    if world_size > 1 and (settings.gradient_release or (settings.offload_optimizer and is_sharded)):
+        name = "gradient_release" if settings.gradient_release else "offload_optimizer with FSDP"
+        raise ValueError(
+            f"Only for one process: got {name} in {world_size}, expected 1, since gradients are summed up over all "
+            f"before a step. Turn it off; FSDP shares out gradients and states itself."
+        )
 
 
 def _check_sharded(settings: TrainingSettings, is_second: bool) -> None:

@@ -29,6 +29,7 @@ PRIOR_TARGETS = ("picture", "model")
 WEIGHTINGS = ("none", "min_snr", "velocity")
 TIMESTEPS = ("uniform", "log_normal")
 OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "lion", "adafactor", "schedulefree")
+PIECEWISE = ("adamw", "adamw8bit", "came", "lion", "adafactor")  # each weight is treated for itself
 SCHEDULES = ("constant", "cosine", "linear")
 DTYPES = tuple(saving.DTYPES)
 BASE_DTYPES = ("same", "fp8", "int8", "nf4")
@@ -55,7 +56,8 @@ class TrainingSettings:
     layers in 8 bits, "nf4" in 4.
     save_dtype: of the file that is written at the end.
     checkpointing: of CHECKPOINTING: whether the backward pass computes each block again, or what is cheap in it, for
-    less memory; True and False are "on" and "off". ema_decay: 0 is off.
+    less memory; True and False are "on" and "off". gradient_release: make the
+    optimiser's steps in the backward pass. offload_optimizer: keep its states on the CPU. ema_decay: 0 is off.
     targets: of TARGETS; target_pattern: regular expression over layer names for "custom". alpha 0 means rank.
     adapter: of ADAPTERS, in place of a LoRA's; rank is the largest side of OFT's blocks. lokr_factor: the largest side
     of LoKr's small matrix.
@@ -95,6 +97,8 @@ class TrainingSettings:
     dtype: str = "fp32"
     base_dtype: str = "same"
     checkpointing: str = "off"
+    gradient_release: bool = False
+    offload_optimizer: bool = False
     ema_decay: float = 0.0
     targets: str = "attention"
     target_pattern: str = ""
@@ -309,6 +313,7 @@ def _check_together(settings):
             )
     if settings.adapter != "lora":
         _check_other_adapter(settings)
+    _check_piecewise(settings)
     if settings.optimizer == "schedulefree" and (settings.schedule != "constant" or settings.ema_decay):
         raise ValueError(
             f"Schedule-free optimiser with a schedule: got schedule {shorten(settings.schedule)} and ema_decay "
@@ -336,6 +341,24 @@ def _check_together(settings):
         raise ValueError(
             f"LCM steps do not divide the schedule: got {settings.lcm_steps}, expected a divisor of {TRAIN_STEPS} "
             f"such as 50. Set it to 50."
+        )
+
+
+def _check_piecewise(settings):
+    names = [name for name in ("gradient_release", "offload_optimizer") if getattr(settings, name)]
+    wrong = []
+    if names and settings.optimizer not in PIECEWISE:
+        wrong.append(f"optimizer {settings.optimizer}")
+    if names and settings.dtype == "fp16":
+        wrong.append("dtype fp16")
+    if settings.gradient_release:
+        wrong += [f"accumulation {settings.accumulation}"] if settings.accumulation > 1 else []
+        wrong += [f"clip_norm {settings.clip_norm:g}"] if settings.clip_norm else []
+    if wrong:
+        raise ValueError(
+            f"Steps of one weight at a time exclude other settings: got {' and '.join(names)} with "
+            f"{list_names(wrong)}, expected one of {', '.join(PIECEWISE)}, bf16 or fp32, and with gradient_release "
+            f"accumulation 1 and clip_norm 0, since no two gradients are there together. Change them."
         )
 
 

@@ -38,7 +38,7 @@ _FREE = {
     "timestep_min", "timestep_max", "caption_dropout", "noise_offset", "prior_weight", "prior_target", "lcm_guidance",
     "dmd_guidance", "dmd_regression", "mask_floor",
     "dropout", "checkpoint_every", "keep_last", "log_every", "sample_every", "sample_steps", "sample_guidance",
-    "sample_seed", "validation_every", "patience", "keep_best",
+    "sample_seed", "gradient_release", "offload_optimizer", "validation_every", "patience", "keep_best",
     "tensorboard", "wandb", "dtype", "base_dtype", "save_dtype", "batch_size",
 }  # fmt: skip
 
