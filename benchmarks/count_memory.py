@@ -4,8 +4,10 @@ A step of the model with 2 and with 3 blocks is made on the CPU, all that comes 
 block adds the same.
 """
 
+import argparse
 import dataclasses
 import math
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,7 @@ from .train import Ours, make_batch
 
 CAPTION_TOKENS = 120
 GB = 2**30
+RESULTS = Path(__file__).parent / "results"
 # Name -> (variant, settings).
 CASES = {
     "all weights": ("alpha-512", {"kind": "full"}),
@@ -106,3 +109,12 @@ def describe_memory() -> str:
         rows.append([name, f"{CONFIGS[variant].base_px} px", *parts])
     head = ["training of XL/2, batch 1, bf16", "size", "weights", "states", "step", "all, GiB"]
     return markdown_table(head, rows)
+
+
+def main(arguments):
+    """Count, and write results/memory_of_training.md."""
+    parser = argparse.ArgumentParser(prog="benchmarks count_memory", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "memory_of_training.md").write_text(describe_memory(), encoding="utf-8")

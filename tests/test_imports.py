@@ -21,7 +21,8 @@ ABSOLUTE = {"pixart.solvers": "samplers"}
 # Only these lead to training: the nodes that train or make what is trained with, the commands, and the demo.
 TRAINING_DOORS = (
     *("nodes.training", "nodes.dataset", "nodes.features", "nodes.host.training"),
-    *("demo", "benchmarks.train", "benchmarks.count_training", "benchmarks.gpu", "pixart.commands"),
+    *("demo", "benchmarks.train", "benchmarks.count_training", "benchmarks.count_memory"),
+    *("benchmarks.gpu", "pixart.commands"),
 )
 
 

@@ -28,10 +28,11 @@ from ..quoting import plain, shorten
 from ..stages.dit import T5_XXL_CHANNELS, read_dit
 from ..stages.growth import grow_checkpoint
 from ..stages.records import only_stages
+from ..training.importing.files import import_config
 from ..training.loop import Events, Progress
 from ..training.processes import AcceleratedProcesses, SingleProcess
 from ..training.run import check_features, choose_folder, train
-from ..training.settings import AUTO, WEIGHTS, RunConfig, read_config
+from ..training.settings import AUTO, WEIGHTS, RunConfig, read_config, write_config
 from ..training.validation import Decode, ValidationPrompt, read_prompts
 from ..training.watching.rates import COUNT, Rates, find_rate
 from ..transformer import PixArt
@@ -66,7 +67,14 @@ SAME_SIGNAL_S = 2.0  # the launchers pass on a Ctrl-C which the terminal has sen
 
 def parse() -> argparse.ArgumentParser:
     parser = make_parser("train", DESCRIPTION, EXAMPLES)
-    parser.add_argument("configs", nargs="+", help="YAML or JSON, as Export PixArt Training Config writes it")
+    parser.add_argument("configs", nargs="*", help="YAML or JSON, as Export PixArt Training Config writes it")
+    parser.add_argument(
+        "--import",
+        dest="imported",
+        metavar="FILE",
+        help="train nothing: write another trainer's configuration (OneTrainer's or SimpleTuner's JSON, SimpleTuner's "
+        "config.env, kohya's TOML) as YAML beside it, and say what was not taken",
+    )
     parser.add_argument(
         "--find-rate",
         action="store_true",
@@ -105,12 +113,33 @@ def main(options) -> None:
     if options.prompts:
         is_file = len(options.prompts) == 1 and options.prompts[0].endswith(".txt")
         given["prompts"] = options.prompts[0] if is_file else tuple(options.prompts)
+    if options.imported:
+        write_imported(Path(options.imported))
+        return
+    if not options.configs:
+        raise ValueError("No configuration: got none, expected YAML or JSON files. Name one, or give --import a file.")
     configs = [replace(read_config(each, options.init), **given) for each in options.configs]
     if options.find_rate:
         for config in configs:
             find_config_rate(config, options.device)
     else:
         run_configs(configs, options.device)
+
+
+def write_imported(source: Path) -> Path:
+    """Write another trainer's configuration as one of this pack beside it, and say what is to be done by hand.
+
+    Raises FileExistsError where there is one already.
+    """
+    config, lines = import_config(source)
+    path = source.with_suffix(".yaml")
+    if path.exists():
+        raise FileExistsError(
+            f"Exists already: got {shorten(str(path), 300)}, expected no such file. Move it away, and import again."
+        )
+    write_config(path, config)
+    sys.stdout.write("\n".join([*lines, f"written: {path}"]) + "\n")
+    return path
 
 
 def find_config_rate(config: RunConfig, device: str | None = None) -> Rates:
