@@ -59,7 +59,15 @@ ROOMS = {
         "`python -m pixart <command>`",
         (
             *("pixart", "pixart.files", "pixart.weights", "pixart.lora", "pixart.acceleration", "pixart.encoders"),
-            *("pixart.drawing", "pixart.data", "pixart.training", "pixart.stages", "pixart.scores", "pixart.reference"),
+            *(
+                "pixart.drawing",
+                "pixart.tracking",
+                "pixart.data",
+                "pixart.training",
+                "pixart.stages",
+                "pixart.scores",
+                "pixart.reference",
+            ),
             "pixart.tracking",
         ),
         ("torch", "numpy", "safetensors", "PIL", "tqdm"),
@@ -105,6 +113,7 @@ OPTIONAL = {
     "pixart.data.sources": {"datasets"},
     "pixart.data.hugging_face": {"datasets"},
     "pixart.data.streams.places": {"fsspec"},
+    "pixart.tracking.hub": {"huggingface_hub"},
     "editor.site_hooks": {"mkdocs"},
     "editor.lettering": {"fontTools"},  # comes with matplotlib
 }

@@ -28,6 +28,7 @@ from ..quoting import plain, shorten
 from ..stages.dit import T5_XXL_CHANNELS, read_dit
 from ..stages.growth import grow_checkpoint
 from ..stages.records import only_stages
+from ..tracking.hub import check_repository, upload
 from ..training.importing.files import import_config
 from ..training.loop import Events, Progress
 from ..training.processes import AcceleratedProcesses, SingleProcess
@@ -80,6 +81,12 @@ def parse() -> argparse.ArgumentParser:
         action="store_true",
         help="train nothing: try rising learning rates for some steps each, and say which one is fit",
     )
+    parser.add_argument(
+        "--upload",
+        metavar="OWNER/NAME",
+        help="put each result into this repository of the Hugging Face Hub, private where it is new; nothing is "
+        "uploaded without this",
+    )
     parser.add_argument("--device", help="of a training in one process; default: the GPU, or else the CPU")
     stages = parser.add_argument_group("what the training begins with, in place of what the configurations say")
     stages.add_argument(
@@ -123,7 +130,7 @@ def main(options) -> None:
         for config in configs:
             find_config_rate(config, options.device)
     else:
-        run_configs(configs, options.device)
+        run_configs(configs, options.device, options.upload)
 
 
 def write_imported(source: Path) -> Path:
@@ -161,17 +168,22 @@ def find_config_rate(config: RunConfig, device: str | None = None) -> Rates:
     return found
 
 
-def run_configs(configs: Sequence[RunConfig], device: str | None = None) -> None:
+def run_configs(configs: Sequence[RunConfig], device: str | None = None, repository: str | None = None) -> None:
     """Train as each configuration says, until one is interrupted.
 
     In one process, one that fails does not keep the others from their turn; of several processes the others might have
-    gone on, and would wait for this one. Raises ValueError at the end for those that failed.
+    gone on, and would wait for this one. repository: what each result is uploaded to, None for nothing of it.
+    Raises ValueError at the end for those that failed.
     """
+    if repository:
+        check_repository(repository)
     failed = []
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     for config in configs:
         try:
             result = run_config(config, device)
+            if repository and int(os.environ.get("RANK", "0")) == 0:
+                logger.info("uploaded: %s", upload(result.file, repository))
         except (ValueError, OSError, RuntimeError) as error:
             if len(configs) == 1 or not alone:
                 raise

@@ -356,7 +356,7 @@ def _check_piecewise(settings):
         wrong += [f"clip_norm {settings.clip_norm:g}"] if settings.clip_norm else []
     if wrong:
         raise ValueError(
-            f"Steps of one weight at a time exclude other settings: got {' and '.join(names)} with "
+            f"Steps of one weight at a time exclude other settings: got {list_names(names)} with "
             f"{list_names(wrong)}, expected one of {', '.join(PIECEWISE)}, bf16 or fp32, and with gradient_release "
             f"accumulation 1 and clip_norm 0, since no two gradients are there together. Change them."
         )
