@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from .config import LATENT_DOWNSCALE
-from .layers import blank_hidden
+from .layers import blank_hidden, lengthen
 from .quoting import shorten
 from .solvers import SAMPLERS, Asked, SampleNoise, noise_seeds, schedule_sigmas, timesteps_where_sigmas_are, traits_of
 from .text import batch_captions
@@ -102,8 +102,9 @@ class GuidedModel:
         longest = max(len(row) for row in rows)
         self.states = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
         mask = torch.stack([torch.nn.functional.pad(mask, (0, longest - len(mask))) for mask in masks])
-        self.states = blank_hidden(self.states, mask)
-        self.mask = None if whole(mask) else mask  # without one attention takes its fastest way
+        self.states, self.mask = blank_hidden(self.states, mask), None  # without one attention takes its fastest way
+        if not whole(mask):
+            self.states, self.mask = lengthen(self.states, mask)
         self.variance_channels = None
         self.caption = self.states
         if keep:

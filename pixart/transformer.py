@@ -20,6 +20,7 @@ from .layers import (
     attend,
     blank_hidden,
     common_row,
+    lengthen,
     make_table,
     modulate,
     position_grid,
@@ -348,7 +349,7 @@ class PixArt(nn.Module):
         """Everything that the blocks share, from the condition (B or 1, D) and the caption, see `forward`."""
         if not isinstance(caption, ProjectedCaption):
             if caption_mask is not None and caption_mask.shape[-1] == caption.shape[1]:
-                caption = blank_hidden(caption, caption_mask)
+                caption, caption_mask = lengthen(blank_hidden(caption, caption_mask), caption_mask.flatten(1))
             caption = self.project_caption(caption.to(x.dtype), keep_keys=False)
         batch, length = x.shape[0], caption.states.shape[1]
         bias = None

@@ -32,6 +32,7 @@ DTYPES = {
     "fp8_e4m3fn_fast": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+MODEL_DTYPES = {**DTYPES, "int8": torch.int8}
 _SCALE_SLACK = 1e-4
 # Words of a file's name that tell an autoencoder's family, where nothing else does.
 _SIGMA_VAE_NAMES = ("sdxl", "xl_vae", "xl-vae", "sigma")
@@ -54,7 +55,10 @@ def list_vaes() -> list[str]:
 
 
 def load_checkpoint(name: str, variant: str, dtype: str, weights: str):
-    """The MODEL of one of list_checkpoints. variant: of VARIANTS; dtype: of DTYPES; weights: of WEIGHTS, or a place."""
+    """The MODEL of one of list_checkpoints.
+
+    variant: of VARIANTS; dtype: of MODEL_DTYPES; weights: of WEIGHTS, or a place.
+    """
     if name.endswith("/"):
         return load_patcher(find_folder(CHECKPOINT_KINDS, is_distributed, name), variant, dtype, weights)
     return load_patcher(find_file(CHECKPOINT_KINDS, name), variant, dtype, weights)
@@ -93,7 +97,7 @@ def load_vae(name: str, model=None):
 
 def load_patcher(path, variant=AUTO, dtype="default", weights=WEIGHTS[0], disable_dynamic=False):
     """The MODEL of a file or folder. Also what the host calls to load the same once more."""
-    checkpoint = read_checkpoint(path, weights=weights, packed=DTYPES[dtype] is None, **hints_of(variant))
+    checkpoint = read_checkpoint(path, weights=weights, packed=MODEL_DTYPES[dtype] is None, **hints_of(variant))
     patcher = make_model(checkpoint, dtype, disable_dynamic)
     patcher.cached_patcher_init = (load_patcher, (path, variant, dtype, weights))
     return patcher
@@ -105,10 +109,10 @@ def hints_of(variant: str) -> dict:
 
 
 def make_model(checkpoint: Checkpoint, dtype: str, disable_dynamic=False):
-    """The MODEL of a checkpoint, which is emptied on the way. dtype: of DTYPES."""
+    """The MODEL of a checkpoint, which is emptied on the way. dtype: of MODEL_DTYPES."""
     state_dict = dict(checkpoint.state_dict)
     checkpoint.state_dict.clear()  # so that each tensor of the file goes when its converted twin comes
-    patcher = make_patcher(state_dict, checkpoint.config, DTYPES[dtype], dtype.endswith("_fast"), disable_dynamic)
+    patcher = make_patcher(state_dict, checkpoint.config, MODEL_DTYPES[dtype], dtype.endswith("_fast"), disable_dynamic)
     patcher.model.pixart_stages = only_stages(checkpoint.metadata)
     patcher.model.pixart_source = {
         "file": checkpoint.path.name,
@@ -244,6 +248,7 @@ def describe_model(model) -> str:
     family, vae = ("Sigma", "SDXL VAE") if config.is_sigma else ("alpha", "sd-vae-ft-ema (SD 1.5)")
     parameters, blocks = count_numbers(net.diffusion_model), describe_packing(net.diffusion_model)
     cast = net.manual_cast_dtype
+    in_8_bits = "int8 in the blocks, else " if net.model_config.quant_config else ""
     lines = [
         f"PixArt-{family}, trained at {config.base_px} x {config.base_px} px",
         f"caption: {config.caption_length} tokens of width {config.caption_channels}",
@@ -253,7 +258,7 @@ def describe_model(model) -> str:
         f"{parameters / 1e6:.1f} M parameters",
         f"size conditioning: {_yes(config.micro_condition)}, variance: {_yes(config.learn_sigma)}, "
         f"qk norm: {_yes(config.qk_norm)}, key-value compression: {_yes(config.kv_compress_ratio > 1)}",
-        f"weights: {f'GGUF {blocks}' if blocks else _dtype(net.get_dtype())}"
+        f"weights: {in_8_bits}{f'GGUF {blocks}' if blocks else _dtype(net.get_dtype())}"
         + (f", computed in {_dtype(cast)}" if cast else ""),
         f"patched weights (LoRA, merges): {len(model.patches)}",
     ]

@@ -40,6 +40,17 @@ def sample(comfy, model, positive, negative, size=(9, 13), batch=1, steps=2, **o
         )  # fmt: skip
 
 
+def sample_all(comfy, model, positive, negative, size=(9, 13), batch=1, steps=2, cfg=4.5):
+    """As `sample`, of several conditioning entries a side."""
+    comfy_sample = importlib.import_module("comfy.sample")
+    latent = torch.zeros(batch, 4, *size)
+    noise = comfy_sample.prepare_noise(latent, 5)
+    with torch.inference_mode():
+        return comfy_sample.sample(
+            model, noise, steps, cfg, "euler", "simple", positive, negative, latent, seed=5, disable_pbar=True
+        )
+
+
 def count_forwards(model):
     """A clone of the MODEL, and the list of the shapes that its network is called with."""
     extension = importlib.import_module("comfy.patcher_extension")
@@ -183,6 +194,50 @@ def test_captions_with_nothing_to_hide_get_no_mask(comfy, patcher, lengths, opti
     model.model_options["transformer_options"]["optimized_attention_override"] = override
     assert torch.equal(sample(comfy, model, *prompts, **options), expected)
     assert seen == [False, masked] * CONFIG.depth * 2
+
+
+def batch_of(lengths, seed):
+    """One conditioning entry of several captions, padded to the longest under a mask."""
+    states = torch.randn(
+        len(lengths), max(lengths), CONFIG.caption_channels, generator=torch.Generator().manual_seed(seed)
+    )
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    return [states, {"pooled_output": None, "attention_mask": mask}]
+
+
+REGION = [caption(5, 3)[0], {"area": (9, 13, 0, 0), "strength": 0.7}]  # of the whole picture: one batch with the rest
+LENGTHENED = {
+    "odd lengths": (lambda: ([caption(31, 1)], [caption(3, 2)]), {"batch": 2}, {32}),
+    "regions": (lambda: ([caption(9, 1), REGION], [caption(3, 2)]), {}, {16}),
+    "a batch of several lengths": (lambda: ([batch_of((7, 2), 1)], [batch_of((5, 4), 2)]), {"batch": 2}, {8}),
+    "several lengths without guidance": (lambda: ([batch_of((7, 2), 1)], []), {"batch": 2, "cfg": 1.0}, {8}),
+    "one length": (lambda: ([caption(7, 1)], [caption(7, 2)]), {}, {7}),
+    "one caption": (lambda: ([caption(9, 1)], []), {"cfg": 1.0}, {9}),
+}
+
+
+@pytest.mark.parametrize(("prompts", "options", "lengths"), LENGTHENED.values(), ids=LENGTHENED)
+def test_captions_under_a_mask_are_lengthened_to_the_same_picture(
+    comfy, patcher, monkeypatch, prompts, options, lengths
+):
+    """As on a GPU. The tokens that are added are hidden, and the projection of a caption is still made once a run."""
+    layers = importlib.import_module("pixart_pack.pixart.layers")
+    given = prompts()
+    positive, negative = given[0], given[1] or [caption(1, 9)]
+    expected = sample_all(comfy, patcher, positive, negative, **options)
+    monkeypatch.setitem(layers.LENGTH_STEPS, "cpu", 8)
+    model, seen = count_forwards(patcher)
+    projected = []
+    monkeypatch.setattr(
+        model.model.diffusion_model, "project_caption",
+        lambda states, **fields: projected.append(1) or type(model.model.diffusion_model).project_caption(
+            model.model.diffusion_model, states, **fields
+        ),
+    )  # fmt: skip
+    found = sample_all(comfy, model, positive, negative, **options)
+    # The first level, 157, multiplies what the network says.
+    torch.testing.assert_close(found, expected, atol=157 * FLOAT_NOISE, rtol=0)
+    assert {shape[1] for _, shape in seen} == lengths and len(projected) == 1
 
 
 def test_captions_of_different_length_make_one_forward(comfy, patcher):
@@ -446,3 +501,67 @@ def test_saving_names_are_the_original_ones(patcher):
     assert checkpoint.detect_config(saved) == CONFIG
     original = checkpoint.to_original(state)
     assert set(original) >= set(make_weights(CONFIG)) - {"pixart_config"}
+
+
+def evaluate(model, seed=0):
+    """The network's answer to a batch of two, with the MODEL's patches in its weights."""
+    importlib.import_module("comfy.model_management").load_models_gpu([model])
+    generator = torch.Generator().manual_seed(seed)
+    latent, states = (
+        torch.randn(2, *shape, generator=generator) for shape in ((4, 9, 12), (5, CONFIG.caption_channels))
+    )
+    with torch.inference_mode():
+        return model.model.diffusion_model(latent, torch.full((2,), 300.0), states)
+
+
+def distance(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(host_model):
+    return host_model.make_patcher(make_weights(CONFIG), CONFIG, dtype=torch.int8)
+
+
+def test_blocks_are_multiplied_in_8_bits(comfy, patcher, in_8_bits, monkeypatch):
+    """Six products a block and its caption's one, by the host's kernel, whose sums are whole numbers."""
+    products, original = [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: products.append(a.dtype) or original(a, b))
+    found = evaluate(in_8_bits)
+    assert products == [torch.int8] * 7 * CONFIG.depth
+    assert 1e-4 < distance(found, evaluate(patcher)) < 0.02  # 8 bits of a row's largest: 0.4 % of it each
+    net = in_8_bits.model.diffusion_model
+    assert net.blocks[0].scale_shift_table.weight.dtype == net.t_block[1].weight.dtype == torch.float32
+    assert in_8_bits.model_size() < 0.6 * patcher.model_size()
+    assert torch.isfinite(sample(comfy, in_8_bits, caption(7, 1), caption(3, 2))).all()
+    loading = importlib.import_module("pixart_pack.nodes.host.loading")
+    assert "\nweights: int8 in the blocks, else float32" in loading.describe_model(in_8_bits)
+
+
+def test_patches_change_weights_in_8_bits(patcher, in_8_bits):
+    """As a LoRA's: the weight is made of numbers, changed and brought into 8 bits again."""
+    key = "diffusion_model.blocks.1.mlp.fc2.weight"
+    change = torch.randn(CONFIG.hidden_size, 4 * CONFIG.hidden_size, generator=torch.Generator().manual_seed(3)) * 0.2
+    before = evaluate(in_8_bits)
+    patched = []
+    for model in (patcher, in_8_bits):
+        clone = model.clone()
+        assert clone.add_patches({key: ("diff", (change,))}) == [key]
+        patched.append(evaluate(clone))
+    assert distance(patched[1], patched[0]) < 0.02 < distance(patched[0], before)
+    assert torch.equal(evaluate(in_8_bits), before)
+
+
+def test_weights_in_8_bits_are_saved_as_what_they_stand_for(in_8_bits):
+    lora = importlib.import_module("pixart_pack.nodes.host.lora")
+    key = "blocks.1.attn.qkv.weight"
+    saved = lora.patched_weight(in_8_bits.get_key_patches(lora.PREFIX), lora.host_key(key), torch.device("cpu"))
+    exact = make_weights(CONFIG)[key]
+    assert type(saved) is torch.Tensor and saved.dtype == torch.float32
+    assert ((saved - exact).abs() <= exact.abs().amax(1, keepdim=True) / 127 * 0.51).all()
+
+
+def test_8_bits_are_refused_where_the_host_has_no_kernels(host_model, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("comfy.ops"), "QUANT_ALGOS", {})
+    with pytest.raises(ValueError, match=r"No products in 8 bits here: .* Update ComfyUI, or choose bf16, fp16 or fp8"):
+        host_model.make_patcher(make_weights(CONFIG), CONFIG, dtype=torch.int8)

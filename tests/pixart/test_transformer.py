@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from pixart_pack.pixart.config import CONFIGS, PixArtConfig
-from pixart_pack.pixart.layers import LONG_SEQUENCE, attend, gather_heads, position_grid, split_heads
+from pixart_pack.pixart.layers import LENGTH_STEPS, LONG_SEQUENCE, attend, gather_heads, position_grid, split_heads
+from pixart_pack.pixart.sampling import Captions, GuidedModel
 from pixart_pack.pixart.transformer import PixArt, caption_bias, initialize_weights
 from pixart_pack.tests.goldens import load_golden, take
 from pixart_pack.tests.rounding import assert_equal_to_rounding
@@ -149,6 +150,29 @@ def test_masks_lie_as_the_attention_of_a_gpu_wants_them(length):
     assert bias.shape == (3, 1, 1, length) and bias.stride(3) == 1
     assert all(bias.stride(axis) % 8 == 0 for axis in range(3))
     assert torch.equal(bias[:, 0, 0], torch.where(keep, 0.0, torch.finfo(torch.bfloat16).min).bfloat16())
+
+
+@pytest.mark.parametrize("lengths", [(5, 2), (7, 7), (8, 1), (1, 9)])
+@pytest.mark.parametrize("keep", [False, True])
+@torch.no_grad()
+def test_lengthened_captions_give_the_same(lengths, keep, monkeypatch):
+    """As on a GPU, where lengths under a mask are rounded up: through the model, and through a guided step."""
+    model, longest = tiny_model(), max(lengths)
+    latent, timestep, caption, mask = tiny_inputs(2, 10, 7, list(lengths))
+    caption, mask = caption[:, :longest], mask[:, :longest]
+    each = [Captions(caption[[i], :n], mask[[i], :n]) for i, n in enumerate(lengths)]
+
+    def results():
+        guided = GuidedModel(model, *each, 3.0, keep=keep)
+        found = [model(latent, timestep, caption, mask), guided(latent[:1], torch.tensor([2.5]))]
+        found.append(guided._predict(latent[:1], torch.tensor(2.5), 1)[0])  # the first caption alone
+        return guided.states.shape[1], found
+
+    exact, expected = results()
+    monkeypatch.setitem(LENGTH_STEPS, "cpu", 8)
+    rounded, found = results()
+    assert (exact, rounded) == (longest, longest if lengths[0] == lengths[1] else longest + -longest % 8)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # sums of more addends, some of them 0
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import comfy.conds
 import torch
 
 from ....pixart.config import LATENT_DOWNSCALE
+from ....pixart.layers import masked_length
 
 RATIO_UNITS = 1_000_000  # aspect ratios travel as integers, since the host casts floats to the inference dtype
 
@@ -17,10 +18,12 @@ class CaptionCond(comfy.conds.CONDRegular):
     At every step of a run it gives the same tensors, by which PixArtModel knows the caption again.
     """
 
-    def __init__(self, cond):
+    def __init__(self, cond, whole):
+        """whole: the caption has nothing to hide. That is asked before: to look is to wait for the device."""
         super().__init__(cond)
+        self.whole = whole
         self._by_batch: dict[int, CaptionCond] = {}
-        self._joined: tuple[list, torch.Tensor] = ([], cond)  # (weak references to others, the rows of all)
+        self._joined: tuple[list, torch.Tensor] | None = None  # (weak references to others, the rows of all)
 
     def process_cond(self, batch_size, **kwargs):
         """The same with its rows repeated up to the batch."""
@@ -34,36 +37,39 @@ class CaptionCond(comfy.conds.CONDRegular):
 
     def concat(self, others):
         """Rows of all, padded to the longest: (sum of B, longest L, ...)."""
-        known, joined = self._joined
-        if len(known) == len(others) and all(ref() is other for ref, other in zip(known, others, strict=True)):
+        known, joined = self._joined or ([], None)
+        alike = len(known) == len(others) and all(ref() is other for ref, other in zip(known, others, strict=True))
+        if joined is not None and alike:
             return joined
         captions = [self.cond, *(other.cond for other in others)]
         longest = max(caption.shape[1] for caption in captions)
-        joined = torch.cat([pad_length(caption, longest) for caption in captions])
+        if not self.hide_nothing(others):
+            longest = masked_length(longest, self.cond.device)
+        captions = [pad_length(caption, longest) for caption in captions]
+        joined = torch.cat(captions) if others else captions[0]
         self._joined = ([weakref.ref(other) for other in others], joined)
         return joined
 
-
-class MaskCond(CaptionCond):
-    """A caption's mask, (B, L): joined to None where no caption has anything to hide, nor is lengthened for another.
-
-    Without a mask attention takes its fastest way. Whether it hides nothing is asked before: to look is to wait for the
-    device.
-    """
-
-    def __init__(self, cond, whole):
-        super().__init__(cond)
-        self.whole = whole
-
-    def concat(self, others):
-        """Rows of all, padded to the longest, (sum of B, longest L), or None."""
-        alike = all(getattr(other, "whole", False) and other.cond.shape[1:] == self.cond.shape[1:] for other in others)
-        return None if self.whole and alike else super().concat(others)
+    def hide_nothing(self, others):
+        """Whether no caption has anything to hide, nor is lengthened for another."""
+        length = self.cond.shape[1]
+        return self.whole and all(getattr(each, "whole", False) and each.cond.shape[1] == length for each in others)
 
     def _copy_with(self, cond):
         twin = copy.copy(self)  # whose rows are the same ones, repeated
-        twin.cond, twin._by_batch, twin._joined = cond, {}, ([], cond)
+        twin.cond, twin._by_batch, twin._joined = cond, {}, None
         return twin
+
+
+class MaskCond(CaptionCond):
+    """A caption's mask, (B, L): joined to None where there is nothing to hide.
+
+    Without a mask attention takes its fastest way.
+    """
+
+    def concat(self, others):
+        """Rows of all, padded to the longest, (sum of B, longest L), or None."""
+        return None if self.hide_nothing(others) else super().concat(others)
 
 
 class SizeCond(comfy.conds.CONDRegular):

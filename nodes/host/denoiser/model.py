@@ -18,6 +18,7 @@ from ....pixart.layers import blank_hidden, common_row
 from ....pixart.quoting import shorten
 from ....pixart.transformer import PixArt, ProjectedCaption, add_control
 from ....pixart.weights.quantised.packed import Packed
+from ..weights.eight_bit import FORMAT, quantise, require_kernels
 from ..weights.memory import CAPTION_MEMORY_BYTES, CONTROLS, count_bytes, count_controls, longest
 from ..weights.packed import PackedOperations, is_packed
 from ..weights.precision import choose_dtypes, set_inference_dtype
@@ -187,8 +188,9 @@ class PixArtModel(comfy.model_base.PixArt):
     """PixArt as a BaseModel. Subclasses the host's PixArt only for its LoRA key map, which depends on the class."""
 
     def __init__(self, model_config, device=None):
-        # Built without memory: every tensor of the file is assigned, so none is allocated twice.
-        net = functools.partial(_on_meta, PixArtNet)
+        # Built without memory: every tensor of the file is assigned, so none is allocated twice. The host's layers in
+        # 8 bits have none before they are loaded, and take what they get to the device that they were built on.
+        net = PixArtNet if model_config.quant_config else functools.partial(_on_meta, PixArtNet)
         comfy.model_base.BaseModel.__init__(
             self, model_config, comfy.model_base.ModelType.EPS, device=device, unet_model=net
         )
@@ -225,8 +227,9 @@ class PixArtModel(comfy.model_base.PixArt):
         size = size or (kwargs["height"], kwargs["width"])
         ratio = ratio or size[0] / size[1]
         device = kwargs.get("device", caption.device)
-        out["c_crossattn"] = CaptionCond(caption.to(device=device, dtype=self.get_dtype_inference()))
-        out["attention_mask"] = MaskCond(mask.to(device), bool(mask.all()))
+        whole = bool(mask.all())
+        out["c_crossattn"] = CaptionCond(caption.to(device=device, dtype=self.get_dtype_inference()), whole)
+        out["attention_mask"] = MaskCond(mask.to(device), whole)
         out["c_size"] = SizeCond(size, device, own[0])
         out["c_ar"] = SizeCond([round(ratio * RATIO_UNITS)], device, own[1])
         return out
@@ -399,23 +402,30 @@ class PixArtModelConfig(comfy.supported_models_base.BASE):
 def make_patcher(state_dict, config, dtype=None, fp8_optimizations=False, disable_dynamic=False):
     """A MODEL from a state dict in the original layout, which is emptied on the way.
 
-    dtype: of the weights; None lets the host choose by the file and the device, see `choose_dtypes`.
+    dtype: of the weights; None lets the host choose by the file and the device, see `choose_dtypes`. torch.int8: the
+    blocks' linear layers multiply in it, see `eight_bit`; the others have the dtype of the maths.
     Raises ValueError when weights and config do not fit.
     """
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     model_config = PixArtModelConfig(config)
     supported = list(model_config.supported_inference_dtypes)
-    dtype, manual_cast = choose_dtypes(state_dict, load_device, supported, dtype)
+    in_8_bits = dtype == torch.int8
+    dtype, manual_cast = choose_dtypes(state_dict, load_device, supported, None if in_8_bits else dtype)
+    if in_8_bits:
+        require_kernels()
+        dtype = manual_cast = manual_cast or dtype
+        model_config.quant_config = {"format": FORMAT}
     set_inference_dtype(model_config, dtype, manual_cast, load_device)
     model_config.optimizations["fp8"] = fp8_optimizations
-    packed = is_packed(state_dict)
+    packed = is_packed(state_dict) and not in_8_bits
     if packed:
         model_config.custom_operations = PackedOperations
     model = model_config.get_model(state_dict)
     patcher = make_named(model, load_device, offload_device, disable_dynamic or packed)
     for key in list(state_dict):  # one by one, so that the file's tensors go as ours come
-        state_dict[key] = cast_weight(key, state_dict[key], dtype)
+        in_its_place = quantise(key, state_dict[key]) if in_8_bits else {}
+        state_dict.update(in_its_place or {key: cast_weight(key, state_dict[key], dtype)})
     model.load_model_weights(state_dict, assign=True)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)

@@ -15,6 +15,9 @@ PREFIX = "diffusion_model."
 PARTS = (".to_q.", ".to_k.", ".to_v.", ".to_out.0.")
 
 
+BESIDE_WEIGHTS = (".weight_scale", ".comfy_quant")  # in files alone: the host's weights in 8 bits hold them within
+
+
 class SplitNames(PackedWeights):
     """Mixed into one of the host's patchers: parts of weights have names of their own, under which they are patched."""
 
@@ -26,7 +29,9 @@ class SplitNames(PackedWeights):
         A part's value is the whole weight that it is a part of.
         """
         weights = super().model_state_dict(filter_prefix)
-        if filter_prefix is not None or self._wholes_alone:
+        if self._wholes_alone:
+            return {name: weight for name, weight in weights.items() if not name.endswith(BESIDE_WEIGHTS)}
+        if filter_prefix is not None:
             return weights
         wholes = {name: _whole(place) for name, place in self._parts().items()}
         return {**weights, **{name: weights[whole] for name, whole in wholes.items() if whole in weights}}
