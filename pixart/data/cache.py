@@ -116,9 +116,10 @@ class DatasetEncoder:
         self._rank, self._world_size = rank, world_size
         self._bins = {size: training_bins(size, settings.square) for size in settings.sizes_px}
         self._records = records
-        self._captions, self._pictures, self._rows = CaptionPlan(), PicturePlan(), Rows()
+        self._captions, self._pictures = CaptionPlan(self._text_of), PicturePlan()
+        self._rows = Rows(texts_of=lambda record, variant: (records[record].name, self._text_of(record, variant)))
         self._groups = 0
-        self.null_key, _ = self._plan_caption("")
+        self.null_key = self._plan_caption("", -1, 0)
         for number, record in enumerate(records):
             self._plan(number, record)
             _report(progress, number + 1, len(records), None)
@@ -238,19 +239,24 @@ class DatasetEncoder:
         write_part(path, index, settings, notes, share, run)
         return merge_parts(path, share[1], run)
 
-    def _plan_caption(self, text: str) -> tuple[str, str]:
-        """(its key, the text as it is encoded)."""
+    def _text_of(self, record: int, variant: int) -> str:
+        """A caption of a record as it is encoded; a record of -1 has the empty one."""
+        text = "" if record < 0 else _captions_of(self._records[record])[variant]
+        return clean_prompt(text) if self.settings.clean else text
+
+    def _plan_caption(self, text: str, record: int, variant: int) -> str:
+        """The key of a caption."""
         settings = self.settings
         text = clean_prompt(text) if settings.clean else text
         key = digest(
             "caption", str(VERSION), text, str(settings.caption_length), settings.caption_dtype, self._text_identity
         )
-        self._captions.add(key, text)
-        return key, text
+        self._captions.add(key, record, variant, len(text))
+        return key
 
     def _plan(self, number: int, record: Record) -> None:
         """The rows of a record: of each of its sizes, and of each mirror, one for each variant."""
-        captions = [self._plan_caption(text) for text in record.captions or [record.caption or ""]]
+        captions = [self._plan_caption(text, number, place) for place, text in enumerate(_captions_of(record))]
         data = record.picture.content()
         size_px = height, width = measure_picture(record.picture, data)
         contents = {PICTURE: digest(data)}
@@ -266,7 +272,7 @@ class DatasetEncoder:
             shown = [replace(view, flipped=view.flipped ^ is_flipped) for view in views]
             jobs = [self._plan_view(number, contents, bin_px, _fit_method(size), view) for view in shown]
             plain = {
-                "name": record.name,
+                "record_number": number,
                 "size_px": bin_px if self.settings.size_condition == "bin" else size_px,
                 "aspect_ratio": ratio,
                 "is_prior": record.is_prior,
@@ -276,8 +282,8 @@ class DatasetEncoder:
                 **({} if record.number is None else {RECORD: record.number}),
             }
             for variant in range(max(len(captions), len(jobs))):
-                key, text = captions[variant % len(captions)]
-                self._rows.add({**plain, "caption": key, "text": text, **jobs[variant % len(jobs)]})
+                words = variant % len(captions)
+                self._rows.add({**plain, "caption": captions[words], "variant": words, **jobs[variant % len(jobs)]})
             self._groups += 1
 
     def _others(self, record: Record) -> Iterator[tuple[str, Picture]]:
@@ -316,6 +322,10 @@ class DatasetEncoder:
         record = self._records[job.record]
         picture = record.control if job.kind == CONTROL else record.picture
         return job.view.show(read_picture(picture, job.bin_px, job.content), *job.bin_px, job.method)
+
+
+def _captions_of(record: Record) -> Sequence[str]:
+    return record.captions or [record.caption or ""]
 
 
 def _fit_method(base_px: int) -> str:

@@ -104,9 +104,10 @@ def test_variants_masks_and_shares(run_node, encoders, folder):
         words = {"trigger": "sks", "views": 2, "mirror": 1.0, "add_to": many, "share": 2.0}
         dataset, report = run_node("PixArtVaryDataset", dataset=few, **words)
         assert "captions: 2 are encoded, 1 a picture, such as 'sks, thing'" in report and "shares: 1 to 2" in report
-        features, _ = run_node("PixArtEncodeDataset", dataset=dataset, **encoders, **settings(name="varied"))
+        features, report = run_node("PixArtEncodeDataset", dataset=dataset, **encoders, **settings(name="varied"))
     finally:
         shutil.rmtree(named)
+    assert "captions of width 64, with variants, with masks, with repeats\n" in report
     assert features.repeats.tolist() == [5 / 3, 5 / 3, 5 / 3, 5, 5]  # the least is what the few have by their names
     assert features[4].text == "sks, thing" and features[4].mask.min() == 1 and features[3].mask is None
     views = [features.draw(3, Random(number)).latent for number in range(8)]

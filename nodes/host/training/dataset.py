@@ -226,6 +226,9 @@ def _find_features(path: str) -> Path:
     return find_typed(own_output(path) if is_own else path, output, "Encoded dataset").path
 
 
+_VARYING = {"group": "variants", "mask": "masks", "repeats": "repeats", "weight": "weights"}
+
+
 def describe_features(features: FeatureSet) -> str:
     """What an encoded dataset holds, in lines of text."""
     found = Bins.of(features.bins).counts().items()
@@ -234,7 +237,8 @@ def describe_features(features: FeatureSet) -> str:
     return "\n".join(
         [
             f"{len(features)} encoded pictures, captions of width {first.caption.shape[-1]}"
-            + (", with control pictures" if first.hint is not None else ""),
+            + (", with control pictures" if first.hint is not None else "")
+            + "".join(f", with {_VARYING[name]}" for name in getattr(features, "varying", ())),
             *(f"{width} x {height}: {count}" for (width, height), count in sorted(counts.items())),
             *getattr(features, "notes", ()),
         ]

@@ -1,6 +1,7 @@
 """What is to be encoded, in columns: captions by their keys, and pictures by theirs with what is to be done to them."""
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,28 +38,28 @@ class _Keys:
 
 
 class CaptionPlan:
-    """Captions to be encoded: keys with their texts."""
+    """Captions to be encoded: keys, and where their texts are.
 
-    def __init__(self):
-        self.keys = _Keys()
-        self._bytes, self._ends = bytearray(), array("q")
+    text_of: (number of a record, number of its caption) -> the text; a record of -1 is the empty caption.
+    """
 
-    def add(self, key: str, text: str) -> None:
-        """Add one, again or not."""
-        if self._ends and self.keys.text(len(self.keys) - 1) == key:
-            return
+    def __init__(self, text_of: Callable[[int, int], str]):
+        self.keys, self._text_of = _Keys(), text_of
+        self._sources, self._lengths = array("i"), array("i")
+
+    def add(self, key: str, record: int, variant: int, length: int) -> None:
+        """Add one, again or not. length: of its text."""
         self.keys.add(key)
-        self._bytes += text.encode("utf-8", "surrogatepass")
-        self._ends.append(len(self._bytes))
+        self._sources.extend((record, variant))
+        self._lengths.append(length)
 
     def text(self, number: int) -> str:
         """Of the caption of a number."""
-        start = self._ends[number - 1] if number else 0
-        return self._bytes[start : self._ends[number]].decode("utf-8", "surrogatepass")
+        return self._text_of(*self._sources[2 * number : 2 * number + 2])
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
-        """Bytes of the texts of some numbers."""
-        return np.diff(np.array(self._ends), prepend=0)[numbers]
+        """Those of the texts of some numbers."""
+        return np.array(self._lengths, np.int64)[numbers]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Rows of a dataset's list while it is made, in columns of numbers and bytes."""
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -16,9 +16,14 @@ FURTHER = {RECORD: ("q", 0), GROUP: ("i", 0), "repeats": ("d", 1.0), "weight": (
 
 
 class Rows:
-    """Rows by number. Those without a hint or mask have a key of zeros, and False in `has`."""
+    """Rows by number. Those without a hint or mask have a key of zeros, and False in `has`.
 
-    def __init__(self, rows: Iterable[Mapping] = ()):
+    texts_of: (number of a record, number of its caption) -> (name, text), for rows that say those as `record_number`
+    and `variant` in place of their texts.
+    """
+
+    def __init__(self, rows: Iterable[Mapping] = (), texts_of: Callable[[int, int], tuple[str, str]] | None = None):
+        self._texts_of, self._sources = texts_of, array("i")
         self._keys = {part: bytearray() for part in (*PARTS, MASK)}
         self._has = {part: array("b") for part in (*PARTS, MASK)}
         self._bytes = {text: bytearray() for text in TEXTS}
@@ -42,9 +47,10 @@ class Rows:
             keys += bytes(KEY_BYTES) if key is None else _key_bytes(key)
             self._has[part].extend([False] * (len(self) - len(self._has[part])))
             self._has[part].append(key is not None)
-        for text in TEXTS:
-            self._bytes[text] += row[text].encode("utf-8", "replace")
-            self._ends[text].append(len(self._bytes[text]))
+        if self._texts_of is None:
+            self._add_texts(self._bytes, self._ends, [row[text] for text in TEXTS])
+        else:
+            self._sources.extend((row["record_number"], row["variant"]))
         self._sizes.extend(row["size_px"])
         self._ratios.append(row["aspect_ratio"])
         self._marks.append(row["is_prior"])
@@ -53,6 +59,12 @@ class Rows:
             if value is not None and (value != usual or name in (RECORD, GROUP)):
                 self._found.add(name)
             self._further[name].append(usual if value is None else value)
+
+    @staticmethod
+    def _add_texts(data: dict[str, bytearray], ends: dict[str, array], texts: Iterable[str]) -> None:
+        for which, text in zip(TEXTS, texts, strict=True):
+            data[which] += text.encode("utf-8", "replace")
+            ends[which].append(len(data[which]))
 
     def keys(self, part: str) -> np.ndarray:
         """(N, 20) uint8."""
@@ -66,13 +78,20 @@ class Rows:
 
     def text(self, which: str, row: int) -> str:
         """The `name` or the `text` of a row."""
+        if self._texts_of is not None:
+            return self._texts_of(*self._sources[2 * row : 2 * row + 2])[TEXTS.index(which)]
         ends = self._ends[which]
         return self._bytes[which][ends[row - 1] if row else 0 : ends[row]].decode("utf-8", "replace")
 
     def columns(self) -> dict[str, np.ndarray]:
         """What an index holds of them as it is."""
-        found = {f"{text}_bytes": np.frombuffer(bytes(self._bytes[text]), np.uint8) for text in TEXTS}
-        found |= {f"{text}_end": np.array(self._ends[text], np.int64) for text in TEXTS}
+        data, ends = self._bytes, self._ends
+        if self._texts_of is not None:
+            data, ends = {text: bytearray() for text in TEXTS}, {text: array("q") for text in TEXTS}
+            for row in range(len(self)):
+                self._add_texts(data, ends, self._texts_of(*self._sources[2 * row : 2 * row + 2]))
+        found = {f"{text}_bytes": np.frombuffer(data[text], np.uint8) for text in TEXTS}
+        found |= {f"{text}_end": np.array(ends[text], np.int64) for text in TEXTS}
         found |= {
             "size_px": np.array(self._sizes, np.int32).reshape(-1, 2),
             "aspect_ratio": np.array(self._ratios, np.float64),
