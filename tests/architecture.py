@@ -59,15 +59,7 @@ ROOMS = {
         "`python -m pixart <command>`",
         (
             *("pixart", "pixart.files", "pixart.weights", "pixart.lora", "pixart.acceleration", "pixart.encoders"),
-            *(
-                "pixart.drawing",
-                "pixart.tracking",
-                "pixart.data",
-                "pixart.training",
-                "pixart.stages",
-                "pixart.scores",
-                "pixart.reference",
-            ),
+            *("pixart.drawing", "pixart.data", "pixart.training", "pixart.stages", "pixart.scores", "pixart.reference"),
             "pixart.tracking",
         ),
         ("torch", "numpy", "safetensors", "PIL", "tqdm"),

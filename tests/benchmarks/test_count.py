@@ -1,13 +1,19 @@
 """The counts of a step: of operations whose work is known, and of the model, which no change may raise unnoticed."""
 
+import math
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixart_pack.benchmarks.count import ALONE, DTYPES, PROGRAMS, count_whole
+from pixart_pack.benchmarks.count_memory import count_memory
 from pixart_pack.benchmarks.count_training import count_training_whole
 from pixart_pack.benchmarks.counting import Counter, Counts, fake
+from pixart_pack.pixart.checkpoint import expected_shapes
 from pixart_pack.pixart.config import CONFIGS
+from pixart_pack.pixart.training.settings import TrainingSettings
+from pixart_pack.tests.tiny_pixart import tiny_config
 
 pytestmark = pytest.mark.slow  # seconds, most of them until PyTorch knows tensors of no device
 
@@ -66,3 +72,15 @@ def test_a_training_step_casts_all_factors_at_once_and_keeps_what_the_setting_sa
 
 def test_every_program_is_offered():
     assert len(PROGRAMS) == 4 and set(DTYPES) == {"bf16", "fp16", "fp8"}
+
+
+def test_memory_of_a_training_is_less_with_what_saves_it():
+    """States elsewhere are not counted, those of one weight are; weights are counted once."""
+    config = tiny_config(depth=3)
+    usual = {"kind": "full", "dtype": "bf16", "caption_dropout": 0.0, "checkpointing": "on"}
+    saved = {"gradient_release": True, "offload_optimizer": True, "clip_norm": 0.0}
+    plain, small = (count_memory(config, TrainingSettings(**usual, **fields)) for fields in ({}, saved))
+    own = sum(math.prod(shape) for shape in expected_shapes(config).values()) * 4
+    assert plain.weights == small.weights and 0.99 < plain.weights / own < 1.3  # and the table of positions
+    assert plain.states == pytest.approx(2 * own, rel=0.05) and small.states == 0
+    assert small.total < plain.total - 1.5 * own  # what a pass keeps is by far the most here

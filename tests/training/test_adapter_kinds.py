@@ -135,3 +135,39 @@ def test_sizes_are_cut_as_lycoris_does():
 def test_what_lora_alone_has_is_refused(fields):
     with pytest.raises(ValueError, match="Adapter of another kind: got '(loha|oft|lokr)' with"):
         TrainingSettings(**fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["loha", "lokr", "lokr with two whole matrices"])
+def test_peft_merges_the_same(name, tmp_path):
+    """The file's tensors under the names that PEFT gives its own, in a model of its layers."""
+    peft = pytest.importorskip("peft")
+    objective, settings = made(CASES[name])
+    factors = lora_factors(objective, dict(objective.named_parameters()))
+    model, chosen = tiny_model(), dict(list(factors.items())[2:6])
+    layers = {}
+    for target in chosen:
+        weight = model.get_parameter(target.name).detach()
+        rows = weight[target.rows(len(weight))]
+        layers[target.diffusers_module.replace(".", "_")] = nn.Linear(rows.shape[1], len(rows), bias=False)
+        layers[target.diffusers_module.replace(".", "_")].weight.data.copy_(rows)
+    before = {key: layer.weight.detach().clone() for key, layer in layers.items()}
+    kind = peft.LoHaConfig if settings.adapter == "loha" else peft.LoKrConfig
+    options = {} if settings.adapter == "loha" else {"decompose_factor": settings.lokr_factor or -1}
+    # PEFT scales two whole matrices by alpha over rank as well, LyCORIS and this pack by 1.
+    alpha = settings.rank if "whole" in name else settings.alpha
+    config = kind(r=settings.rank, alpha=alpha, target_modules=list(layers), **options)
+    other = peft.get_peft_model(nn.ModuleDict(layers), config)
+    own = {}
+    for target, factor in chosen.items():
+        tensors, _ = export_lora({target: factor})
+        module = f"base_model.model.{target.diffusers_module.replace('.', '_')}"
+        parts = ((key.rpartition(".")[2], value) for key, value in tensors.items())
+        own |= {f"{module}.{part}": value.detach() for part, value in parts if part != "alpha"}
+    missing = peft.set_peft_model_state_dict(other, own)
+    assert not missing.unexpected_keys
+    merged = other.merge_and_unload()
+    for target, factor in chosen.items():
+        key = target.diffusers_module.replace(".", "_")
+        expected = factor.apply(before[key]).detach()
+        torch.testing.assert_close(merged[key].weight.detach(), expected, rtol=1e-4, atol=1e-5)  # float32
