@@ -8,7 +8,7 @@ from .node import OWN_PREFIX, WIDTH_PX, Node
 from .schema import inputs_of
 from .wires import Box, Point, Router
 
-WIDEST_PX, HIGHEST_PX = 1780, 1105
+WIDEST_PX, HIGHEST_PX = 1780, 1122
 NARROWEST_PX, NOTE_PX = 240, 290
 TITLE_PX, SLOT_PX = 30, 20
 MARGIN_PX, GAP_PX, COLUMN_GAP_PX, GROUP_GAP_PX = 14, 40, 44, 22
@@ -21,7 +21,7 @@ LINE_PX, LETTER_PX, NOTE_LINE_PX, NOTE_LETTER_PX = 16, 6.8, 15, 6.4
 LEAST_TEXT_PX = 76
 # What a node shows below its widgets once it has run: a picture, the preview of one, or a line of text; or before that,
 # that its file is missing, for which others have the line of their advanced inputs.
-PICTURE_PX, INPUT_PX, PREVIEW_PX, SAMPLER_PX, CHART_PX, CURVE_PX, TEXT_PX = 280, 218, 213, 185, 190, 216, 70
+PICTURE_PX, INPUT_PX, PREVIEW_PX, SAMPLER_PX, CHART_PX, CURVE_PX, TEXT_PX = 280, 218, 213, 222, 190, 216, 70
 SHOWN_PX = {
     **dict.fromkeys(("SaveImage", "PixArtCompareSheet"), PICTURE_PX),
     "LoadImage": INPUT_PX,

@@ -151,6 +151,7 @@ def any_aspect_ratio(workflow: Workflow) -> None:
     prompts = describe(workflow, loaded, LIGHTHOUSE)
     workflow.group("Sampling", "sampling")
     size = workflow.node("PixArtResolution", base="1024", mode="by ratio", ratio="0.57 (7:4)")
+    workflow.column()
     make_picture(workflow, loaded, prompts, size["latent"])
 
 

@@ -1,11 +1,14 @@
 """The pack as its users meet it: in the editor, in a browser."""
 
+import base64
+import io
 import json
 import os
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pixart_pack.editor.format.api import to_api
 from pixart_pack.editor.templates.collection import TITLES
@@ -24,6 +27,15 @@ CHANGED = {
     "PixArtTextEncode": {"text": "two\nlines", "caption_length": "custom", "custom_length": 77, "aspect_ratio": 0.5}
 }
 
+ADDRESS = """() => {
+    const shown = new URL(app.graph.nodes.find(node => node.type === 'SaveImage').imgs[0].src);
+    return shown.origin + '/view?filename=' + shown.searchParams.get('filename') + '&type=output&subfolder=';
+}"""
+OPEN_PICTURE = """async picture => {
+    app.graph.clear();
+    const bytes = Uint8Array.from(atob(picture), letter => letter.charCodeAt(0));
+    await app.handleFile(new File([bytes], 'saved.png', {type: 'image/png'}));
+}"""
 SAYS = """([type, text]) => app.graph.nodes.some(
     node => node.type === type && node.widgets?.some(widget => String(widget.value).includes(text)))"""
 ADD_INFO = """() => {
@@ -84,8 +96,24 @@ def test_the_template_browser_shows_every_workflow_with_its_picture(editor):
     assert editor.export() == chosen
 
 
+def test_a_saved_picture_names_its_model_and_opens_as_its_graph(editor):
+    editor.open_template("demo")
+    end, report = editor.run()
+    assert end == "execution_success", report
+    editor.wait_for_picture("SaveImage")
+    sent = editor.export()["output"]
+    picture = editor.page.request.get(editor.page.evaluate(ADDRESS)).body()
+    told = json.loads(Image.open(io.BytesIO(picture)).text["parameters"])["sui_image_params"]
+    assert (
+        told.items() >= {"model": "pixart_demo", "width": 128, "cfgscale": 4.0, "sampler": "pixart_dpm_solver"}.items()
+    )
+    editor.page.evaluate(OPEN_PICTURE, base64.b64encode(picture).decode())
+    editor.page.wait_for_function("app.graph.nodes.length > 2")
+    assert editor.export()["output"] == sent
+
+
 @in_both
-@pytest.mark.parametrize("name", ["any_aspect_ratio", "lora_training", "compare_settings"])
+@pytest.mark.parametrize("name", ["any_aspect_ratio", "compare_settings"])
 def test_what_nodes_show_stays_in_their_places(editor, name, renderer):
     editor.load(shipped_workflow(name))
     # Nodes that are out of sight load no pictures.

@@ -80,4 +80,6 @@ def test_a_training_shows_its_course_is_stopped_and_goes_on(editor, renderer):
     assert lines[0].strip() == f"done: {made + 2} of {made + 2} steps"
     assert re.fullmatch(r"saved in output: loras/watched_\d+_001\.safetensors", lines[1].strip())
     assert editor.page.evaluate(BUTTONS) == []
+    editor.wait_for_rest()
+    editor.check_places()
     editor.shoot(f"training_done_{renderer}")
