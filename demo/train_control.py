@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..pixart.controlnet import PixArtControlNet
 from ..pixart.training.build import make_objective
 from ..pixart.training.loop import Events, Progress, Trainer
 from ..pixart.training.settings import TrainingSettings
 from ..pixart.weights.controlnets import save_controlnet
 from .control import FULL_BUCKETS, SMALL_BUCKETS, ControlFeatures
 from .evaluate import load_model
-from .evaluate_control import CONTROL_FILE, held_out_scenes, measure, steer
+from .evaluate_control import CONTROL_FILE, held_out_scenes, load_control, measure, steer
 from .generate import DemoModel
 from .pool import Bucket
 from .train import FOLDER, add_options
@@ -84,10 +85,16 @@ def train(
     *,
     phases: Sequence[Phase] = PHASES,
     resume: bool = True,
+    start: PixArtControlNet | None = None,
 ) -> None:
-    """Train, or go on from what is in `work`, and write the ControlNet to `path` after each phase."""
+    """Train, or go on from what is in `work`, and write the ControlNet to `path` after each phase.
+
+    start: a trained ControlNet, in place of a copy of the model's blocks.
+    """
     config = model.denoiser.config
     objective = make_objective(model.denoiser, settings)
+    if start is not None:
+        objective.control.load_state_dict(start.state_dict())
     scenes = held_out_scenes(CHECKED, 128, 128, seed=1)
 
     def check(step: int) -> None:
@@ -110,6 +117,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo.train_control", description=__doc__)
     parser.add_argument("--steps", type=int, nargs=len(PHASES), default=[phase.steps for phase in PHASES])
     parser.add_argument("--output", type=Path, default=CONTROL_FILE)
+    parser.add_argument("--continue-from", type=Path, help="a ControlNet of an earlier base: its last phase again")
     add_options(parser, FOLDER / "work" / "control")
     return parser.parse_args()
 
@@ -119,8 +127,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
     phases = [replace(phase, steps=steps) for phase, steps in zip(PHASES, options.steps, strict=True)]
+    start = None
+    if options.continue_from:
+        start, phases = load_control(options.continue_from), phases[-1:]
     settings = replace(SETTINGS, seed=options.seed)
-    train(load_model(options.tokenizer), settings, options.work, options.output, phases=phases, resume=options.resume)
+    model = load_model(options.tokenizer)
+    train(model, settings, options.work, options.output, phases=phases, resume=options.resume, start=start)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,9 @@ def test_training_goes_on_and_writes_what_loads(model, tmp_path, caplog):
     assert "goes on after step 2" in caplog.text  # the first phase is not made again, and the second starts from it
     moved = load_control(path).controlnet[0].after_proj.weight - first.controlnet[0].after_proj.weight
     assert 0 < moved.abs().max() < 0.01  # three steps of a thousandth at the most
+    train(again, settings, tmp_path / "other", path, phases=(replace(full, steps=1),), start=first)
+    moved = load_control(path).controlnet[0].after_proj.weight - first.controlnet[0].after_proj.weight
+    assert 0 < moved.abs().max() < 0.003
 
 
 def test_the_shipped_file():
