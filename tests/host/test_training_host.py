@@ -84,6 +84,21 @@ def test_a_lora_is_trained_applied_and_saved(run_node, make_model, features, out
     assert {"checkpoints", "log.jsonl", "loss.png"} <= {path.name for path in run.iterdir()}
 
 
+@pytest.mark.parametrize("adapter", ["loha", "lokr", "oft"])
+def test_other_adapters_are_trained_validated_and_put_onto_the_model(run_node, make_model, features, output, adapter):
+    model, name = make_model(), f"other_{adapter}"
+    more = f"adapter: {adapter}\nvalidation_share: 0.2\nvalidation_every: 1\nbase_dtype: nf4"
+    trained, file, *_ = run_node("PixArtTrainLoRA", model=model, features=features, name=name, rank=2,
+                                 targets="attention", more_settings=more, **USUAL)  # fmt: skip
+    merged, after = merge(make_weights(CONFIG), read_lora(output.parent / file)), weights_of(trained)
+    changed = [key for key, value in weights_of(model).items() if not torch.equal(after[key], value)]
+    assert changed
+    for key in changed:
+        torch.testing.assert_close(after[key], merged[key], rtol=1e-5, atol=1e-6)  # as the host rounds a sum
+    log = (output / "pixart_training" / f"{name}_001" / "log.jsonl").read_text().splitlines()
+    assert all('"validation_loss"' in line for line in log) and (output.parent / file).is_file()
+
+
 def test_loras_on_the_model_are_part_of_what_is_trained_on(run_node, make_model, features, output):
     _, file, *_ = run_node("PixArtTrainLoRA", model=make_model(), features=features, name="base_lora", rank=2,
                            targets="attention", **{**USUAL, "steps": 5})  # fmt: skip
