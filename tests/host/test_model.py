@@ -505,12 +505,12 @@ def test_saving_names_are_the_original_ones(patcher):
 
 def evaluate(model, seed=0):
     """The network's answer to a batch of two, with the MODEL's patches in its weights."""
-    importlib.import_module("comfy.model_management").load_models_gpu([model])
     generator = torch.Generator().manual_seed(seed)
     latent, states = (
         torch.randn(2, *shape, generator=generator) for shape in ((4, 9, 12), (5, CONFIG.caption_channels))
     )
-    with torch.inference_mode():
+    with torch.inference_mode():  # as the host runs nodes
+        importlib.import_module("comfy.model_management").load_models_gpu([model])
         return model.model.diffusion_model(latent, torch.full((2,), 300.0), states)
 
 
@@ -536,6 +536,17 @@ def test_blocks_are_multiplied_in_8_bits(comfy, patcher, in_8_bits, monkeypatch)
     assert torch.isfinite(sample(comfy, in_8_bits, caption(7, 1), caption(3, 2))).all()
     loading = importlib.import_module("pixart_pack.nodes.host.loading")
     assert "\nweights: int8 in the blocks, else float32" in loading.describe_model(in_8_bits)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_weights_in_8_bits_go_where_the_host_sends_them(comfy, host_model, inside):
+    """Loaded without gradients, as nodes are, and with them; then sampled, unloaded, and sampled again."""
+    with torch.inference_mode(inside):
+        model = host_model.make_patcher(make_weights(CONFIG), CONFIG, dtype=torch.int8)
+    first = sample(comfy, model, caption(7, 1), caption(3, 2))
+    with torch.inference_mode():
+        importlib.import_module("comfy.model_management").unload_all_models()
+    assert torch.equal(sample(comfy, model, caption(7, 1), caption(3, 2)), first)
 
 
 def test_patches_change_weights_in_8_bits(patcher, in_8_bits):

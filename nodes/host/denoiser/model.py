@@ -426,7 +426,9 @@ def make_patcher(state_dict, config, dtype=None, fp8_optimizations=False, disabl
     for key in list(state_dict):  # one by one, so that the file's tensors go as ours come
         in_its_place = quantise(key, state_dict[key]) if in_8_bits else {}
         state_dict.update(in_its_place or {key: cast_weight(key, state_dict[key], dtype)})
-    model.load_model_weights(state_dict, assign=True)
+    # The host moves its weights in 8 bits as it runs nodes, without gradients, and cannot move others then.
+    with torch.inference_mode(in_8_bits or torch.is_inference_mode_enabled()):
+        model.load_model_weights(state_dict, assign=True)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     return patcher
