@@ -165,7 +165,7 @@ def test_a_blueprint_runs_and_can_be_edited(small_window):
 
 
 @pytest.mark.parametrize("name", APPS)
-def test_an_app_opens_as_a_page(small_window, name):
+def test_an_app_opens_as_a_page(small_window, name, renderer):
     small_window.open_template(name)
     page = small_window.page.get_by_test_id("linear-widgets")
     workflow = json.loads((ROOT / "workflows" / f"{TITLES[name]}.json").read_text(encoding="utf-8"))
@@ -178,6 +178,7 @@ def test_an_app_opens_as_a_page(small_window, name):
         page.get_by_text(label, exact=True).first.wait_for()
     assert page.get_by_test_id("app-mode-widget-item").count() == len(labels)
     small_window.shoot(f"app_{name}")
+    check_whole(small_window, name, renderer)
 
 
 def test_who_types_into_the_app_and_runs_it_sees_a_picture(small_window):
