@@ -92,7 +92,7 @@ class CompiledBlocks:
         modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x.device.type))
         return (
             *(type(block), block.attn.compress, block.attn.qk_norm, type(block.attn.qkv), x.shape[2], x.dtype),
-            *(x.device, block.attn.qkv.weight.dtype, inputs.window, *modes),
+            *(x.device, getattr(block.attn.qkv, "base", block.attn.qkv).weight.dtype, inputs.window, *modes),
         )
 
     def _function(self, kind):

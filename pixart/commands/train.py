@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..acceleration.compilation import compile_blocks, explain_failure, try_compiler
 from ..config import LATENT_DOWNSCALE, PixArtConfig
 from ..data.examples import FeatureSet
 from ..data.features import open_features
@@ -33,7 +34,7 @@ from ..training.importing.files import import_config
 from ..training.loop import Events, Progress
 from ..training.processes import AcceleratedProcesses, SingleProcess
 from ..training.run import check_features, choose_folder, train
-from ..training.settings import AUTO, WEIGHTS, RunConfig, read_config, write_config
+from ..training.settings import AUTO, WEIGHTS, RunConfig, TrainingSettings, read_config, write_config
 from ..training.validation import Decode, ValidationPrompt, read_prompts
 from ..training.watching.rates import COUNT, Rates, find_rate
 from ..transformer import PixArt
@@ -87,6 +88,9 @@ def parse() -> argparse.ArgumentParser:
         help="put each result into this repository of the Hugging Face Hub, private where it is new; nothing is "
         "uploaded without this",
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile a block of the model first, which needs a compiler; then faster"
+    )
     parser.add_argument("--device", help="of a training in one process; default: the GPU, or else the CPU")
     stages = parser.add_argument_group("what the training begins with, in place of what the configurations say")
     stages.add_argument(
@@ -130,7 +134,7 @@ def main(options) -> None:
         for config in configs:
             find_config_rate(config, options.device)
     else:
-        run_configs(configs, options.device, options.upload)
+        run_configs(configs, options.device, options.upload, options.compile)
 
 
 def write_imported(source: Path) -> Path:
@@ -168,7 +172,9 @@ def find_config_rate(config: RunConfig, device: str | None = None) -> Rates:
     return found
 
 
-def run_configs(configs: Sequence[RunConfig], device: str | None = None, repository: str | None = None) -> None:
+def run_configs(
+    configs: Sequence[RunConfig], device: str | None = None, repository: str | None = None, compiles: bool = False
+) -> None:
     """Train as each configuration says, until one is interrupted.
 
     In one process, one that fails does not keep the others from their turn; of several processes the others might have
@@ -181,7 +187,7 @@ def run_configs(configs: Sequence[RunConfig], device: str | None = None, reposit
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     for config in configs:
         try:
-            result = run_config(config, device)
+            result = run_config(config, device, compiles)
             if repository and int(os.environ.get("RANK", "0")) == 0:
                 logger.info("uploaded: %s", upload(result.file, repository))
         except (ValueError, OSError, RuntimeError) as error:
@@ -199,8 +205,8 @@ def run_configs(configs: Sequence[RunConfig], device: str | None = None, reposit
         )
 
 
-def run_config(config: RunConfig, device: str | None = None):
-    """Train as a configuration says; returns the TrainingResult."""
+def run_config(config: RunConfig, device: str | None = None, compiles: bool = False):
+    """Train as a configuration says; returns the TrainingResult. compiles: see compile_for_training."""
     processes = _processes(config, device)
     features = open_features(config.features)
     checkpoint = _beginning(config, features)
@@ -208,6 +214,8 @@ def run_config(config: RunConfig, device: str | None = None):
     if config.base:
         _check_exported(read_sketch(Path(config.base)), model)
     _check_data(config, features)
+    if compiles:
+        compile_for_training(model, config.settings, processes)
     prompts = _prompts(config, model.config, processes)
     if processes.world_size > 1 and processes.rank == 0:
         kind = "the weights are shared out (FSDP)" if processes.is_sharded else "each has all weights (DDP)"
@@ -232,6 +240,28 @@ def run_config(config: RunConfig, device: str | None = None):
             logger.warning("%s", note)
         logger.info("%d steps are done: %s", result.step, result.file)
     return result
+
+
+def compile_for_training(model: PixArt, settings: TrainingSettings, processes: SingleProcess, **more) -> None:
+    """Lets a model, and those that a training makes of it, run its blocks compiled; without a compiler it says so.
+
+    more: see CompiledBlocks. Raises ValueError for settings under which a block is more than its numbers.
+    """
+    wrong = {
+        "checkpointing": settings.checkpointing != "off" and settings.checkpointing,
+        "base_dtype": settings.base_dtype != "same" and settings.base_dtype,
+        "dropout": settings.dropout,
+        "dora": settings.dora,
+        "FSDP": processes.is_sharded,
+    }
+    wrong = [f"{name} {value}" for name, value in wrong.items() if value]
+    if wrong:
+        raise ValueError(
+            f"Training cannot be compiled: got {plain(', '.join(wrong))} with --compile, expected these off. Change "
+            f"the settings, or leave --compile out."
+        )
+    if "backend" in more or not try_compiler(processes.device.type):
+        compile_blocks(model, **{"on_failure": explain_failure, **more})
 
 
 def _prompts(config: RunConfig, model: PixArtConfig, processes: SingleProcess) -> list[ValidationPrompt]:

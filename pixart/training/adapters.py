@@ -166,6 +166,8 @@ class AdaptedLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if not self.enabled:
             return self.base(activate(x, self.activated))
+        if torch.compiler.is_compiling():  # which decides itself what it keeps for the backward pass
+            return self._adapt(activate(x, self.activated))
         if self.dora_scale is None and not (self.dropout and self.training):
             down, up = self.factors(x.dtype)
             return _AdaptedLinear.apply(x, down, up, self.base, self.scale, self.parts, self.activated)
@@ -173,6 +175,8 @@ class AdaptedLinear(nn.Module):
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """lora_down and lora_up in a dtype: those that are cast for the forward pass, if they are."""
+        if torch.compiler.is_compiling():  # what is held would be a graph of its own for each adapter
+            return self.lora_down.to(dtype), self.lora_up.to(dtype)
         held = self.casts.held.get(self) if self.casts is not None and self.casts.held is not None else None
         if held is not None and held[0].dtype == dtype:
             return held
