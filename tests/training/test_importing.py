@@ -31,6 +31,7 @@ ONETRAINER = {
     "loss_weight_fn": "MIN_SNR_GAMMA",
     "loss_weight_strength": 5.0,
     "masked_training": True,
+    "vb_loss_strength": 1.0,
     "transformer": {"weight_dtype": "BFLOAT_16"},
     "text_encoder": {"train": False, "dropout_probability": 0.05},
     "train_dtype": "BFLOAT_16",
@@ -112,6 +113,7 @@ def test_onetrainers_fields_are_taken_and_the_rest_is_named(tmp_path):
     assert (settings.timestep_max, settings.weighting, settings.caption_dropout) == (499, "min_snr", 0.05)
     assert settings.weight_decay == 0.02 and "50 epochs" in said and "not taken: masked_training: True" in said
     assert "model: put the path" in said and "resolution 1024" in said and "OneTrainer" in said
+    assert "vb_loss_strength 1: set train_variance to true" in said
 
 
 def test_simpletuners_fields_are_taken_from_json_and_environment(tmp_path):

@@ -55,11 +55,18 @@ def _checkpointing(value, _given, found):
 
 
 def _losses(value, given, _found):
-    for name in ("mae_strength", "log_cosh_strength", "huber_strength", "vb_loss_strength"):
-        if name in given and number(given[name]) and not (name == "vb_loss_strength"):
+    for name in ("mae_strength", "log_cosh_strength", "huber_strength"):
+        if name in given and number(given[name]):
             refuse(name, given[name], "0: the loss is the squared error")
     if number(value) != 1:
         refuse("mse_strength", value, "1: the loss is the squared error")
+
+
+def _bound(value, _given, found):
+    if number(value):
+        found.notes.append(
+            f"vb_loss_strength {number(value):g}: set train_variance to true to learn the variance too; it is off here"
+        )
 
 
 def _weighting(value, given, found):
@@ -101,6 +108,7 @@ READERS = {
     "max_noising_strength": to("timestep_max", lambda value: round(1000 * number(value)) - 1),
     "timestep_distribution": only("timestep_distribution", "UNIFORM", "uniform"),
     "mse_strength": _losses,
+    "vb_loss_strength": _bound,
     "loss_weight_fn": _weighting,
     "force_v_prediction": only("force_v_prediction", False),
     "rescale_noise_scheduler_to_zero_terminal_snr": only("rescale_noise_scheduler_to_zero_terminal_snr", False),
@@ -110,7 +118,7 @@ IDLE = frozenset(
     {"model_type", "ema_decay", "loss_weight_strength", "mae_strength", "log_cosh_strength", "huber_strength"}
     | {"output_model_format", "cache_dir", "workspace_dir", "debug_dir", "tensorboard_port", "train_device"}
     | {"temp_device", "dataloader_threads", "latent_caching", "clear_cache_before_training", "__version"}
-    | {"training_method", "resolution", "concept_file_name", "sample_definition_file_name", "vb_loss_strength"}
+    | {"training_method", "resolution", "concept_file_name", "sample_definition_file_name"}
 )
 
 
