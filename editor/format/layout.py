@@ -21,7 +21,7 @@ LINE_PX, LETTER_PX, NOTE_LINE_PX, NOTE_LETTER_PX = 16, 6.8, 15, 6.4
 LEAST_TEXT_PX = 76
 # What a node shows below its widgets once it has run: a picture, the preview of one, or a line of text; or before that,
 # that its file is missing, for which others have the line of their advanced inputs.
-PICTURE_PX, INPUT_PX, PREVIEW_PX, SAMPLER_PX, CHART_PX, CURVE_PX, TEXT_PX = 280, 218, 213, 222, 190, 216, 70
+PICTURE_PX, INPUT_PX, PREVIEW_PX, SAMPLER_PX, CHART_PX, CURVE_PX, TEXT_PX = 280, 218, 233, 222, 190, 216, 70
 SHOWN_PX = {
     **dict.fromkeys(("SaveImage", "PixArtCompareSheet"), PICTURE_PX),
     "LoadImage": INPUT_PX,
@@ -29,7 +29,7 @@ SHOWN_PX = {
     **dict.fromkeys(("KSampler", "SamplerCustom", "SamplerCustomAdvanced"), SAMPLER_PX),
     **dict.fromkeys(("PixArtResolution", "PixArtScheduler"), CHART_PX),
     "PixArtLoadPromptEmbeddings": VUE[1],
-    "PixArtEncodeDataset": TEXT_PX + PREVIEW_PX,
+    "PixArtEncodeDataset": TEXT_PX + PREVIEW_PX + 16,  # Nodes 2.0 draws both with room around
     **dict.fromkeys(
         ("PixArtTrainLoRA", "PixArtTrain", "PixArtDistillLCM", "PixArtDistillDMD", "PixArtTrainControlNet"),
         TEXT_PX + CURVE_PX,
