@@ -45,7 +45,7 @@ def gradients(settings, **compiling):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "full", "controlnet"])
+@pytest.mark.parametrize("kind", ["lora", "controlnet"])
 def test_gradients_of_a_compiled_training_are_those_of_the_uncompiled(kind):
     settings = tiny_settings(kind=kind, targets="blocks", control_blocks=1)
     (plain, _), (found, blocks) = gradients(settings), gradients(settings, backend="aot_eager")
@@ -61,11 +61,13 @@ def test_a_compiled_training_goes_on_to_the_bit(tmp_path):
             settings, model = tiny_settings(steps=steps), tiny_model(depth=2)
             compile_for_training(model, settings, SingleProcess("cpu"), backend="aot_eager")
             objective = make_objective(model, settings)
-            trainer = Trainer(objective, make_features(), settings, tmp_path / folder, SingleProcess("cpu"))
+            trainer = Trainer(
+                objective, make_features(sizes=((8, 8),)), settings, tmp_path / folder, SingleProcess("cpu")
+            )
             trainer.run()
         return {name: each.clone() for name, each in trainer.trained_weights().items()}
 
-    whole, continued = train("whole", 4), train("continued", 2, 4)
+    whole, continued = train("whole", 2), train("continued", 1, 2)
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
