@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..pixart.training.settings import (
+    ADAPTERS,
     DISTILLED,
     DTYPES,
     FAKES,
@@ -14,6 +15,7 @@ from ..pixart.training.settings import (
     WEIGHTINGS,
 )
 from .host.folders import show_path
+from .host.lora import list_loras
 from .host.schema import node_input, schema
 from .host.text.captions import show_text
 from .host.training.runs import AUTO_DTYPE, export_config, fingerprint_training, make_settings, run_training
@@ -33,6 +35,7 @@ EXPORTED = {
     **{"DMD LoRA": "dmd_lora", "DMD": "dmd", "ControlNet": "controlnet"},
 }
 
+NONE = "none"
 USUAL, WITH_VARIANCE = "usual", ("full", "dreambooth", "controlnet")
 
 
@@ -157,6 +160,40 @@ def _last_inputs(sample_steps: int = 20) -> list:
     ]
 
 
+def _watch_inputs() -> list:
+    return [
+        _float(
+            "validation_share",
+            0.0,
+            0.0,
+            0.5,
+            0.01,
+            "Share of the pictures that the training does not see, and on which its loss is measured. The best state "
+            "is kept. In more_settings: validation_every, patience.",
+            **RARE,
+        ),
+        node_input(
+            FeaturesType,
+            "validation_features",
+            optional=True,
+            tooltip="Encoded pictures for the validation loss, in place of a share of the others.",
+        ),
+    ]
+
+
+def _adapter_inputs() -> list:
+    return [
+        _combo("adapter", ADAPTERS, "lora", "What is trained: a LoRA, or a LoHa, LoKr or OFT in its place.", **RARE),
+        _combo(
+            "start_from",
+            (NONE, *list_loras()),
+            NONE,
+            "A LoRA whose weights the training begins with. Rank, alpha and layers are the file's.",
+            **RARE,
+        ),
+    ]
+
+
 def _prior_inputs() -> list:
     return [
         _float("prior_weight", 1.0, 0.0, 1000.0, 0.05, "Weight of prior pictures.", **RARE),
@@ -216,10 +253,15 @@ def _schema(cls_id, display_name, description, aliases, inputs, outputs):
     )
 
 
-def _train(hidden, kind, model, features, name, resume=True, validation=None, vae=None, more_settings="", **values):
+LINKED = ("resume", "validation", "vae", "validation_features")  # inputs that are no settings
+
+
+def _train(hidden, kind, model, features, name, more_settings="", start_from=NONE, **values):
     values["base_dtype"] = "fp8" if values.pop("base_fp8", False) else "same"
+    linked = {name: values.pop(name) for name in LINKED if name in values}
     settings = make_settings(kind, more_settings, **values)
-    done = run_training(model, features, settings, name, resume=resume, validation=validation, vae=vae, hidden=hidden)
+    start = None if start_from == NONE else start_from
+    done = run_training(model, features, settings, name, start_from=start, hidden=hidden, **linked)
     show_text(hidden, done.info)
     return io.NodeOutput(done.trained, done.file, done.curve, done.samples, ui=ui.PreviewText(done.info))
 
@@ -242,7 +284,10 @@ class TrainLoRA(_Training):
             "Train PixArt LoRA",
             "Teach a PixArt model a style, a thing or a person from encoded pictures, as a small file.",
             ["train lora", "fine-tune", "dora", "rslora", "dreambooth lora"],
-            [*_first_inputs("my_lora", 1000, 1e-4), *_lora_inputs(16), *_last_inputs(), *_prior_inputs()],
+            [
+                *(*_first_inputs("my_lora", 1000, 1e-4), *_lora_inputs(16), *_last_inputs(), *_prior_inputs()),
+                *(*_adapter_inputs(), *_watch_inputs()),
+            ],
             _outputs(io.Model.Output(display_name="model", tooltip="The model with the LoRA on it.")),
         )
 
@@ -268,6 +313,7 @@ class Train(_Training):
                 _float("prior_weight", 1.0, 0.0, 1000.0, 0.05, "Weight of prior pictures.", optional=True),
                 _boolean("train_variance", True, "Also train the variance, as the original does.", **RARE),
                 *_last_inputs(),
+                *_watch_inputs(),
             ],
             _outputs(io.Model.Output(display_name="model", tooltip="The trained model.")),
         )
@@ -296,6 +342,7 @@ class DistillLCM(_Training):
                 *_lora_inputs(32),
                 _combo("loss", ("huber", "mse"), "huber", "The original's is huber.", **RARE),
                 *_last_inputs(sample_steps=4),
+                *_watch_inputs(),
             ],
             _outputs(io.Model.Output(display_name="model", tooltip="The distilled model.")),
         )
@@ -348,6 +395,7 @@ class TrainControlNet(_Training):
                 _int("control_blocks", 13, 1, 1000, "Blocks to copy: 13 of 28 in the original.", **RARE),
                 _boolean("train_variance", True, "Also train the variance, as the original does.", **RARE),
                 *_last_inputs(),
+                *_watch_inputs(),
             ],
             _outputs(io.ControlNet.Output(display_name="control_net", tooltip="The trained ControlNet.")),
         )
@@ -381,6 +429,8 @@ class ExportTrainingConfig(io.ComfyNode):
                 _int("control_blocks", 13, 1, 1000, "Of a ControlNet: blocks to copy.", **RARE),
                 _combo("loss", (USUAL, *LOSSES), USUAL, "usual: huber for LCM, mse for all others.", **RARE),
                 *_matching_inputs(**RARE),
+                *_adapter_inputs(),
+                *_watch_inputs(),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="The configuration.")],
             hidden=[io.Hidden.unique_id],
@@ -395,19 +445,19 @@ class ExportTrainingConfig(io.ComfyNode):
         features,
         name,
         base_fp8=False,
-        resume=True,
-        validation=None,
-        vae=None,
         more_settings="",
         train_variance=True,
         loss=USUAL,
+        start_from=NONE,
         **values,
     ):
         kind = EXPORTED[kind]
         values["loss"] = ("huber" if kind in DISTILLED else "mse") if loss == USUAL else loss
         values["train_variance"] = train_variance and kind in WITH_VARIANCE and _learns_sigma(model)
+        linked = {name: values.pop(name) for name in LINKED if name in values}
         settings = make_settings(kind, more_settings, base_dtype="fp8" if base_fp8 else "same", **values)
-        path = show_path(export_config(model, features, settings, name, validation, vae, resume))
+        start = None if start_from == NONE else start_from
+        path = show_path(export_config(model, features, settings, name, start_from=start, **linked))
         text = f"saved: {path}\nrun: accelerate launch -m pixart train '<whole path of ComfyUI>/{path}'"
         show_text(cls.hidden, text)
         return io.NodeOutput(path, ui=ui.PreviewText(text))

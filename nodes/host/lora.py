@@ -76,7 +76,7 @@ def load_lora(model, name: str, strength: float, alpha: float = 0.0, strict: boo
     alpha: in place of the file's, 0 takes the file's. strict: refuse a file that fits only in part.
     Raises ValueError when the model is no PixArt, or the LoRA is not for it.
     """
-    lora = read_lora(_find(name), pixart_config(model), alpha or None, strict)
+    lora = read_lora(find_lora(name), pixart_config(model), alpha or None, strict)
     return add_lora(model, lora.factors, strength), f"file: {name}, strength {strength:g}\n{describe_lora(lora)}"
 
 
@@ -108,7 +108,7 @@ def convert_lora(name: str, layout: str, prefix: str, dtype: str) -> str:
 
     prefix: see `folders.next_output`. Returns where it is and what it holds, in lines of text.
     """
-    lora = read_lora(_find(name))
+    lora = read_lora(find_lora(name))
     path = _save(lora.factors, layout, prefix, dtype, {**lora.metadata, "pixart_converted_from": name})
     lines = [
         f"saved: {show_path(path)}",
@@ -151,7 +151,8 @@ def _save(factors: Mapping[Target, Factor], layout: str, prefix: str, dtype: str
     return path
 
 
-def _find(name: str) -> Path:
+def find_lora(name: str) -> Path:
+    """The file or folder of one of list_loras."""
     return find_folder(KINDS, _is_peft, name) if name.endswith("/") else find_file(KINDS, name)
 
 

@@ -1,5 +1,6 @@
 """Training through the prompt queue of a real server, with the demo's models: train, then sample with the result."""
 
+import json
 import shutil
 
 import numpy as np
@@ -95,6 +96,33 @@ def test_a_lora_is_trained_and_sampled_in_one_prompt(host, folder):
     ours = host_graph.add("PixArtLoadLoRA", model=host_graph.model, lora=file.name, strength=1.0)
     pictures = [host_graph.sample(model) for model in (plain, ours)]
     assert len(pictures) == 2 and len(host.run(host_graph.nodes, timeout_s=120)) == 2
+
+
+def test_a_training_begins_with_a_lora_and_is_measured_on_a_set_of_its_own(host, folder):
+    other = folder.with_name(f"{folder.name}_other")
+    write_pictures(other, first=3)
+    first = TrainingGraph(folder)
+    first.train()
+    host.run(first.nodes, timeout_s=300)
+    file = host.output / "loras" / f"{folder.name}_001.safetensors"
+    graph = TrainingGraph(folder)
+    alone = graph.encode(graph.add("PixArtDataset", kind="auto", path=other.name), other.name)
+    more = {"start_from": file.name, "validation_features": alone, "more_settings": "validation_every: 2"}
+    trained = graph.train(name=other.name, rank=8, learning_rate=1e-6, **more)
+    graph.add("PixArtExportTrainingConfig", kind="LoRA", model=graph.model, features=graph.features,
+                       start_from=file.name, validation_features=alone, name=other.name, seed=0, steps=4, batch_size=2,
+                       learning_rate=1e-3, rank=4, targets="attention")  # fmt: skip
+    said = texts_of(host.events(graph.nodes, 300))[trained[0]]
+    assert "begins with a LoRA: rank 4 of the file instead of 8" in said, said
+    runs = host.output / "pixart_training"
+    log = runs / f"{other.name}_001" / "log.jsonl"
+    measured = [json.loads(line) for line in log.read_text().splitlines() if "validation" in line]
+    assert [entry["step"] for entry in measured] == [0, 2, 4]
+    one, two = (read_lora(host.output / "loras" / f"{name}_001.safetensors") for name in (folder.name, other.name))
+    for target, factor in one.factors.items():  # four steps of a millionth
+        torch.testing.assert_close(two.factors[target].down, factor.down, atol=1e-5, rtol=0)
+    config = read_config(runs / f"{other.name}.yaml")
+    assert config.start_from == str(file.resolve()) and config.validation_features.endswith("features.json")
 
 
 def test_a_lora_keeps_to_what_the_model_made_of_prior_pictures(host, folder):

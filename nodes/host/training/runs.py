@@ -22,6 +22,7 @@ from ....pixart.data.examples import FeatureSet
 from ....pixart.data.features import CachedFeatures
 from ....pixart.data.sketches import differences, sketch_weights, write_sketch
 from ....pixart.data.storage.index import MANIFEST
+from ....pixart.lora import read_lora
 from ....pixart.tracking.weights_and_biases import describe_mode, usual_mode
 from ....pixart.training.processes import SingleProcess
 from ....pixart.training.run import TrainingResult, check_name, choose_folder, count_stops, lora_factors, train
@@ -34,7 +35,7 @@ from ....pixart.weights.saving import DTYPES, save_checkpoint, write_weights
 from ..controlnet import make_control
 from ..folders import hide_paths, show_path
 from ..loading import AUTO, hints_of, load_patcher
-from ..lora import PREFIX, add_lora, host_key, patched_weight
+from ..lora import PREFIX, add_lora, find_lora, host_key, patched_weight
 from ..pictures import to_image
 from ..server.users import own_output
 from ..text.captions import pixart_config
@@ -82,13 +83,16 @@ def run_training(
     resume: bool = True,
     validation=None,
     vae=None,
+    validation_features: FeatureSet | None = None,
+    start_from: str | None = None,
     hidden=None,
 ) -> TrainingOutputs:
     """Train what the settings say on a MODEL, which stays as it is; LoRAs on it count as part of its weights.
 
     validation: CONDITIONING of prompts to sample, None takes captions of the dataset; vae: decodes the pictures, None
-    for no pictures. An interruption ends the training alone: everything is saved, and the graph goes on with what is
-    there; a second one ends the prompt. Before the first step it ends the prompt at once.
+    for no pictures. validation_features: a set of its own for the validation loss. start_from: one of list_loras to
+    begin with (see adapting.start). An interruption ends the training alone: everything is saved, and the graph goes on
+    with what is there; a second one ends the prompt. Before the first step it ends the prompt at once.
     Raises ValueError for inputs that cannot be trained on, TrainingDiverged, and OSError for a full disk.
     """
     config = pixart_config(model)
@@ -98,6 +102,7 @@ def run_training(
     runs.mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts lie in it
     folder = choose_folder(runs, name, resume, settings.steps)
     place = PLACES.get(settings.kind, WHOLE_MODELS), own_output()
+    start = None if start_from is None else read_lora(find_lora(start_from), config)
     device = model.load_device
     events = TrainingView(settings, hidden, device)
     with torch.inference_mode(False), torch.enable_grad():
@@ -117,6 +122,8 @@ def run_training(
                 show=events.show_pictures,
                 file=output.joinpath(*place, f"{folder.name}.safetensors"),
                 texts=getattr(model.model, "pixart_stages", None),
+                start=start,
+                held_out=validation_features,
             )
         finally:
             comfy.model_management.soft_empty_cache()
@@ -177,7 +184,16 @@ def plain_model(model, settings: TrainingSettings, device: torch.device) -> PixA
 
 
 def export_config(
-    model, features, settings: TrainingSettings, name: str, validation=None, vae=None, resume=True
+    model,
+    features,
+    settings: TrainingSettings,
+    name: str,
+    *,
+    validation=None,
+    vae=None,
+    resume: bool = True,
+    validation_features=None,
+    start_from: str | None = None,
 ) -> Path:
     """Write a configuration for `python -m pixart train`, and beside it what it needs; returns its path.
 
@@ -187,11 +203,8 @@ def export_config(
     """
     check_name(name)
     root = Path(folder_paths.get_output_directory(), own_output(RUNS))
-    if not isinstance(features, CachedFeatures):
-        raise ValueError(
-            f"Encoded pictures are not on disk: got {type(features).__name__}, expected the output of PixArt Encode "
-            f"Dataset. Connect that node."
-        )
+    places = {"features": features} | ({"validation_features": validation_features} if validation_features else {})
+    places = {name: _manifest_of(each) for name, each in places.items()}
     if validation is not None and vae is None and settings.sample_every:
         raise ValueError(
             "No VAE for the validation pictures: got prompts alone, expected a VAE with them. Connect one, or set "
@@ -211,17 +224,27 @@ def export_config(
         path,
         RunConfig(
             **_model_place(model, sketch, root / f"{name}.model.safetensors"),
-            features=str(Path(features.shards.folder).resolve() / MANIFEST),
+            **places,
             settings=settings,
             output=str(root.resolve()),
             name=name,
             resume=resume,
             base=f"{name}.base.safetensors",
             data=features.identity,
+            start_from=None if start_from is None else str(find_lora(start_from).resolve()),
             **own,
         ),
     )
     return path
+
+
+def _manifest_of(features) -> str:
+    if not isinstance(features, CachedFeatures):
+        raise ValueError(
+            f"Encoded pictures are not on disk: got {type(features).__name__}, expected the output of PixArt Encode "
+            f"Dataset. Connect that node."
+        )
+    return str(Path(features.shards.folder).resolve() / MANIFEST)
 
 
 def _weights(model) -> Iterator[tuple[str, torch.Tensor]]:
