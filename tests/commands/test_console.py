@@ -62,5 +62,5 @@ def test_exit_codes(raised, code, said, capsys):
 
 def test_missing_arguments_are_named_by_argparse(capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["train"])
-    assert ended.value.code == 2 and "the following arguments are required: config" in capsys.readouterr().err
+        main(["convert", "model.pth"])
+    assert ended.value.code == 2 and "the following arguments are required: target" in capsys.readouterr().err
