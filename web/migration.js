@@ -4,7 +4,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const CATEGORY = "PixArt/deprecated";
-const SOON_MS = 50;
+const SOON_MS = 50, LATEST_MS = 5000;
 const NEVER = 2, BYPASS = 4;
 const hidden = new Set();
 const oldIds = defs => Object.keys(defs).filter(id => defs[id].deprecated && defs[id].category === CATEGORY);
@@ -47,11 +47,13 @@ app.registerExtension({
             if (replacement) missing.push({ type, isReplaceable: true, replacement });
         }
     },
-    refreshComboInNodes(defs) {
-        for (const id of oldIds(defs)) {
-            if (LiteGraph.registered_node_types[id]) LiteGraph.unregisterNodeType(id);
-            delete defs[id];
-        }
+    // The editor registers them all before it calls this, but does not wait until that is done.
+    async refreshComboInNodes(defs) {
+        const ids = oldIds(defs), end = Date.now() + LATEST_MS;
+        for (const id of ids) delete defs[id];
+        const isRegistered = id => LiteGraph.registered_node_types[id];
+        while (!ids.every(isRegistered) && Date.now() < end) await new Promise(done => setTimeout(done, SOON_MS));
+        for (const id of ids.filter(isRegistered)) LiteGraph.unregisterNodeType(id);
     },
     nodeCreated(node) {
         if (node.comfyClass?.startsWith("PixArt") || node.comfyClass === "KSampler") settle(node);

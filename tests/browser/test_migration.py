@@ -73,6 +73,7 @@ def old_workflow() -> dict:
 
 @in_both
 def test_an_old_graph_is_replaced_and_makes_a_picture(editor):
+    editor.page.evaluate("app.refreshComboInNodes()")  # as R does
     editor.load(old_workflow())
     assert len(editor.export()["unknown"]) == 9
     editor.page.get_by_role("button", name="View details").first.click()

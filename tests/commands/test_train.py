@@ -45,9 +45,8 @@ def gradients(settings, **compiling):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "controlnet"])
-def test_gradients_of_a_compiled_training_are_those_of_the_uncompiled(kind):
-    settings = tiny_settings(kind=kind, targets="blocks", control_blocks=1)
+def test_gradients_of_a_compiled_training_are_those_of_the_uncompiled():
+    settings = tiny_settings(kind="controlnet", control_blocks=1)
     (plain, _), (found, blocks) = gradients(settings), gradients(settings, backend="aot_eager")
     assert not blocks.failed and blocks._compiled and plain.keys() == found.keys()
     for name, gradient in plain.items():
@@ -56,10 +55,11 @@ def test_gradients_of_a_compiled_training_are_those_of_the_uncompiled(kind):
 
 @pytest.mark.slow
 def test_a_compiled_training_goes_on_to_the_bit(tmp_path):
-    def train(folder, *stops):
+    def train(folder, *stops, compiles=True):
         for steps in stops:
             settings, model = tiny_settings(steps=steps), tiny_model(depth=2)
-            compile_for_training(model, settings, SingleProcess("cpu"), backend="aot_eager")
+            if compiles:
+                compile_for_training(model, settings, SingleProcess("cpu"), backend="aot_eager")
             objective = make_objective(model, settings)
             trainer = Trainer(
                 objective, make_features(sizes=((8, 8),)), settings, tmp_path / folder, SingleProcess("cpu")
@@ -69,6 +69,8 @@ def test_a_compiled_training_goes_on_to_the_bit(tmp_path):
 
     whole, continued = train("whole", 2), train("continued", 1, 2)
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    for name, weight in train("plain", 2, compiles=False).items():
+        torch.testing.assert_close(whole[name], weight, atol=1e-4, rtol=0)  # Adam divides by small numbers
 
 
 def test_a_training_without_a_compiler_says_so_and_goes_on(monkeypatch):

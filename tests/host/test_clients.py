@@ -141,8 +141,9 @@ def test_clients_of_the_npm_registry(host, request, program):
 def test_the_pages_table_names_each_client_that_is_run():
     here = Path(__file__)
     page = (here.parents[2] / "docs" / "from-other-tools.md").read_text(encoding="utf-8")
-    rows = page.partition("## Programs that talk to ComfyUI's server")[2].splitlines()
-    clients = [row.split("|")[1].strip().strip("`") for row in rows if row.startswith("|")][2:]
+    section = page.partition("## Programs that talk to ComfyUI's server")[2]
+    rows = section[section.index("\n|") :].strip().partition("\n\n")[0].splitlines()  # of its first table
+    clients = [row.split("|")[1].strip().strip("`") for row in rows][2:]
     programs = [client.split(",")[0].replace("-", "_") for client in clients[2:]]  # the first two are ours to imitate
     run = here.read_text(encoding="utf-8") + (here.parent / "npm_clients.py").read_text(encoding="utf-8")
     assert len(programs) == 5 and all(program in run.replace("-", "_") for program in programs)

@@ -51,7 +51,7 @@ def test_the_weights_are_those_of_whole_steps_and_go_on_bit_by_bit(mode, tmp_pat
 @pytest.mark.parametrize("kind", ["full", "controlnet"])
 def test_whole_models_and_other_optimizers_are_trained_the_same(optimizer, kind, tmp_path):
     pytest.importorskip({"lion": "lion_pytorch", "came": "came_pytorch"}.get(optimizer, "torch"))
-    fields = {"kind": kind, "steps": 3, "clip_norm": 0.0, "optimizer": optimizer, "checkpointing": "blocks"}
+    fields = {"kind": kind, "steps": 3, "clip_norm": 0.0, "optimizer": optimizer, "checkpointing": "on"}
     features = make_features(hint=True)
     plain = train(tiny_model(), features, tiny_settings(**fields), tmp_path / "plain")
     both = train(tiny_model(), features, tiny_settings(**fields, **MODES["both"]), tmp_path / "both")
