@@ -266,8 +266,13 @@ class Editor:
     def search_nodes(self, words: str) -> list[str]:
         """What the search for nodes lists, in its order."""
         self.page.evaluate("app.graph.clear()")
-        self.page.mouse.dblclick(800, 600)
-        self.page.get_by_role("dialog").locator("input").first.fill(words)
+        box, ends = self.page.get_by_role("dialog").locator("input").first, time.monotonic() + TIMEOUT_MS / 1000
+        while not box.is_visible():  # a click on a canvas that is just being made goes nowhere
+            if time.monotonic() > ends:
+                raise TimeoutError("The search for nodes does not open")
+            self.page.mouse.dblclick(800, 600)
+            self.page.wait_for_timeout(500)
+        box.fill(words)
         items = self.page.get_by_test_id("result-item")
         items.first.wait_for()
         self.page.wait_for_timeout(300)  # the list follows the words
