@@ -99,7 +99,7 @@ def plan(tier: str | None, rest: Sequence[str]) -> list[Run]:
     arguments = (*IN_ORDER, *marked("not quick", rest), *folders_in_order())
     alone = any(argument in TERMINAL or argument[:2] == "-n" or argument.startswith(STOPPING) for argument in rest)
     editor = Run("browser", (*marked("not quick", rest), "tests/browser"), editor=True, beside=not alone)
-    others = with_workers(Run("the rest", arguments), rest, "loadfile", beside=editor.beside)
+    others = with_workers(Run("the rest", arguments), rest, "loadfile")
     return [with_workers(Run("quick", quick), rest), others, editor]
 
 
@@ -138,18 +138,16 @@ def marked(marks: str, rest: Sequence[str]) -> tuple[str, ...]:
     return ("-m", f"({marks}) and ({asked})" if asked else marks, *kept)
 
 
-def with_workers(run: Run, rest: Sequence[str], distribution: str = "worksteal", beside: bool = False) -> Run:
+def with_workers(run: Run, rest: Sequence[str], distribution: str = "worksteal") -> Run:
     """Spread a run over the processor's cores, unless the arguments want otherwise. Its threads share them too.
 
     distribution: of pytest-xdist; "loadfile" keeps the tests of a file together, which share what takes long to start.
-    Those wait for servers and other programs, a quarter of the time for nothing at all: one worker more fills it, or
-    another run that goes on beside this one.
+    Those wait for servers and other programs, a quarter of the time for nothing at all: one worker more fills it.
     """
     if any(argument in TERMINAL or argument[:2] == "-n" for argument in rest):
         return run
     cores = usable_cores()
-    more = distribution == "loadfile" and cores > 1 and not beside
-    workers = max(1, min(MOST_WORKERS, cores + more))
+    workers = max(1, min(MOST_WORKERS, cores + (distribution == "loadfile" and cores > 1)))
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
     arguments = ("-n", str(workers), "--dist", distribution, *run.arguments)
     return replace(run, arguments=arguments, variables={"OMP_NUM_THREADS": threads, **run.variables})

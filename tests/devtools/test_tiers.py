@@ -21,7 +21,6 @@ def two_cores(monkeypatch):
 
 WORKERS = ("-n", "2", "--dist", "worksteal")
 BY_FILE = ("-n", "3", "--dist", "loadfile")  # one more than there are cores
-BESIDE = ("-n", "2", "--dist", "loadfile")
 
 
 def marks_of(run: Run) -> str:
@@ -55,12 +54,11 @@ def test_everything_is_what_is_quick_and_what_is_not():
     quick, rest, editor = tiers.plan(None, ["-k", "demo", "-m", "host or slow"])
     assert marks_of(quick) == "(quick) and (host or slow)"
     assert marks_of(rest) == marks_of(editor) == "(not quick) and (host or slow)"
-    assert quick.arguments[:4] == WORKERS and rest.arguments[:4] == BESIDE and "-n" not in editor.arguments
+    assert quick.arguments[:4] == WORKERS and rest.arguments[:4] == BY_FILE and "-n" not in editor.arguments
     assert "tests/browser" not in rest.arguments and editor.arguments[-1] == "tests/browser"
     assert (quick.editor, rest.editor, editor.editor) == (False, False, True)
     assert (quick.beside, rest.beside, editor.beside) == (False, False, True)
-    alone = tiers.plan(None, ["-x"])
-    assert not any(run.beside for run in alone) and alone[1].arguments[:4] == BY_FILE
+    assert not any(run.beside for run in tiers.plan(None, ["-x"]))
     assert all("-k" in run.arguments for run in (quick, rest, editor))
 
 
