@@ -1,10 +1,13 @@
 """A tiny model and encoded pictures for it, for the tests of training."""
 
+import math
 from random import Random
 
 import torch
 
-from pixart_pack.pixart.data.examples import Example, ListFeatures
+from pixart_pack.pixart.data.examples import Example, ListFeatures, collate
+from pixart_pack.pixart.training.draws import draw_batch
+from pixart_pack.pixart.training.loop import Events
 from pixart_pack.pixart.training.settings import TrainingSettings
 from pixart_pack.tests.tiny_pixart import make_model, tiny_config
 
@@ -45,6 +48,28 @@ def tiny_settings(**fields) -> TrainingSettings:
 def tiny_model(**fields):
     """A model in float32 with random weights everywhere."""
     return make_model(tiny_config(**fields))
+
+
+def predict(model, objective):
+    """What a model predicts for a batch of two with an objective's conditions, without gradients."""
+    features = make_features(count=2, sizes=((8, 8),))
+    batch = collate([features[0], features[1]])
+    draws = draw_batch(tiny_settings(), 0, range(2), batch.latent.shape[1:])
+    with torch.no_grad():
+        return model(draws.noise, draws.timestep.float(), **objective.conditioned(batch, draws.dropped))
+
+
+class StopAt(Events):
+    """Stops a training after so many steps, and keeps what it was told of each."""
+
+    def __init__(self, step=math.inf):
+        self.step, self.seen = step, []
+
+    def stepped(self, progress):
+        self.seen.append(progress)
+
+    def should_stop(self):
+        return len(self.seen) >= self.step
 
 
 def interrupting(count):

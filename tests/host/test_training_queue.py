@@ -125,6 +125,26 @@ def test_a_training_begins_with_a_lora_and_is_measured_on_a_set_of_its_own(host,
     assert config.start_from == str(file.resolve()) and config.validation_features.endswith("features.json")
 
 
+def test_a_varied_dataset_teaches_another_adapter_on_a_model_in_8_bits(host, folder):
+    graph = TrainingGraph(folder)
+    graph.nodes[graph.model[0]]["inputs"]["weight_dtype"] = "int8"
+    varied = graph.add("PixArtVaryDataset", dataset=graph.dataset, trigger="sks", views=2, mirror=1.0, repeats=2.0)
+    features = graph.encode(varied, folder.name)
+    trained = graph.train(features=features, adapter="lokr", steps=2)
+    graph.sample(graph.model)
+    graph.sample(trained)
+    events = host.events(graph.nodes, 300)
+    texts = texts_of(events)
+    assert "'sks, a picture of noise number 0'" in texts[varied[0]] and "with variants" in texts[features[0]], texts
+    assert texts[trained[0]].splitlines()[0] == "done: 2 of 2 steps"
+    lora = read_lora(host.output / "loras" / f"{folder.name}_001.safetensors")
+    assert not lora.unmatched and {factor.title for factor in lora.factors.values()} == {"LoKr"}
+    plain, taught = (
+        np.asarray(Image.open(path), np.int16) for path in sorted(host.output.glob(f"{folder.name}_0*.png"))
+    )
+    assert plain.std() > 5 and (plain != taught).any()
+
+
 def test_a_lora_keeps_to_what_the_model_made_of_prior_pictures(host, folder):
     prior = folder.with_name(f"{folder.name}_prior")
     write_pictures(prior, first=3)

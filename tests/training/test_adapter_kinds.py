@@ -4,14 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from pixart_pack.pixart.data.examples import collate
 from pixart_pack.pixart.lora import export_lora, merge, read_lora
 from pixart_pack.pixart.training.adapting.kinds import KINDS, factorize
 from pixart_pack.pixart.training.build import make_objective
-from pixart_pack.pixart.training.draws import draw_batch
 from pixart_pack.pixart.training.run import lora_factors, save_result, train
 from pixart_pack.pixart.training.settings import TrainingSettings
-from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
+from pixart_pack.tests.training_data import make_features, predict, tiny_model, tiny_settings
 
 CASES = {
     "loha": {"adapter": "loha", "alpha": 3.0},
@@ -35,14 +33,6 @@ def made(fields):
     torch.testing.assert_close(before, predict(tiny_model(), objective), rtol=1e-4, atol=1e-5)  # float32
     randomize(objective)
     return objective, settings
-
-
-def predict(model, objective):
-    features = make_features(count=2, sizes=((8, 8),))
-    batch = collate([features[0], features[1]])
-    draws = draw_batch(tiny_settings(), 0, range(2), batch.latent.shape[1:])
-    with torch.no_grad():
-        return model(draws.noise, draws.timestep.float(), **objective.conditioned(batch, draws.dropped))
 
 
 @pytest.mark.parametrize("name", CASES)

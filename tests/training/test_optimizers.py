@@ -4,20 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from pixart_pack.pixart.training.loop import Events
 from pixart_pack.pixart.training.optimizers import as_result, make_optimizer, set_rate
 from pixart_pack.pixart.training.run import train
 from pixart_pack.pixart.training.settings import TrainingSettings
-from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
-
-
-class StopAt(Events):
-    def __init__(self, step):
-        self.left = step
-
-    def should_stop(self):
-        self.left -= 1
-        return self.left < 0
+from pixart_pack.tests.training_data import StopAt, make_features, tiny_model, tiny_settings
 
 
 def test_a_schedule_free_result_is_its_average_and_looking_at_it_changes_nothing():

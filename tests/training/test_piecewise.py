@@ -7,28 +7,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixart_pack.pixart.training.build import make_objective
-from pixart_pack.pixart.training.loop import Events, Trainer
+from pixart_pack.pixart.training.loop import Trainer
 from pixart_pack.pixart.training.memory.piecewise import Piecewise
 from pixart_pack.pixart.training.report import LOG, read_log
 from pixart_pack.pixart.training.run import train
 from pixart_pack.pixart.training.sanity import TrainingDiverged
 from pixart_pack.pixart.training.settings import TrainingSettings
-from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
+from pixart_pack.tests.training_data import StopAt, make_features, tiny_model, tiny_settings
 
 MODES = {
     "released": {"gradient_release": True},
     "offloaded": {"offload_optimizer": True},
     "both": {"gradient_release": True, "offload_optimizer": True},
 }
-
-
-class StopAt(Events):
-    def __init__(self, step):
-        self.left = step
-
-    def should_stop(self):
-        self.left -= 1
-        return self.left < 0
 
 
 def norms(folder):

@@ -3,27 +3,17 @@
 import pytest
 import torch
 
-from pixart_pack.pixart.data.examples import collate
 from pixart_pack.pixart.lora import Hadamard, LowRank, merge, read_lora, save_lora
 from pixart_pack.pixart.training.adapting.start import begin_with, identity_of, settings_of_start
 from pixart_pack.pixart.training.build import make_objective
-from pixart_pack.pixart.training.draws import draw_batch
 from pixart_pack.pixart.training.run import lora_factors, train
-from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
+from pixart_pack.tests.training_data import make_features, predict, tiny_model, tiny_settings
 
 
 def begun(lora, settings):
     settings, told = settings_of_start(lora, settings)
     objective = make_objective(tiny_model(), settings)
     return objective, settings, [*told, *begin_with(objective.model, lora)]
-
-
-def predict(model, objective):
-    features = make_features(count=2, sizes=((8, 8),))
-    batch = collate([features[0], features[1]])
-    draws = draw_batch(tiny_settings(), 0, range(2), batch.latent.shape[1:])
-    with torch.no_grad():
-        return model(draws.noise, draws.timestep.float(), **objective.conditioned(batch, draws.dropped))
 
 
 def random_lora(path, ranks, layout="host", magnitude=False, alpha=3.0):

@@ -10,7 +10,7 @@ import torch
 from pixart_pack.pixart.data.buckets import BucketSampler
 from pixart_pack.pixart.lora import read_lora
 from pixart_pack.pixart.training.build import make_objective
-from pixart_pack.pixart.training.loop import Events, Trainer
+from pixart_pack.pixart.training.loop import Trainer
 from pixart_pack.pixart.training.processes import SingleProcess
 from pixart_pack.pixart.training.report import LOG, read_log
 from pixart_pack.pixart.training.run import choose_folder, train
@@ -18,20 +18,9 @@ from pixart_pack.pixart.training.validation import ValidationPrompt
 from pixart_pack.pixart.training.watching.best import Best, read_best
 from pixart_pack.pixart.training.watching.held_out import TIMES, HeldOut, choose_held_out
 from pixart_pack.pixart.training.watching.timesteps import BINS, ByTimestep, by_timestep
-from pixart_pack.tests.training_data import make_features, tiny_model, tiny_settings
+from pixart_pack.tests.training_data import StopAt, make_features, tiny_model, tiny_settings
 
 CPU = SingleProcess()
-
-
-class StopAt(Events):
-    def __init__(self, step=math.inf):
-        self.step, self.seen = step, []
-
-    def stepped(self, progress):
-        self.seen.append(progress)
-
-    def should_stop(self):
-        return len(self.seen) >= self.step
 
 
 def validations(folder):
