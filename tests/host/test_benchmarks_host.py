@@ -153,6 +153,19 @@ def test_decoding_runs_both_ways(comfy, tmp_path):
 
 
 @pytest.mark.slow
+def test_precisions_of_weights_are_told_apart(comfy, tmp_path):
+    from pixart_pack.benchmarks import weights
+
+    given = {"variant": "alpha-256", "depth": 1, "captions": [5, 3], "scenes": 2, "weight_dtypes": ["int8"]}
+    run = weights.measure(Namespace(**given, rounds=1, clock="cpu", device="cpu"))
+    exact, found = run["rows"]["fp32"], run["rows"]["int8"]
+    assert exact["off"] == 0 and 1e-3 < found["off"] < 0.1 and found["psnr_db"] > 35
+    assert len(found["layers_off"]) == 6 and all(0.002 < off < 0.05 for off in found["layers_off"].values())
+    assert found["weights_bytes"] < 0.5 * exact["weights_bytes"] and found["accuracy"] > 90
+    assert "| int8 |" in weights.publish([run], tmp_path)
+
+
+@pytest.mark.slow
 def test_graphs_of_a_series_of_pictures_are_counted(comfy, tmp_path):
     """This pack needs three, without a break, and gives the same numbers; others are counted beside it."""
     from pixart_pack.benchmarks import compile as benchmark
