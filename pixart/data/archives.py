@@ -34,8 +34,8 @@ class Sample:
             return ArchivePicture(self.archive, *self.files[found[0]]), None
         return None, f"pictures of the suffixes {list_names(found)}: name one" if found else "no picture of its name"
 
-    def caption(self, wanted: str, names: Sequence[str]) -> str | None:
-        """The text beside a picture, or a value of its .json. wanted: the suffix or the value's name.
+    def caption(self, wanted: str, names: Sequence[str]) -> object:
+        """The text beside a picture, or a value of its .json as it is, such as a list. wanted: suffix or value's name.
 
         Raises OSError, and ValueError for JSON that is none.
         """
@@ -48,10 +48,7 @@ class Sample:
         values = parse_json(self._read("json", _JSON_BYTES))
         if not isinstance(values, dict):
             return None
-        value = next((values[name] for name in ((wanted,) if wanted else names) if name in values), None)
-        if isinstance(value, list):
-            value = value[0] if value else None
-        return None if value is None else str(value)
+        return next((values[name] for name in ((wanted,) if wanted else names) if name in values), None)
 
     def _read(self, suffix: str, most_bytes: int) -> bytes:
         offset, size = self.files[suffix]

@@ -458,13 +458,14 @@ def _record_of(sample: Sample, texts: dict[str, Path], place: _Place, columns: C
     picture, problem = sample.picture(columns.picture, hints)
     hint = sample.picture(hints[0], ())[0] if hints else control and control.find(Path(sample.name))
     try:
-        caption = sample.caption(columns.caption, CAPTION_COLUMNS)
+        found = sample.caption(columns.caption, CAPTION_COLUMNS)
     except (OSError, ValueError) as error:
-        caption, problem = None, problem or f"caption: {shorten(error, 200)}"
+        found, problem = None, problem or f"caption: {shorten(error, 200)}"
+    caption = _caption_of(found)
     if caption is None and problem is None:
         caption, problem = _read_caption(texts.get(PurePosixPath(sample.name).name), place)
     name = f"{sample.archive.name}/{sample.name}"
-    return Record(name, None if problem else picture, caption, hint, problem=problem)
+    return Record(name, None if problem else picture, caption, hint, problem=problem, others=_others_of(found))
 
 
 def _only_table(path: Path, suffixes: tuple[str, ...], place: _Place) -> Path:

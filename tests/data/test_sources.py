@@ -571,6 +571,13 @@ def test_sa1b_with_captions_beside_its_tar_files(tmp_path):
     assert record.caption == "A red wall." and record.name == "sa_000000.tar/sa_1" and record.problem is None
 
 
+def test_all_captions_of_a_list_in_a_tar_file_are_read(tmp_path):
+    listed = json.dumps({"caption": ["a wall", "red bricks", "a house"]}).encode()
+    _tar(tmp_path / "a.tar", **{"1.png": _picture_bytes(1), "1.json": listed})
+    (record,) = read_dataset(tmp_path)
+    assert (record.caption, record.others) == ("a wall", ("red bricks", "a house"))
+
+
 def test_tar_files_that_are_cut_or_none_are_named(tmp_path):
     whole = _tar(tmp_path / "a.tar", **{"1.png": _picture_bytes(1) * 100, "1.txt": b"a"}).read_bytes()
     for data in (whole[:900], b"no tar file" * 100, gzip.compress(whole)):
