@@ -73,6 +73,9 @@ def old_workflow() -> dict:
 
 @in_both
 def test_an_old_graph_is_replaced_and_makes_a_picture(editor):
+    editor.load(old_workflow())
+    assert len(editor.export()["unknown"]) == 9
+    editor.close_dialogs()
     editor.page.evaluate("app.refreshComboInNodes()")  # as R does
     editor.load(old_workflow())
     assert len(editor.export()["unknown"]) == 9

@@ -75,7 +75,7 @@ DEMO = ("pixart_demo.safetensors", "pixart_demo_t5.safetensors")  # which the pa
 
 
 def test_previews_have_the_pictures_colours(host):
-    graph = PictureGraph(*DEMO, text="a large red circle in the center on a white background")
+    graph = PictureGraph(*DEMO, text="a large yellow square in the center on a black background")
     previews = []
     queued = host.queue(graph.save(graph.sample(graph.empty(128, 128), steps=6)))
     entry = host.wait(queued, on_event=lambda kind, data: previews.append(data["image"]) if kind == "preview" else None)
@@ -83,7 +83,7 @@ def test_previews_have_the_pictures_colours(host):
     latent_px = (16, 16)
     shown = np.asarray(previews[-1].convert("RGB").resize(latent_px, Image.Resampling.BOX), np.float32)
     wanted = Image.open(io.BytesIO(picture)).convert("RGB").resize(latent_px, Image.Resampling.BOX)
-    assert np.asarray(wanted).std() > 40  # a red circle on white: 58
+    assert np.asarray(wanted).std() > 60
     assert np.abs(shown - np.asarray(wanted, np.float32)).mean() < 12  # of 255; by SD 1.5's factors 77
 
 

@@ -224,9 +224,9 @@ def test_a_run_is_that_of_the_scheduler(name, fields, steps):
     theirs, ours = their_run(scheduler, steps), our_run(asked, steps)
     # Their levels and, in some classes, their latents are float32: up to 5e-6, and 2.4e-4 where SA-Solver's spread
     # levels lie close, whose differences it divides by.
-    # Spread levels go through logarithms and exponentials in float32: PyTorch's plain kernels gave 3.7e-4 and 3.4e-3.
-    is_sa, is_spread = name == "SASolverScheduler", fields in SPREAD
-    within = (5e-3 if is_sa else 5e-4) if is_spread else (5e-4 if is_sa else 5e-5)
+    within = 5e-4 if name == "SASolverScheduler" else 5e-5
+    if fields in SPREAD and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        within *= 10  # logarithms and exponentials by plain kernels: 3.7e-4 was measured, 3.4e-3 with SA-Solver
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < within
 
 
